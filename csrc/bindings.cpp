@@ -1,0 +1,121 @@
+// The Python module _C: every public function of the library, on views of tensors that Python owns.
+// The GIL is released while a kernel runs; a Status that is not ok becomes a Python exception that names the op.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "dnc/common.h"
+#include "dnc/embedding.h"
+#include "dnc/momentum.h"
+#include "dnc/similarity.h"
+#include "dnc/sinkhorn.h"
+
+namespace py = pybind11;
+using namespace dnc;
+
+namespace {
+
+View make_view(uintptr_t data, int dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
+  View v;
+  v.data = reinterpret_cast<void*>(data);
+  v.dtype = static_cast<DType>(dtype);
+  v.ndim = static_cast<int32_t>(size.size());
+  if (v.ndim > 4) throw py::value_error("View: at most 4 dimensions");
+  for (int i = 0; i < v.ndim; i++) v.size[i] = size[i], v.stride[i] = stride[i];
+  return v;
+}
+
+// Runs a kernel without the GIL and raises what it reports.
+template <class Args>
+void run(const char* op, Status (*kernel)(const Args&), const Args& args) {
+  Status s;
+  {
+    py::gil_scoped_release release;
+    s = kernel(args);
+  }
+  const std::string name = std::string(op) + ": ";
+  switch (s.code) {
+    case Code::ok: return;
+    case Code::bad_label:
+      throw py::value_error(name + s.what + "; got " + std::to_string(s.value) + " at pixel " + std::to_string(s.index));
+    case Code::bad_argument: throw py::value_error(name + s.what);
+    case Code::out_of_memory: throw std::bad_alloc();
+    case Code::cuda_error: throw std::runtime_error(name + s.what);
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("__version__") = DNC_VERSION;
+#if defined(DNC_CUDA_ARCHS)
+  m.attr("cuda_archs") = DNC_CUDA_ARCHS;
+#else
+  m.attr("cuda_archs") = py::none();
+#endif
+  py::class_<View>(m, "View").def(py::init(&make_view)).def(py::init<>());
+  m.def("best_isa", [] { return int(best_isa()); });
+  m.def("current_isa", [] { return int(current_isa()); });
+  m.def("set_isa", [](int isa) { return set_isa(Isa(isa)); });
+
+  m.def("cluster_sums", [](View x, View cluster, View sums, View counts, int threads) {
+    run("cluster_sums", cluster_sums, ClusterSums{x, cluster, sums, counts, threads});
+  });
+  m.def("apply_momentum_", [](View centroids, View sums, View counts, double momentum, int threads) {
+    run("apply_momentum_", apply_momentum, ApplyMomentum{centroids, sums, counts, momentum, threads});
+  });
+#if defined(DNC_WITH_CUDA)
+  m.def("momentum_workspace_bytes", &momentum_workspace_bytes);
+  m.def("momentum_update_cuda_", [](View centroids, View x, View cluster, double momentum, uintptr_t workspace, uintptr_t stream) {
+    run("momentum_update_", momentum_update_cuda,
+        MomentumUpdateCuda{centroids, x, cluster, momentum, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)});
+  });
+#endif
+  m.def("sinkhorn", [](View similarity, View group, int64_t groups, double epsilon, int iterations, double tolerance, View assignment,
+                       View plan, View history, View steps, int threads) {
+    run(plan ? "sinkhorn_plan" : "sinkhorn_assign", sinkhorn,
+        Sinkhorn{similarity, group, groups, epsilon, iterations, tolerance, assignment, plan, history, steps, threads});
+  });
+  m.def("sinkhorn_backward", [](View similarity, View group, int64_t groups, double epsilon, View history, View steps, View grad_plan,
+                                View grad_similarity, int threads) {
+    run("sinkhorn_plan", sinkhorn_backward,
+        SinkhornBackward{similarity, group, groups, epsilon, history, steps, grad_plan, grad_similarity, threads});
+  });
+  m.def("normalize_embedding", [](View x, View weight, View bias, double eps, View y, View mean, View rstd, View inverse_norm, int threads) {
+    run("normalize_embedding", normalize_embedding, NormalizeEmbedding{x, weight, bias, eps, y, mean, rstd, inverse_norm, threads});
+  });
+  m.def("normalize_embedding_backward", [](View x, View weight, View bias, View mean, View rstd, View inverse_norm, View grad_y,
+                                           View grad_x, View grad_weight, View grad_bias, int threads) {
+    run("normalize_embedding", normalize_embedding_backward,
+        NormalizeEmbeddingBackward{x, weight, bias, mean, rstd, inverse_norm, grad_y, grad_x, grad_weight, grad_bias, threads});
+  });
+  m.def("class_scores", [](const char* op, View x, View centroids, View labels, int metric, bool distance, View scores, View winner,
+                           View own_similarity, int threads) {
+    run(op, class_scores, ClassScores{x, centroids, labels, Metric(metric), distance, scores, winner, own_similarity, threads});
+  });
+  m.def("class_scores_backward", [](View x, View centroids, View labels, int metric, View winner, View scores, View grad_scores,
+                                    View grad_own_similarity, View own_similarity, View grad_x, View grad_centroids, int threads) {
+    run("class_scores", class_scores_backward,
+        ClassScoresBackward{x, centroids, labels, Metric(metric), winner, scores, grad_scores, grad_own_similarity, own_similarity,
+                            grad_x, grad_centroids, threads});
+  });
+  m.def("nearest_centroid", [](View x, View centroids, int metric, View label, View sub, View score, int threads) {
+    run("nearest_centroid", nearest_centroid, NearestCentroid{x, centroids, Metric(metric), label, sub, score, threads});
+  });
+  m.def("centroid_cross_entropy",
+        [](View x, View centroids, View labels, int metric, View norm_weight, View norm_bias, double norm_eps, View scale,
+           double temperature, View class_weight, int64_t ignore_index, double label_smoothing, int reduction, View grad_loss, View loss,
+           View prediction, View own_similarity, View grad_x, View grad_centroids, View grad_norm_weight, View grad_norm_bias,
+           View grad_scale, int threads) {
+          CentroidCrossEntropy a{.x = x, .centroids = centroids, .labels = labels, .metric = Metric(metric), .norm_weight = norm_weight,
+                                 .norm_bias = norm_bias, .norm_eps = norm_eps, .scale = scale, .temperature = temperature,
+                                 .class_weight = class_weight, .ignore_index = ignore_index, .label_smoothing = label_smoothing,
+                                 .reduction = CentroidCrossEntropy::Reduction(reduction), .grad_loss = grad_loss, .loss = loss,
+                                 .prediction = prediction, .own_similarity = own_similarity, .grad_x = grad_x,
+                                 .grad_centroids = grad_centroids, .grad_norm_weight = grad_norm_weight,
+                                 .grad_norm_bias = grad_norm_bias, .grad_scale = grad_scale, .threads = threads};
+          run("centroid_cross_entropy", centroid_cross_entropy, a);
+        });
+}

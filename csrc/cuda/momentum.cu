@@ -1,0 +1,1 @@
+#include "dnc/momentum.h"

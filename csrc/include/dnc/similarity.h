@@ -1,0 +1,73 @@
+// Similarities of pixels and sub-centroids with what follows them fused in: max over K, norm over C, cross-entropy, gradients.
+#pragma once
+#include "dnc/common.h"
+
+namespace dnc {
+
+// scores[n,c] = max_k similarity(x[n], centroids[c,k]); winner = the k of it, lowest on ties. A pixel with a non-finite feature
+// has NaN scores. With K = 1 and C = C*K this is the plain matrix of similarities.
+struct ClassScores {
+  View x;          // [N,D] or [B,D,H,W], float32/float64/float16/bfloat16, any strides
+  View centroids;  // [C,K,D], any of these dtypes, contiguous
+  View labels;     // optional [N] int64; outside [0,C): own_similarity row is zero
+  Metric metric = Metric::dot;
+  bool distance = false;  // write the distance instead: 1 - cosine, or |x-p|^2
+  View scores;            // out [N,C] or [B,C,H,W], float32 or float64 (the compute type), any strides
+  View winner;            // out, optional: uint8, the shape of scores, any strides
+  View own_similarity;    // out, optional: [N,K] of the compute type, contiguous
+  int threads = 1;
+};
+Status class_scores(const ClassScores&);
+
+// Gradients of class_scores. Only the winner of a class carries its gradient.
+struct ClassScoresBackward {
+  View x, centroids, labels;
+  Metric metric = Metric::dot;
+  View winner;                 // as written by class_scores
+  View scores;                 // as written by class_scores; read for cosine only
+  View grad_scores;            // optional, the shape of scores, any strides
+  View grad_own_similarity;    // optional [N,K] contiguous
+  View own_similarity;         // read for cosine only
+  View grad_x;                 // out, optional, x's shape and dtype, any strides
+  View grad_centroids;         // out, optional [C,K,D] of the compute type, contiguous
+  int threads = 1;
+};
+Status class_scores_backward(const ClassScoresBackward&);
+
+// The nearest sub-centroid of all: m = label * K + sub, lowest on ties; -1, -1, NaN for a pixel with a non-finite feature.
+struct NearestCentroid {
+  View x, centroids;
+  Metric metric = Metric::dot;
+  View label, sub;  // out [N] int64
+  View score;       // out [N] of the compute type
+  int threads = 1;
+};
+Status nearest_centroid(const NearestCentroid&);
+
+// Cross-entropy of the class scores and, in the same pass, its gradients. For each pixel r[c] = max_k similarity;
+// o = LayerNorm_C(r) where norm_weight is given, else r; logits = o * scale / temperature.
+struct CentroidCrossEntropy {
+  View x, centroids;
+  View labels;  // [N] int64, in [0,C) or ignore_index
+  Metric metric = Metric::dot;
+  View norm_weight, norm_bias;  // optional [C] of the compute type
+  double norm_eps = 1e-5;
+  View scale;  // optional: one element of the compute type
+  double temperature = 1.0;
+  View class_weight;  // optional [C] of the compute type
+  int64_t ignore_index = -100;
+  double label_smoothing = 0.0;
+  enum class Reduction : int32_t { none, mean, sum } reduction = Reduction::mean;
+  View grad_loss;  // optional: gradients are multiplied by it; [N] for none, one element otherwise; absent: 1
+  View loss;            // out, optional: [N] for none, one element otherwise, of the compute type
+  View prediction;      // out, optional [N] int64; -1 for a pixel with a non-finite feature
+  View own_similarity;  // out, optional [N,K] of the compute type; zero rows where ignored
+  View grad_x;          // out, optional, x's shape and dtype, any strides
+  View grad_centroids;  // out, optional [C,K,D] of the compute type
+  View grad_norm_weight, grad_norm_bias;  // out, optional [C] of the compute type
+  View grad_scale;                        // out, optional, one element of the compute type
+  int threads = 1;
+};
+Status centroid_cross_entropy(const CentroidCrossEntropy&);
+
+}  // namespace dnc

@@ -1,0 +1,38 @@
+// Entropic optimal transport of pixels to sub-centroids, many groups of different sizes at once (DNC, eq. 5-7).
+#pragma once
+#include "dnc/common.h"
+
+namespace dnc {
+
+// For every group g over its n_g pixels: T steps of
+//   u[g,k] = -log K  - logsumexp_n(s[n,k]/epsilon + v[n])   (sub-centroid marginal, first)
+//   v[n]   = -log n_g - logsumexp_k(s[n,k]/epsilon + u[g,k])  (pixel marginal)
+// from v = 0. plan[n] = softmax_k(s[n]/epsilon + u[g]); assignment[n] = its argmax, lowest k on ties.
+struct Sinkhorn {
+  View similarity;  // [N,K] float32/float64/float16/bfloat16, any strides
+  View group;       // [N] int64, negative = left out; absent: one group
+  int64_t groups = 1;
+  double epsilon = 0.05;
+  int iterations = 3;
+  double tolerance = -1;  // >= 0: a group stops once max_k |K * column sum - 1| <= tolerance
+  View assignment;        // out, optional: [N] int64, -1 where left out
+  View plan;              // out, optional: [N,K] float64 for float64 similarity, else float32; zero rows where left out
+  View history;           // out, optional: [iterations,groups,K] of the plan's dtype: u after each step (for the backward pass)
+  View steps;             // out, optional: [groups] int64: steps done
+  int threads = 1;
+};
+Status sinkhorn(const Sinkhorn&);
+
+// grad_similarity = the derivative of sum(plan * grad_plan), through all the steps.
+struct SinkhornBackward {
+  View similarity, group;
+  int64_t groups = 1;
+  double epsilon = 0.05;
+  View history, steps;   // as written by sinkhorn
+  View grad_plan;        // [N,K] of the plan's dtype, contiguous
+  View grad_similarity;  // out [N,K] of the plan's dtype, contiguous
+  int threads = 1;
+};
+Status sinkhorn_backward(const SinkhornBackward&);
+
+}  // namespace dnc

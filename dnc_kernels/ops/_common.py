@@ -1,0 +1,116 @@
+"""What every op family shares: views for the C++ library, argument checks, registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import native
+from ..errors import check_device, check_float, check_integer, check_value
+
+NAMESPACE = "dnc_kernels"
+METRICS = ("dot", "cosine", "sqeuclidean")
+REDUCTIONS = ("none", "mean", "sum")
+
+# the order of dnc::DType
+_DTYPES = {
+    dtype: code
+    for code, dtype in enumerate(
+        (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+    )
+}
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def view(tensor: Tensor | None) -> Any:
+    """The C++ view of a tensor, strides and all; None is the absent view; a scalar is one element."""
+    if tensor is None:
+        return native().View()
+    shape, stride = (tensor.shape, tensor.stride()) if tensor.ndim else ((1,), (1,))
+    return native().View(tensor.data_ptr(), _DTYPES[tensor.dtype], shape, stride)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is float64, else float32: what kernels accumulate in."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def keep_dtypes_under_autocast(op: Any) -> None:
+    """Register for autocast: inputs stay as they are, so bfloat16 features are read in place and fp32 ones keep their precision.
+
+    The kernels accumulate in fp32 whatever the input dtype, so a cast could only lose bits or copy a feature map.
+    """
+    overload = op._opoverload
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*args, **kwargs)
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(op._name.partition("::")[2], kernel, key)
+
+
+def check_pixels(op: str, x: Tensor, argument: str = "x") -> tuple[int, int]:
+    """Check that `x` is float [N,D] or [B,D,H,W]; return (pixels, channels)."""
+    check_float(op, argument, x)
+    check_value(x.ndim in (2, 4), op, argument, "[N,D] or [B,D,H,W]", x)
+    check_value(x.shape[1] > 0, op, argument, "of at least one channel", x)
+    return (x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[2] * x.shape[3]), x.shape[1]
+
+
+def check_centroids(op: str, x: Tensor, centroids: Tensor) -> tuple[int, int]:
+    """Check that `centroids` is float [C,K,D] with the D of `x`, on its device; return (C, K)."""
+    check_float(op, "centroids", centroids)
+    check_value(
+        centroids.ndim == 3 and centroids.shape[2] == x.shape[1] and centroids.shape[0] > 0 and centroids.shape[1] > 0,
+        op, "centroids", f"[C,K,D] with D={x.shape[1]} to match x", centroids,
+    )  # fmt: skip
+    check_device(op, "centroids", centroids, x)
+    return centroids.shape[0], centroids.shape[1]
+
+
+def check_labels(op: str, x: Tensor, labels: Tensor, argument: str = "labels") -> Tensor:
+    """Check labels [N] (x [N,D]) or [B,H,W] (x [B,D,H,W]), any integer dtype; return them flat, int64 and contiguous."""
+    check_integer(op, argument, labels)
+    expected = [x.shape[0]] if x.ndim == 2 else [x.shape[0], x.shape[2], x.shape[3]]
+    check_value(list(labels.shape) == expected, op, argument, f"{expected} to match x", labels)
+    check_device(op, argument, labels, x)
+    return labels.reshape(-1).to(torch.int64).contiguous()
+
+
+def check_ignore_index(op: str, ignore_index: int, num_classes: int) -> None:
+    """An ignore_index that is a class would drop that class without a word."""
+    check_value(
+        not 0 <= ignore_index < num_classes,
+        op, "ignore_index", f"outside the {num_classes} classes [0,{num_classes})", ignore_index, "use -100 or 255 beyond the classes",
+    )  # fmt: skip
+
+
+def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> int:
+    """Check a string option; return its index."""
+    check_value(value in choices, op, argument, "one of " + ", ".join(choices), value)
+    return choices.index(value)
+
+
+def check_label_range(op: str, labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    """Raise ValueError for a label outside [0,C) other than `ignore_index`. For reference code on CPU; the kernels check by themselves."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or type(labels) is not Tensor:
+        return
+    bad = (labels < 0) | (labels >= num_classes)
+    if ignore_index is not None:
+        bad &= labels != ignore_index
+    if bad.any():
+        index = int(bad.flatten().nonzero()[0])
+        check_value(
+            False, op, "labels", f"in [0,{num_classes})" + ("" if ignore_index is None else f" or ignore_index {ignore_index}"),
+            f"{int(labels.flatten()[index])} at pixel {index}",
+        )  # fmt: skip
+
+
+def flat_pixels(x: Tensor) -> Tensor:
+    """[N,D] of x [N,D] or [B,D,H,W] (reference code; copies where the layout asks for it)."""
+    return x if x.ndim == 2 else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

@@ -1,0 +1,133 @@
+"""Sums of the pixels of each sub-centroid, and the momentum update (family page: docs/momentum.md)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...backends import pick
+from ...errors import check_device, check_dtype, check_float, check_integer, check_value
+from .._common import check_label_range, check_pixels
+from . import native, reference
+
+
+class ClusterSums(NamedTuple):
+    """Result of `cluster_sums`."""
+
+    sums: Tensor
+    counts: Tensor
+
+
+def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int, *, backend: str | None = None) -> ClusterSums:
+    """Sum and number of the pixels of each cluster.
+
+    Args:
+        x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
+        cluster: [N] (or [B,H,W]) any integer dtype, in [0,M) or -1 to leave a pixel out.
+        num_clusters: M > 0.
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+
+    Returns:
+        sums [M,D], float64 for float64 `x`, else float32; counts [M] int64. A pixel with a NaN or Inf feature is left out of both.
+        Not differentiable. Deterministic. Extra memory on CPU: none that grows with N.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device or dtype, or a cluster outside [-1,M).
+    """
+    op = "cluster_sums"
+    cluster = _check_cluster(op, x, cluster, num_clusters)
+    if pick(op, x, backend) == "reference":
+        check_label_range(op, cluster, num_clusters, -1)
+        return ClusterSums(*reference.cluster_sums(x.detach(), cluster, num_clusters))
+    return ClusterSums(*native.cluster_sums(x.detach(), cluster, num_clusters))
+
+
+def apply_momentum_(centroids: Tensor, sums: Tensor, counts: Tensor, *, momentum: float = 0.999, backend: str | None = None) -> None:
+    """Move each sub-centroid that has pixels towards their normalised sum, in place, and renormalise it (DNC, eq. 8).
+
+    ``p <- normalise(momentum * p + (1 - momentum) * normalise(sum))`` where ``counts > 0``. A sub-centroid without pixels keeps every
+    bit; so does one whose sum or result is zero or not finite: sub-centroids are never lost.
+
+    Args:
+        centroids: [C,K,D] or [M,D], float32 or float64, contiguous; changed in place.
+        sums: [M,D] float32 or float64, as from `cluster_sums` (all-reduce it and `counts` first in data parallel).
+        counts: [M] integers.
+        momentum: in [0,1].
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype or momentum.
+    """
+    op = "apply_momentum_"
+    _check_centroids(op, centroids, momentum)
+    rows, channels = centroids[..., 0].numel(), centroids.shape[-1]
+    check_float(op, "sums", sums)
+    check_value(list(sums.shape) == [rows, channels], op, "sums", f"[M,D]=[{rows},{channels}] to match centroids", sums)
+    check_integer(op, "counts", counts)
+    check_value(list(counts.shape) == [rows], op, "counts", f"[M]=[{rows}] to match centroids", counts)
+    check_device(op, "sums", sums, centroids, "centroids")
+    check_device(op, "counts", counts, centroids, "centroids")
+    if pick(op, centroids, backend) == "reference":
+        with torch.no_grad():
+            reference.apply_momentum_(centroids, sums.detach(), counts, momentum)
+    else:
+        sums = sums.detach().to(torch.float64 if sums.dtype == torch.float64 else torch.float32).contiguous()
+        native.apply_momentum_(centroids.detach(), sums, counts.to(torch.int64).contiguous(), momentum)
+
+
+def momentum_update_(
+    centroids: Tensor,
+    x: Tensor,
+    cluster: Tensor,
+    *,
+    momentum: float = 0.999,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> None:
+    """Move each sub-centroid towards its pixels, in place: `cluster_sums`, then `apply_momentum_` (DNC, eq. 8).
+
+    Args:
+        centroids: [C,K,D], float32 or float64, contiguous; changed in place.
+        x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
+        cluster: [N] (or [B,H,W]) integers ``c*K + k``; -1 leaves a pixel out.
+        momentum: in [0,1].
+        deterministic: the kernels that exist are all deterministic; None and both values give the same result.
+        backend: ``auto``, ``reference``, ``cpu`` or ``cuda``; None: the choice in force.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype, momentum, or a cluster outside [-1,C*K).
+    """
+    op = "momentum_update_"
+    _check_centroids(op, centroids, momentum)
+    check_value(centroids.ndim == 3, op, "centroids", "[C,K,D]", centroids)
+    clusters = centroids.shape[0] * centroids.shape[1]
+    cluster = _check_cluster(op, x, cluster, clusters)
+    check_value(centroids.shape[2] == x.shape[1], op, "centroids", f"[C,K,D] with D={x.shape[1]} to match x", centroids)
+    check_device(op, "centroids", centroids, x)
+    backend = pick(op, x, backend)
+    sums, counts = cluster_sums(x, cluster.view(x.shape[0], *x.shape[2:]), clusters, backend=backend)
+    apply_momentum_(centroids, sums, counts, momentum=momentum, backend=backend)
+
+
+def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:
+    check_dtype(
+        isinstance(centroids, Tensor) and centroids.dtype in (torch.float32, torch.float64),
+        op, "centroids", "a float32 or float64 tensor", centroids, "a 16-bit EMA would lose every update",
+    )  # fmt: skip
+    check_value(centroids.ndim in (2, 3) and centroids.numel() > 0, op, "centroids", "[C,K,D], not empty", centroids)
+    check_value(centroids.is_contiguous(), op, "centroids", "contiguous", f"strides {centroids.stride()}", "it is changed in place")
+    check_value(0 <= momentum <= 1, op, "momentum", "in [0,1]", momentum)
+
+
+def _check_cluster(op: str, x: Tensor, cluster: Tensor, num_clusters: int) -> Tensor:
+    pixels, _ = check_pixels(op, x)
+    check_value(num_clusters > 0, op, "num_clusters", "positive", num_clusters)
+    check_integer(op, "cluster", cluster)
+    check_value(cluster.numel() == pixels, op, "cluster", f"[N]=[{pixels}] to match x", cluster)
+    check_device(op, "cluster", cluster, x)
+    return cluster.reshape(-1).to(torch.int64).contiguous()
+
+
+__all__ = ["ClusterSums", "apply_momentum_", "cluster_sums", "momentum_update_"]

@@ -1,0 +1,39 @@
+"""The C++ momentum kernels as torch ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import native
+from .._common import NAMESPACE, compute_dtype, keep_dtypes_under_autocast, view
+
+
+@torch.library.custom_op(f"{NAMESPACE}::cluster_sums", mutates_args=(), device_types="cpu")
+def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Sums [M,D] and counts [M] (csrc/cpu/momentum.cpp)."""
+    sums = x.new_empty((num_clusters, x.shape[1]), dtype=compute_dtype(x))
+    counts = cluster.new_empty(num_clusters)
+    native().cluster_sums(view(x), view(cluster), view(sums), view(counts), torch.get_num_threads())
+    return sums, counts
+
+
+@cluster_sums.register_fake
+def _(x: Tensor, cluster: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty((num_clusters, x.shape[1]), dtype=compute_dtype(x)), cluster.new_empty(num_clusters)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::apply_momentum_", mutates_args=("centroids",), device_types="cpu")
+def apply_momentum_(centroids: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> None:
+    """EMA and renormalisation in place (csrc/cpu/momentum.cpp)."""
+    rows = centroids.view(-1, centroids.shape[-1])
+    native().apply_momentum_(view(rows), view(sums), view(counts), momentum, torch.get_num_threads())
+
+
+@apply_momentum_.register_fake
+def _(centroids: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> None:
+    return None
+
+
+for _op in (cluster_sums, apply_momentum_):
+    keep_dtypes_under_autocast(_op)

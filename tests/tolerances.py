@@ -1,0 +1,45 @@
+"""One table of error bounds. Tests compare with float64 and take their bound from here, never from themselves.
+
+The bound for an element is ``(factor * eps(compute) * sqrt(terms) + eps(output)) * (scale + |expected|)``:
+rounding of `terms` accumulated products in the compute type (float64 for float64 input, else float32), then one rounding to the output
+type. `factor` is a property of the op (how many such sums feed each other, and how much a step amplifies an error); `scale` is the
+magnitude of what is summed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: rule -> factor. One row per op and quantity, with the reason for anything above 4.
+FACTORS = {
+    "sum": 4.0,  # sums of pixels, fp32 accumulation in any order
+    "direction": 8.0,  # sums, then two normalisations
+}
+
+
+def bound(rule: str, actual: Tensor, expected: Tensor, *, terms: int, scale: float = 1.0) -> Tensor:
+    """Allowed absolute error of every element of `actual`."""
+    compute = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps
+    output = torch.finfo(actual.dtype).eps
+    return (FACTORS[rule] * compute * math.sqrt(max(terms, 1)) + output) * (scale + expected.abs())
+
+
+def assert_close(actual: Tensor, expected: Tensor, rule: str, *, terms: int, scale: float = 1.0) -> None:
+    """Assert that `actual` lies within the table's bound of the float64 `expected`; report the worst element."""
+    assert expected.dtype == torch.float64, "compare with a float64 reference"
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
+    if actual.numel() == 0:
+        return
+    nan = expected.isnan()
+    assert torch.equal(actual.isnan(), nan), "NaN in different places"
+    error = torch.where(nan | (actual == expected), 0.0, (actual.double() - expected).abs())
+    allowed = bound(rule, actual, expected.nan_to_num(), terms=terms, scale=scale)
+    ratio = error / allowed
+    worst = int(ratio.argmax())
+    assert ratio.flatten()[worst] <= 1, (
+        f"{rule}: element {worst} is {actual.flatten()[worst].item():.9g}, expected {expected.flatten()[worst].item():.9g}; "
+        f"error {error.flatten()[worst].item():.3g} > {allowed.flatten()[worst].item():.3g}"
+    )
