@@ -4,5 +4,7 @@ plain torch in ``reference``, the C++ kernels as torch ops in ``native``.
 
 from .momentum import *  # noqa: F403
 from .momentum import __all__ as _momentum
+from .similarity import *  # noqa: F403
+from .similarity import __all__ as _similarity
 
-__all__ = [*_momentum]
+__all__ = [*_momentum, *_similarity]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -114,3 +115,13 @@ def check_label_range(op: str, labels: Tensor, num_classes: int, ignore_index: i
 def flat_pixels(x: Tensor) -> Tensor:
     """[N,D] of x [N,D] or [B,D,H,W] (reference code; copies where the layout asks for it)."""
     return x if x.ndim == 2 else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off: reference code computes in the dtype it chose, not in autocast's."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def like_pixels(x: Tensor, values: Tensor) -> Tensor:
+    """Per-pixel `values` [N] as [N] (x [N,D]) or [B,H,W] (x [B,D,H,W])."""
+    return values if x.ndim == 2 else values.view(x.shape[0], x.shape[2], x.shape[3])

@@ -1,0 +1,271 @@
+"""Similarities of pixels and sub-centroids, with what follows them fused in (family page: docs/similarity.md)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...backends import pick
+from ...errors import check_device, check_dtype, check_float, check_value
+from .._common import (
+    METRICS,
+    REDUCTIONS,
+    check_centroids,
+    check_choice,
+    check_ignore_index,
+    check_label_range,
+    check_labels,
+    check_pixels,
+    like_pixels,
+)
+from . import native, reference
+
+MAX_SUBCENTROIDS = 256  # winners are uint8
+
+
+class ClassScores(NamedTuple):
+    """Result of `class_scores`."""
+
+    scores: Tensor
+    winner: Tensor
+    own_similarity: Tensor | None
+
+
+class NearestCentroid(NamedTuple):
+    """Result of `nearest_centroid`."""
+
+    label: Tensor
+    sub: Tensor
+    score: Tensor
+
+
+class CentroidLoss(NamedTuple):
+    """Result of `centroid_cross_entropy`."""
+
+    loss: Tensor
+    prediction: Tensor
+    own_similarity: Tensor
+
+
+def centroid_distance(x: Tensor, centroids: Tensor, *, metric: str = "cosine", backend: str | None = None) -> Tensor:
+    """Distance of every pixel to every sub-centroid, [N,C,K] (DNC, eq. 2).
+
+    The only op that writes [N,C,K]; prefer the fused ops where the matrix itself is not wanted.
+
+    Args:
+        x: features [N,D] or [B,D,H,W] (N = B*H*W), any strides, read in place; float32, float64, float16 or bfloat16.
+        centroids: [C,K,D], any of these dtypes.
+        metric: ``cosine`` (1 - <x,p>/(|x||p|), in [0,2]) or ``sqeuclidean`` (|x-p|^2).
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+
+    Returns:
+        [N,C,K], float64 if an input is float64, else float32. Differentiable in `x` and `centroids`. sqeuclidean is computed as
+        |x|^2 - 2<x,p> + |p|^2: its absolute error is about eps * (|x|^2 + |p|^2), and it may be below zero by that much.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype or metric.
+    """
+    op = "centroid_distance"
+    check_pixels(op, x)
+    check_centroids(op, x, centroids)
+    check_choice(op, "metric", metric, METRICS[1:])
+    run = reference.centroid_distance if pick(op, x, backend) == "reference" else native.centroid_distance
+    return run(x, centroids, metric)
+
+
+def class_scores(
+    x: Tensor, centroids: Tensor, labels: Tensor | None = None, *, metric: str = "dot", backend: str | None = None
+) -> ClassScores:
+    """Similarity of every pixel to the nearest sub-centroid of every class (DNC, eq. 3: max over K).
+
+    Args:
+        x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
+        centroids: [C,K,D], K <= 256.
+        labels: optional [N] or [B,H,W], any integer dtype. Outside [0,C): the pixel has no own class.
+        metric: ``dot`` (<x,p>; the cosine for unit vectors), ``cosine``, or ``sqeuclidean`` (-|x-p|^2).
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+
+    Returns:
+        scores [N,C] or [B,C,H,W] (in x's memory format), float64 if an input is float64, else float32; winner uint8 of the same shape,
+        the k that gave each score, lowest on ties; own_similarity [N,K], the similarities to the sub-centroids of the pixel's label
+        (zero rows without one), None without `labels`. A pixel with a non-finite feature has NaN scores.
+        Scores and own_similarity are differentiable in `x` and `centroids`; a class sends its gradient to its winner alone
+        (deviation from amax, which splits ties). [N,C,K] is never in memory; backward keeps `x` only where it needs it.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype or metric.
+    """
+    op = "class_scores"
+    check_pixels(op, x)
+    classes, k = check_centroids(op, x, centroids)
+    check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
+    check_choice(op, "metric", metric, METRICS)
+    flat = None if labels is None else check_labels(op, x, labels)
+    if pick(op, x, backend) == "reference":
+        scores, winner, own = reference.class_scores(x, centroids, flat, metric)
+        if x.ndim == 4:
+            size = (x.shape[0], x.shape[2], x.shape[3], classes)
+            scores, winner = scores.view(size).permute(0, 3, 1, 2), winner.view(size).permute(0, 3, 1, 2)
+        return ClassScores(scores, winner, own)
+    scores, winner, own = native.class_scores(x, centroids, flat, metric)
+    return ClassScores(scores, winner, None if labels is None else own)
+
+
+def nearest_centroid(x: Tensor, centroids: Tensor, *, metric: str = "dot", backend: str | None = None) -> NearestCentroid:
+    """The nearest sub-centroid of all for every pixel; neither [N,C] nor [N,C,K] is in memory (DNC, eq. 1).
+
+    Args:
+        x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
+        centroids: [C,K,D].
+        metric: ``dot``, ``cosine`` or ``sqeuclidean``.
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+
+    Returns:
+        label, sub, score, each [N] or [B,H,W]: class and sub-centroid (int64; the lowest c*K+k on ties) and the similarity, float64 if an
+        input is float64, else float32 (for sqeuclidean -|x-p|^2). -1, -1, NaN for a pixel with a non-finite feature. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype or metric.
+    """
+    op = "nearest_centroid"
+    check_pixels(op, x)
+    check_centroids(op, x, centroids)
+    check_choice(op, "metric", metric, METRICS)
+    run = reference.nearest_centroid if pick(op, x, backend) == "reference" else native.nearest_centroid
+    label, sub, score = run(x.detach(), centroids.detach(), metric)
+    return NearestCentroid(like_pixels(x, label), like_pixels(x, sub), like_pixels(x, score))
+
+
+def centroid_cross_entropy(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    *,
+    metric: str = "dot",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    temperature: float | Tensor = 1.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> CentroidLoss:
+    """Mean cross-entropy over nearest sub-centroids (DNC, eq. 4), with prediction and clustering input from the same pass.
+
+    ``r[c] = max_k similarity(x, centroids[c,k])``; ``o = LayerNorm_C(r)`` where `norm_weight` is given, else ``r``;
+    the loss is ``cross_entropy(o / temperature, labels)`` as torch defines it.
+
+    Args:
+        x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
+        centroids: [C,K,D], K <= 256.
+        labels: [N] or [B,H,W], any integer dtype, in [0,C) or `ignore_index`.
+        metric: ``dot``, ``cosine`` or ``sqeuclidean`` (scores are -|x-p|^2).
+        norm_weight, norm_bias: [C], affine of the LayerNorm over classes; norm_weight None: no norm.
+        norm_eps: added to the variance over classes.
+        temperature: positive number, or a one-element tensor that may get a gradient (a learnable scale s is temperature 1/s).
+        class_weight: [C] non-negative, as in torch; gets no gradient.
+        ignore_index: label of pixels left out; outside [0,C).
+        label_smoothing: in [0,1].
+        reduction: ``mean`` (over the class weights of the pixels that count), ``sum`` or ``none``.
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+
+    Returns:
+        loss: scalar, or [N] / [B,H,W] for ``none`` (zero where ignored), float64 if an input is float64, else float32. Differentiable in x,
+        centroids, norm_weight, norm_bias and temperature; a class sends its gradient to its nearest sub-centroid, the lowest on ties.
+        prediction: [N] / [B,H,W] int64, argmax over classes, -1 for a pixel with a non-finite feature (whose loss is NaN, as in torch).
+        own_similarity: [N,K], similarities to the label's own sub-centroids, zero rows where ignored; carries no gradient.
+        Without a pixel that counts, ``mean`` is NaN as in torch, with zero gradients.
+
+        Memory: neither [N,C,K] nor [N,C] exists. With reduction mean or sum and centroids that need no gradient, dX is made in the
+        forward pass: extra memory is dX + [N,K] + O(N). Otherwise backward recomputes from `x`. Not twice differentiable.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype or option, or a label outside [0,C) other than `ignore_index`.
+    """
+    op = "centroid_cross_entropy"
+    pixels, _ = check_pixels(op, x)
+    classes, k = check_centroids(op, x, centroids)
+    check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
+    flat = check_labels(op, x, labels)
+    check_choice(op, "metric", metric, METRICS)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_ignore_index(op, ignore_index, classes)
+    check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
+    check_value(norm_eps >= 0, op, "norm_eps", "non-negative", norm_eps)
+    check_value(norm_weight is not None or norm_bias is None, op, "norm_bias", "None without norm_weight", norm_bias)
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("class_weight", class_weight)):
+        if vector is not None:
+            check_float(op, name, vector)
+            check_value(list(vector.shape) == [classes], op, name, f"[C]=[{classes}] to match centroids", vector)
+            check_device(op, name, vector, x)
+    scale = None
+    if isinstance(temperature, Tensor):
+        check_float(op, "temperature", temperature)
+        check_value(temperature.numel() == 1, op, "temperature", "a number or a tensor of one element", temperature)
+        scale, temperature = temperature.reshape(()).reciprocal(), 1.0
+    else:
+        check_dtype(isinstance(temperature, (int, float)), op, "temperature", "a number or a tensor of one element", temperature)
+        check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
+    tensors = (x, centroids, flat, norm_weight, norm_bias, scale, None if class_weight is None else class_weight.detach())
+    options = (metric, float(norm_eps), float(temperature), ignore_index, float(label_smoothing), reduction)
+    if pick(op, x, backend) == "reference":
+        check_label_range(op, flat, classes, ignore_index)
+        loss, prediction, own = reference.centroid_cross_entropy(*tensors, *options)
+    else:
+        loss, prediction, own = native.centroid_cross_entropy(*tensors, *options)
+    return CentroidLoss(like_pixels(x, loss) if reduction == "none" else loss, like_pixels(x, prediction), own)
+
+
+def subcentroid_cross_entropy(
+    x: Tensor,
+    centroids: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy over all C*K similarities, the pixel-prototype contrast (ProtoSeg, PPC).
+
+    Args:
+        x: features [N,D] or [B,D,H,W]; float32, float64, float16 or bfloat16.
+        centroids: [C,K,D].
+        target: [N] or [B,H,W], any integer dtype: ``c*K + k``, or `ignore_index`.
+        temperature: divides the similarities <x,p>.
+        ignore_index: target of pixels left out; outside [0,C*K).
+        reduction: ``mean``, ``sum`` or ``none``.
+        backend: ``auto`` or ``reference`` (its own kernel is still to come: [N,C*K] is in memory).
+
+    Returns:
+        Scalar, or [N] / [B,H,W] for ``none``; float64 if an input is float64, else float32. Differentiable in x and centroids.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype or option, or a target outside [0,C*K) other than `ignore_index`.
+    """
+    op = "subcentroid_cross_entropy"
+    check_pixels(op, x)
+    classes, k = check_centroids(op, x, centroids)
+    flat = check_labels(op, x, target, "target")
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_ignore_index(op, ignore_index, classes * k)
+    check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
+    pick(op, x, backend)
+    check_label_range(op, flat, classes * k, ignore_index)
+    loss = reference.subcentroid_cross_entropy(x, centroids, flat, temperature, ignore_index, reduction)
+    return like_pixels(x, loss) if reduction == "none" else loss
+
+
+__all__ = [
+    "CentroidLoss",
+    "ClassScores",
+    "NearestCentroid",
+    "centroid_cross_entropy",
+    "centroid_distance",
+    "class_scores",
+    "nearest_centroid",
+    "subcentroid_cross_entropy",
+]

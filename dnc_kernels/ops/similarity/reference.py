@@ -1,0 +1,96 @@
+"""Plain torch: what the similarity kernels must equal. Any float dtype, any device, differentiable; [N,C,K] is materialised."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._common import compute_dtype, flat_pixels, full_precision
+
+
+def similarity(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
+    """[N,C,K]: <x,p>, <x,p>/(|x||p|) or -|x-p|^2, in the compute type."""
+    dtype = compute_dtype(x, centroids)
+    with full_precision(x):
+        pixels, rows = flat_pixels(x).to(dtype), centroids.to(dtype).flatten(0, 1)
+        if metric == "cosine":
+            pixels, rows = F.normalize(pixels, dim=1), F.normalize(rows, dim=1)
+        product = pixels @ rows.T
+        if metric == "sqeuclidean":
+            product = 2 * product - pixels.square().sum(1, keepdim=True) - rows.square().sum(1)
+    return product.view(-1, *centroids.shape[:2])
+
+
+def centroid_distance(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
+    """[N,C,K]: 1 - cosine, or |x-p|^2."""
+    s = similarity(x, centroids, metric)
+    return 1 - s if metric == "cosine" else -s
+
+
+def class_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores [N,C], winners [N,C] uint8, own-class similarities [N,K] (zero rows for labels outside [0,C))."""
+    s = similarity(x, centroids, metric)
+    scores, winner = s.max(2)
+    scores = scores + torch.where(_finite(scores), 0.0, float("nan"))[:, None]
+    own = None
+    if labels is not None:
+        valid = (labels >= 0) & (labels < centroids.shape[0])
+        own = s[torch.arange(len(labels), device=x.device), torch.where(valid, labels, 0)]
+        own = torch.where(valid[:, None], own, 0.0)
+    return scores, winner.to(torch.uint8), own
+
+
+def nearest_centroid(x: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Class [N], sub-centroid [N] and similarity [N] of the nearest sub-centroid of all."""
+    score, index = similarity(x, centroids, metric).flatten(1).max(1)
+    finite = score.isfinite()
+    label, sub = index // centroids.shape[1], index % centroids.shape[1]
+    return torch.where(finite, label, -1), torch.where(finite, sub, -1), torch.where(finite, score, float("nan"))
+
+
+def centroid_cross_entropy(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    class_weight: Tensor | None,
+    metric: str,
+    norm_eps: float,
+    temperature: float,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, prediction [N], own-class similarities [N,K]."""
+    logits, _, own = class_scores(x, centroids, torch.where(labels == ignore_index, -1, labels), metric)
+    assert own is not None
+    if norm_weight is not None:
+        bias = None if norm_bias is None else norm_bias.to(logits.dtype)
+        with full_precision(x):
+            logits = F.layer_norm(logits, logits.shape[1:], norm_weight.to(logits.dtype), bias, norm_eps)
+    logits = logits / temperature
+    if scale is not None:
+        logits = logits * scale.to(logits.dtype)
+    weight = None if class_weight is None else class_weight.to(logits.dtype)
+    with full_precision(x):
+        loss = F.cross_entropy(
+            logits, labels, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    prediction = torch.where(_finite(logits), logits.argmax(1), -1)
+    return loss, prediction, own.detach()
+
+
+def subcentroid_cross_entropy(
+    x: Tensor, centroids: Tensor, target: Tensor, temperature: float, ignore_index: int, reduction: str
+) -> Tensor:
+    """Cross-entropy over all C*K similarities."""
+    logits = similarity(x, centroids, "dot").flatten(1) / temperature
+    with full_precision(x):
+        return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    return scores.detach().isfinite().all(1)
