@@ -45,14 +45,16 @@ def keep_dtypes_under_autocast(op: Any) -> None:
     The kernels accumulate in fp32 whatever the input dtype, so a cast could only lose bits or copy a feature map.
     """
     overload = op._opoverload
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return overload(*args, **kwargs)
 
     for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(op._name.partition("::")[2], kernel, key)
+        _library.impl(op._name, kernel, key)
 
 
 def check_pixels(op: str, x: Tensor, argument: str = "x") -> tuple[int, int]:

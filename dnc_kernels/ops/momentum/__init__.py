@@ -44,7 +44,9 @@ def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int, *, backend: str 
     return ClusterSums(*native.cluster_sums(x.detach(), cluster, num_clusters))
 
 
-def apply_momentum_(centroids: Tensor, sums: Tensor, counts: Tensor, *, momentum: float = 0.999, backend: str | None = None) -> None:
+def apply_momentum_(
+    centroids: Tensor, sums: Tensor, counts: Tensor, *, momentum: float = 0.999, backend: str | None = None
+) -> None:
     """Move each sub-centroid that has pixels towards their normalised sum, in place, and renormalise it (DNC, eq. 8).
 
     ``p <- normalise(momentum * p + (1 - momentum) * normalise(sum))`` where ``counts > 0``. A sub-centroid without pixels keeps every
@@ -117,7 +119,9 @@ def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:
         op, "centroids", "a float32 or float64 tensor", centroids, "a 16-bit EMA would lose every update",
     )  # fmt: skip
     check_value(centroids.ndim in (2, 3) and centroids.numel() > 0, op, "centroids", "[C,K,D], not empty", centroids)
-    check_value(centroids.is_contiguous(), op, "centroids", "contiguous", f"strides {centroids.stride()}", "it is changed in place")
+    check_value(
+        centroids.is_contiguous(), op, "centroids", "contiguous", f"strides {centroids.stride()}", "it is changed in place"
+    )
     check_value(0 <= momentum <= 1, op, "momentum", "in [0,1]", momentum)
 
 

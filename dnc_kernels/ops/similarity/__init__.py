@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+
 from torch import Tensor
 
 from ...backends import pick
@@ -207,7 +208,9 @@ def centroid_cross_entropy(
         check_value(temperature.numel() == 1, op, "temperature", "a number or a tensor of one element", temperature)
         scale, temperature = temperature.reshape(()).reciprocal(), 1.0
     else:
-        check_dtype(isinstance(temperature, (int, float)), op, "temperature", "a number or a tensor of one element", temperature)
+        check_dtype(
+            isinstance(temperature, (int, float)), op, "temperature", "a number or a tensor of one element", temperature
+        )
         check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
     tensors = (x, centroids, flat, norm_weight, norm_bias, scale, None if class_weight is None else class_weight.detach())
     options = (metric, float(norm_eps), float(temperature), ignore_index, float(label_smoothing), reduction)
