@@ -95,10 +95,10 @@ PYBIND11_MODULE(_C, m) {
                            View own_similarity, int threads) {
     run(op, class_scores, ClassScores{x, centroids, labels, Metric(metric), distance, scores, winner, own_similarity, threads});
   });
-  m.def("class_scores_backward", [](View x, View centroids, View labels, int metric, View winner, View scores, View grad_scores,
-                                    View grad_own_similarity, View own_similarity, View grad_x, View grad_centroids, int threads) {
+  m.def("class_scores_backward", [](View x, View centroids, View labels, int metric, View winner, View grad_scores,
+                                    View grad_own_similarity, View grad_x, View grad_centroids, int threads) {
     run("class_scores", class_scores_backward,
-        ClassScoresBackward{x, centroids, labels, Metric(metric), winner, scores, grad_scores, grad_own_similarity, own_similarity,
+        ClassScoresBackward{x, centroids, labels, Metric(metric), winner, grad_scores, grad_own_similarity,
                             grad_x, grad_centroids, threads});
   });
   m.def("nearest_centroid", [](View x, View centroids, int metric, View label, View sub, View score, int threads) {

@@ -47,10 +47,10 @@ _CPU = {"cpu": Kernel("cpu")}
 
 #: Kernels of every op beside the reference, best first.
 KERNELS: dict[str, dict[str, Kernel]] = {
-    "centroid_distance": {},
-    "class_scores": {},
-    "nearest_centroid": {},
-    "centroid_cross_entropy": {},
+    "centroid_distance": _CPU,
+    "class_scores": _CPU,
+    "nearest_centroid": _CPU,
+    "centroid_cross_entropy": _CPU,
     "subcentroid_cross_entropy": {},
     "sinkhorn_assign": _CPU,
     "sinkhorn_plan": _CPU,

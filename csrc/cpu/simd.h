@@ -58,6 +58,8 @@ struct Vec<float> {
   DNC_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   DNC_INLINE float max() const { return _mm512_reduce_max_ps(v); }
   static DNC_INLINE unsigned bits(Mask m) { return m; }
+  // p[lane] = k where m
+  static DNC_INLINE void store_index(uint8_t* p, Mask m, uint8_t k) { _mm_mask_storeu_epi8(p, m, _mm_set1_epi8((char)k)); }
   static DNC_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   static DNC_INLINE Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n
 };
@@ -86,6 +88,7 @@ struct Vec<double> {
   DNC_INLINE double sum() const { return _mm512_reduce_add_pd(v); }
   DNC_INLINE double max() const { return _mm512_reduce_max_pd(v); }
   static DNC_INLINE unsigned bits(Mask m) { return m; }
+  static DNC_INLINE void store_index(uint8_t* p, Mask m, uint8_t k) { _mm_mask_storeu_epi8(p, m, _mm_set1_epi8((char)k)); }
 };
 
 #elif defined(DNC_ISA_AVX2)
@@ -124,6 +127,11 @@ struct Vec<float> {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
   }
   static DNC_INLINE unsigned bits(Mask m) { return (unsigned)_mm256_movemask_ps(m); }
+  static DNC_INLINE void store_index(uint8_t* p, Mask m, uint8_t k) {
+    const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(_mm256_castps_si256(m)), _mm256_extracti128_si256(_mm256_castps_si256(m), 1));
+    const __m128i byte = _mm_packs_epi16(w, w), old = _mm_loadl_epi64((const __m128i*)p);
+    _mm_storel_epi64((__m128i*)p, _mm_blendv_epi8(old, _mm_set1_epi8((char)k), byte));
+  }
   static DNC_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   // a * 2^n in two steps, so that n = 128 (a just below 1) and n = -126 stay exact
   static DNC_INLINE Vec scale2(Vec a, Vec n) {
@@ -165,6 +173,11 @@ struct Vec<double> {
     return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
   }
   static DNC_INLINE unsigned bits(Mask m) { return (unsigned)_mm256_movemask_pd(m); }
+  static DNC_INLINE void store_index(uint8_t* p, Mask m, uint8_t k) {
+    const unsigned b = bits(m);
+    for (int i = 0; i < lanes; i++)
+      if (b >> i & 1) p[i] = k;
+  }
 };
 
 #else  // portable: plain loops over a small array, vectorised by the compiler where it can
@@ -223,6 +236,9 @@ struct PortableVec {
     unsigned r = 0;
     for (int i = 0; i < lanes; i++) r |= unsigned(m.b[i]) << i;
     return r;
+  }
+  static DNC_INLINE void store_index(uint8_t* p, Mask m, uint8_t k) {
+    for (int i = 0; i < lanes; i++) p[i] = m.b[i] ? k : p[i];
   }
   static DNC_INLINE V round(V a) { return make([&](int i) { return std::nearbyint(a.v[i]); }); }
   // a * 2^n in two steps, so that n = 128 (a just below 1) and n = -126 stay exact; a NaN in n means a NaN in a

@@ -1,8 +1,250 @@
+// class_scores, its gradients, and nearest_centroid on the CPU.
+//
+//   scores[n,c] = max_k <x_n, p_ck> (or cosine, or -|x-p|^2); nearest = argmax over c and k
+//   reads x once [N,D], packed centroids once a tile from L2/L3; writes scores [N,C], winner u8 [N,C], own similarities [N,K]
+//   floors: 2*N*C*K*D flop at FMA peak; N*(D + C)*4 bytes. Compute-bound from D = 32 on.
+// Plan: similarity_panels.h. Threads take chunks of tiles. Deterministic for any thread count. Ties: the lowest k, the lowest c*K+k.
+// Reference: dnc_kernels/ops/similarity/reference.py.
 #include "dnc/similarity.h"
-#include "simd.h"
+
+#include <omp.h>
+
+#include "similarity_gradient.h"
+
 namespace dnc::cpu::DNC_ISA {
-Status class_scores(const ClassScores&) { return bad_argument("not built"); }
-Status class_scores_backward(const ClassScoresBackward&) { return bad_argument("not built"); }
-Status nearest_centroid(const NearestCentroid&) { return bad_argument("not built"); }
-Status centroid_cross_entropy(const CentroidCrossEntropy&) { return bad_argument("not built"); }
+namespace {
+
+Status out_of_memory() { return {Code::out_of_memory, 0, 0, "not enough memory"}; }
+
+template <class T>
+Status scores(const ClassScores& a) {
+  constexpr int L = Vec<T>::lanes;
+  const Pixels x(a.x), out(a.scores), win(a.winner ? a.winner : a.scores);
+  const int64_t N = x.N();
+  const PanelLayout<T> lay(a.centroids.size[0], a.centroids.size[1], x.D);
+  if (N == 0) return {};
+  Scratch panels(lay.bytes());
+  if (!panels.data) return out_of_memory();
+  pack_panels(lay, a.centroids, a.metric, panels.as<T>(), a.threads);
+  const bool own = bool(a.own_similarity), indexed = lay.K > 1;
+  const int rows = tile_rows(x.D, lay.width * (sizeof(T) + 1), N, sizeof(T)), blocks = rows / kRows;
+  const int64_t tiles = (N + rows - 1) / rows;
+  int failed = 0;
+#pragma omp parallel num_threads(a.threads) reduction(| : failed)
+  {
+    const size_t partial = partial_size(lay, blocks);
+    Scratch memory((size_t(rows) * (x.D + lay.width + 1 + lay.K) + partial) * sizeof(T) + size_t(rows) * (lay.width + sizeof(int64_t)));
+    failed = !memory.data;
+    T* tile = memory.as<T>();
+    T* best = tile + rows * x.D;
+    T* terms = best + rows * lay.width;
+    T* own_tile = terms + rows;
+    T* partials = own_tile + rows * lay.K;
+    int64_t* label = reinterpret_cast<int64_t*>(partials + partial);
+    uint8_t* winner = reinterpret_cast<uint8_t*>(label + rows);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < tiles; t++) {
+      if (failed) continue;
+      const int64_t n0 = t * rows;
+      const int n = int(min64(rows, N - n0)), used = (n + kRows - 1) / kRows;
+      pack_tile(x, n0, n, tile);
+      if (own)
+        for (int r = 0; r < used * kRows; r++) {
+          const int64_t y = r < n ? a.labels.as<int64_t>()[n0 + r] : -1;
+          label[r] = y >= 0 && y < lay.C ? y : -1;
+          if (label[r] < 0) std::memset(own_tile + r * lay.K, 0, lay.K * sizeof(T));
+        }
+      ClassMax<T> take{lay, best, indexed ? winner : nullptr, own ? label : nullptr, own_tile};
+      sweep(lay, panels.as<T>(), tile, used, partials, take);
+      take.finish(n);
+      if (a.metric != Metric::dot) row_terms(tile, x.D, n, a.metric, terms);
+      for (int r = 0; r < n; r++) {
+        T* s = best + r * lay.width;
+        bool finite = true;
+        for (int64_t c = 0; c < lay.C; c++) {
+          if (a.metric != Metric::dot) s[c] = finish_similarity(s[c], terms[r], a.metric);
+          finite &= std::isfinite(s[c]);
+          if (a.distance) s[c] = a.metric == Metric::cosine ? 1 - s[c] : -s[c];
+        }
+        if (!finite) {
+          for (int64_t c = 0; c < lay.C; c++) s[c] = NAN;
+          if (indexed) std::memset(winner + r * lay.width, 0, lay.width);
+        }
+        if (own && label[r] >= 0)
+          for (int64_t k = 0; k < lay.K; k++) {
+            T& v = own_tile[r * lay.K + k];
+            v = a.metric == Metric::dot ? v : finish_similarity(v, terms[r], a.metric);
+          }
+      }
+      store_tile(out, n0, n, best, lay.width);
+      if (own) std::memcpy(a.own_similarity.as<T>() + n0 * lay.K, own_tile, size_t(n) * lay.K * sizeof(T));
+      if (a.winner) {
+        if (!indexed) std::memset(winner, 0, size_t(rows) * lay.width);
+        for (int r = 0; r < n; r++) {
+          uint8_t* w = reinterpret_cast<uint8_t*>(win.data) + win.offset(n0 + r);
+          for (int64_t c = 0; c < lay.C; c++) w[c * win.sd] = winner[r * lay.width + c];
+        }
+      }
+    }
+  }
+  static_assert(L <= 64);
+  return failed ? out_of_memory() : Status{};
 }
+
+template <class T>
+Status scores_backward(const ClassScoresBackward& a) {
+  const Pixels x(a.x), win(a.winner);
+  const int64_t N = x.N();
+  const PanelLayout<T> lay(a.centroids.size[0], a.centroids.size[1], x.D);
+  const bool to_centroids = bool(a.grad_centroids), own = bool(a.grad_own_similarity), indexed = lay.K > 1;
+  CentroidRows<T> centroids(a.centroids, a.metric, a.threads);
+  const int rows = tile_rows(2 * x.D, lay.width * (sizeof(T) + 1), N > 0 ? N : 1, sizeof(T));
+  const int64_t tiles = (N + rows - 1) / rows, part = to_centroids ? CentroidGradient<T>::size(lay) : 0;
+  const int64_t chunks = chunk_count(tiles, part * sizeof(T));
+  Scratch parts(part * chunks * sizeof(T));
+  if (!centroids.rows || !parts.data) return out_of_memory();
+  int failed = 0;
+#pragma omp parallel num_threads(a.threads) reduction(| : failed)
+  {
+    Scratch memory(size_t(rows) * (2 * x.D + lay.width + 1 + lay.K) * sizeof(T) + size_t(rows) * (lay.width + sizeof(int64_t)));
+    failed = !memory.data;
+    T* tile = memory.as<T>();
+    T* gradient = tile + rows * x.D;
+    T* g = gradient + rows * x.D;
+    T* terms = g + rows * lay.width;
+    T* own_g = terms + rows;
+    int64_t* label = reinterpret_cast<int64_t*>(own_g + rows * lay.K);
+    uint8_t* winner = reinterpret_cast<uint8_t*>(label + rows);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      if (failed) continue;
+      T* sums = parts.as<T>() + chunk * part;
+      if (to_centroids) std::memset(sums, 0, part * sizeof(T));
+      for (int64_t t = chunk * tiles / chunks; t < (chunk + 1) * tiles / chunks; t++) {
+        const int64_t n0 = t * rows;
+        const int n = int(min64(rows, N - n0));
+        if (a.grad_scores)
+          load_tile(Pixels(a.grad_scores), n0, n, g, lay.width);
+        else
+          std::memset(g, 0, size_t(n) * lay.width * sizeof(T));
+        for (int r = 0; r < n; r++) {
+          const uint8_t* w = reinterpret_cast<const uint8_t*>(win.data) + win.offset(n0 + r);
+          for (int64_t c = 0; c < lay.C; c++) winner[r * lay.width + c] = w[c * win.sd];
+          if (!own) continue;
+          const int64_t y = a.labels.as<int64_t>()[n0 + r];
+          label[r] = y >= 0 && y < lay.C ? y : -1;
+          for (int64_t k = 0; k < lay.K; k++) own_g[r * lay.K + k] = a.grad_own_similarity.as<T>()[(n0 + r) * lay.K + k];
+        }
+        const TileGradient<T> tg{lay, n, g, indexed ? winner : nullptr, own ? own_g : nullptr, label};
+        if (to_centroids || a.metric != Metric::dot) {
+          load_tile(x, n0, n, tile, x.D);
+          if (a.metric == Metric::cosine)
+            for (int r = 0; r < n; r++) {
+              T square = 0;
+              for (int64_t d = 0; d < x.D; d++) square += tile[r * x.D + d] * tile[r * x.D + d];
+              terms[r] = 1 / (std::sqrt(square) > T(1e-12) ? std::sqrt(square) : T(1e-12));
+            }
+        }
+        if (a.grad_x) {
+          gather(tg, centroids.rows, gradient);
+          finish_pixel_gradient(tg, a.metric, tile, terms, gradient);
+          store_tile(Pixels(a.grad_x), n0, n, gradient, x.D);
+        }
+        if (to_centroids) CentroidGradient<T>(lay, sums).add(tg, a.metric, tile, terms);
+      }
+    }
+  }
+  if (failed) return out_of_memory();
+  if (to_centroids)
+    CentroidGradient<T>::reduce(lay, parts.as<T>(), chunks, a.centroids, a.metric, a.grad_centroids.as<T>(), a.threads);
+  return {};
+}
+
+// Takes the best panel of every lane; with K = 1 and all sub-centroids as classes, lane l of panel j is sub-centroid j*L + l.
+template <class T>
+struct LaneMax {
+  using V = Vec<T>;
+  static constexpr int L = V::lanes;
+  T* best;   // [rows][L]
+  T* panel;  // [rows][L], as T: exact far beyond any number of panels
+  DNC_INLINE void operator()(int b, int64_t j, const Vec<T> (&acc)[kRows]) {
+    const V index = V::splat(T(j));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r++) {
+      const int64_t at = (int64_t(b) * kRows + r) * L;
+      if (j == 0) {
+        acc[r].store(best + at);
+        index.store(panel + at);
+      } else {
+        const V old = V::load(best + at);
+        const auto better = gt(acc[r], old);
+        V::select(better, acc[r], old).store(best + at);
+        V::select(better, index, V::load(panel + at)).store(panel + at);
+      }
+    }
+  }
+};
+
+template <class T>
+Status nearest(const NearestCentroid& a) {
+  constexpr int L = Vec<T>::lanes;
+  const Pixels x(a.x);
+  const int64_t N = x.N(), K = a.centroids.size[1], M = a.centroids.size[0] * K;
+  const PanelLayout<T> lay(M, 1, x.D);
+  if (N == 0) return {};
+  Scratch panels(lay.bytes());
+  if (!panels.data) return out_of_memory();
+  pack_panels(lay, a.centroids, a.metric, panels.as<T>(), a.threads);
+  const int rows = tile_rows(x.D, 2 * L * sizeof(T), N, sizeof(T)), blocks = rows / kRows;
+  const int64_t tiles = (N + rows - 1) / rows;
+  int failed = 0;
+#pragma omp parallel num_threads(a.threads) reduction(| : failed)
+  {
+    Scratch memory((size_t(rows) * (x.D + 2 * L + 1) + partial_size(lay, blocks)) * sizeof(T));
+    failed = !memory.data;
+    T* tile = memory.as<T>();
+    LaneMax<T> take{tile + rows * x.D, tile + rows * (x.D + L)};
+    T* terms = tile + rows * (x.D + 2 * L);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < tiles; t++) {
+      if (failed) continue;
+      const int64_t n0 = t * rows;
+      const int n = int(min64(rows, N - n0)), used = (n + kRows - 1) / kRows;
+      pack_tile(x, n0, n, tile);
+      sweep(lay, panels.as<T>(), tile, used, terms + rows, take);
+      if (a.metric != Metric::dot) row_terms(tile, x.D, n, a.metric, terms);
+      for (int r = 0; r < n; r++) {
+        const T* best = take.best + r * L;
+        const T* panel = take.panel + r * L;
+        T top = best[0];
+        int64_t m = int64_t(panel[0]) * L;
+        for (int l = 1; l < L; l++) {
+          const int64_t candidate = int64_t(panel[l]) * L + l;
+          if (best[l] > top || (best[l] == top && candidate < m)) top = best[l], m = candidate;
+        }
+        const T score = finish_similarity(top, terms[r], a.metric);
+        const bool finite = std::isfinite(score);
+        a.label.as<int64_t>()[n0 + r] = finite ? m / K : -1;
+        a.sub.as<int64_t>()[n0 + r] = finite ? m % K : -1;
+        a.score.as<T>()[n0 + r] = finite ? score : T(NAN);
+      }
+    }
+  }
+  return failed ? out_of_memory() : Status{};
+}
+
+}  // namespace
+
+Status class_scores(const ClassScores& a) {
+  if (a.own_similarity && !a.labels) return bad_argument("own_similarity needs labels");
+  return a.scores.dtype == DType::float64 ? scores<double>(a) : scores<float>(a);
+}
+Status class_scores_backward(const ClassScoresBackward& a) {
+  const bool wide = a.x.dtype == DType::float64 || a.centroids.dtype == DType::float64;
+  return wide ? scores_backward<double>(a) : scores_backward<float>(a);
+}
+Status nearest_centroid(const NearestCentroid& a) {
+  return a.score.dtype == DType::float64 ? nearest<double>(a) : nearest<float>(a);
+}
+
+}  // namespace dnc::cpu::DNC_ISA

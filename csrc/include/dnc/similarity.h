@@ -24,10 +24,8 @@ struct ClassScoresBackward {
   View x, centroids, labels;
   Metric metric = Metric::dot;
   View winner;                 // as written by class_scores
-  View scores;                 // as written by class_scores; read for cosine only
   View grad_scores;            // optional, the shape of scores, any strides
   View grad_own_similarity;    // optional [N,K] contiguous
-  View own_similarity;         // read for cosine only
   View grad_x;                 // out, optional, x's shape and dtype, any strides
   View grad_centroids;         // out, optional [C,K,D] of the compute type, contiguous
   int threads = 1;

@@ -1,0 +1,221 @@
+// The backward half that class_scores and centroid_cross_entropy share. Only the winner of a class carries its gradient, so a pixel
+// gathers C rows of centroids and not C*K, and scatters C rows into their gradient.
+#pragma once
+#include "similarity_panels.h"
+
+namespace dnc::cpu::DNC_ISA {
+namespace {
+
+// Sub-centroids as rows [C*K][D] of T, scaled as the packed panels are. Points into the caller's memory where nothing changes.
+template <class T>
+struct CentroidRows {
+  Scratch copy;
+  const T* rows;
+  CentroidRows(const View& centroids, Metric metric, int threads)
+      : copy(metric == Metric::dot && centroids.dtype == own_dtype() ? 0 : size_t(centroids.numel()) * sizeof(T)), rows(nullptr) {
+    if (!copy.data) return;
+    const int64_t M = centroids.size[0] * centroids.size[1], D = centroids.size[2];
+    if (metric == Metric::dot && centroids.dtype == own_dtype()) {
+      rows = centroids.as<T>();
+      return;
+    }
+    T* out = copy.as<T>();
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t m = 0; m < M; m++)
+      visit(centroids.dtype, [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        const S* p = centroids.as<S>() + m * D;
+        const T factor = T(metric == Metric::cosine ? 1 / length(p, D) : metric == Metric::sqeuclidean ? 2 : 1);
+        for (int64_t d = 0; d < D; d++) out[m * D + d] = factor * read<T>(p + d);
+      });
+    rows = out;
+  }
+  static constexpr DType own_dtype() { return sizeof(T) == 8 ? DType::float64 : DType::float32; }
+  template <class S>
+  static double length(const S* p, int64_t D) {
+    double square = 0;
+    for (int64_t d = 0; d < D; d++) {
+      const double v = read<T>(p + d);
+      square += v * v;
+    }
+    const double l = std::sqrt(square);
+    return l > 1e-12 ? l : 1e-12;
+  }
+};
+
+// Gradients of a tile's scores: g[rows][width], winner[rows][width] (nullptr: K = 1), and optionally own_g[rows][K] for rows with a label.
+template <class T>
+struct TileGradient {
+  const PanelLayout<T>& lay;
+  int rows;
+  const T* g;
+  const uint8_t* winner;
+  const T* own_g;         // optional
+  const int64_t* label;   // with own_g
+  DNC_INLINE int64_t centroid(int64_t r, int64_t c) const { return c * lay.K + (winner ? winner[r * lay.width + c] : 0); }
+};
+
+// out[r][d0 .. d0+NV*L) += sum over classes c0..c1 of g[r][c] * rows[winner][d]
+template <int NV, class T>
+DNC_INLINE void gather_block(const TileGradient<T>& t, const T* rows, int64_t c0, int64_t c1, int64_t d0, bool first, T* out) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  for (int64_t r = 0; r < t.rows; r++) {
+    T* o = out + r * t.lay.D + d0;
+    V acc[NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; i++) acc[i] = first ? V::splat(0) : V::load(o + i * L);
+    for (int64_t c = c0; c < c1; c++) {
+      const V g = V::splat(t.g[r * t.lay.width + c]);
+      const T* p = rows + t.centroid(r, c) * t.lay.D + d0;
+#pragma GCC unroll 16
+      for (int i = 0; i < NV; i++) acc[i] = fma(g, V::load(p + i * L), acc[i]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; i++) acc[i].store(o + i * L);
+  }
+}
+
+// out[rows][D] = sum over classes of g * winning centroid (+ own_g * own centroids). Classes go in blocks whose sub-centroids' channels
+// fit in L1, since every pixel of the tile picks among them.
+template <class T>
+void gather(const TileGradient<T>& t, const T* rows, T* out) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes, NV = 8;
+  const int64_t D = t.lay.D, C = t.lay.C, K = t.lay.K;
+  const int64_t step = max64(4, (32 << 10) / (K * NV * L * int64_t(sizeof(T))));
+  for (int64_t c0 = 0; c0 < C; c0 += step) {
+    const int64_t c1 = min64(c0 + step, C);
+    int64_t d = 0;
+    for (; d + NV * L <= D; d += NV * L) gather_block<NV>(t, rows, c0, c1, d, c0 == 0, out);
+    for (; d + 2 * L <= D; d += 2 * L) gather_block<2>(t, rows, c0, c1, d, c0 == 0, out);
+    for (; d + L <= D; d += L) gather_block<1>(t, rows, c0, c1, d, c0 == 0, out);
+    for (; d < D; d++)
+      for (int64_t r = 0; r < t.rows; r++) {
+        T a = c0 == 0 ? T(0) : out[r * D + d];
+        for (int64_t c = c0; c < c1; c++) a += t.g[r * t.lay.width + c] * rows[t.centroid(r, c) * D + d];
+        out[r * D + d] = a;
+      }
+  }
+  if (!t.own_g) return;
+  for (int64_t r = 0; r < t.rows; r++) {
+    if (t.label[r] < 0) continue;
+    for (int64_t k = 0; k < K; k++) {
+      const T g = t.own_g[r * K + k];
+      const T* p = rows + (t.label[r] * K + k) * D;
+      for (int64_t d = 0; d < D; d++) out[r * D + d] += g * p[d];
+    }
+  }
+}
+
+// Sum of all score gradients of a row: what -|x|^2 receives.
+template <class T>
+T total_gradient(const TileGradient<T>& t, int64_t r) {
+  T s = 0;
+  for (int64_t c = 0; c < t.lay.C; c++) s += t.g[r * t.lay.width + c];
+  if (t.own_g && t.label[r] >= 0)
+    for (int64_t k = 0; k < t.lay.K; k++) s += t.own_g[r * t.lay.K + k];
+  return s;
+}
+
+// From u = sum g q to the gradient of x, in place. cosine: (u - xn <xn,u>) / |x| with xn = x/|x|; sqeuclidean: u - 2 x sum(g).
+template <class T>
+void finish_pixel_gradient(const TileGradient<T>& t, Metric metric, const T* x, const T* terms, T* u) {
+  const int64_t D = t.lay.D;
+  if (metric == Metric::dot) return;
+  for (int64_t r = 0; r < t.rows; r++) {
+    T* o = u + r * D;
+    const T* v = x + r * D;
+    if (metric == Metric::cosine) {
+      const T inverse = terms[r];
+      T along = 0;
+      for (int64_t d = 0; d < D; d++) along += v[d] * o[d];
+      along *= inverse * inverse;
+      if (inverse >= T(1e12)) along = 0;  // |x| was clamped: a constant
+      for (int64_t d = 0; d < D; d++) o[d] = (o[d] - along * v[d]) * inverse;
+    } else {
+      const T s = 2 * total_gradient(t, r);
+      for (int64_t d = 0; d < D; d++) o[d] -= s * v[d];
+    }
+  }
+}
+
+// Partial gradients of the sub-centroids: [M][D] of sum g * x (x/|x| for cosine, 2x for sqeuclidean) and [M] of sum g.
+template <class T>
+struct CentroidGradient {
+  T* sum;    // [M][D]
+  T* total;  // [M]
+  static size_t size(const PanelLayout<T>& lay) { return size_t(lay.C * lay.K) * (lay.D + 1); }
+  CentroidGradient(const PanelLayout<T>& lay, T* memory) : sum(memory), total(memory + lay.C * lay.K * lay.D) {}
+
+  void add(const TileGradient<T>& t, Metric metric, const T* x, const T* terms) const {
+    using V = Vec<T>;
+    constexpr int L = V::lanes;
+    const int64_t D = t.lay.D, K = t.lay.K;
+    // the same class blocks as gather: their rows of `sum` stay in cache while the tile goes by
+    const int64_t step = max64(1, (256 << 10) / (K * D * int64_t(sizeof(T))));
+    auto add_row = [&](int64_t m, T g, const T* v) {
+      T* o = sum + m * D;
+      const V gv = V::splat(g);
+      int64_t d = 0;
+      for (; d + L <= D; d += L) fma(gv, V::load(v + d), V::load(o + d)).store(o + d);
+      for (; d < D; d++) o[d] += g * v[d];
+      total[m] += g;
+    };
+    auto factor = [&](int64_t r) { return metric == Metric::cosine ? terms[r] : metric == Metric::sqeuclidean ? T(2) : T(1); };
+    for (int64_t c0 = 0; c0 < t.lay.C; c0 += step)
+      for (int64_t r = 0; r < t.rows; r++)
+        for (int64_t c = c0; c < min64(c0 + step, t.lay.C); c++) {
+          const T g = t.g[r * t.lay.width + c] * factor(r);
+          if (g != 0) add_row(t.centroid(r, c), g, x + r * D);
+        }
+    if (t.own_g)
+      for (int64_t r = 0; r < t.rows; r++)
+        if (t.label[r] >= 0)
+          for (int64_t k = 0; k < K; k++) add_row(t.label[r] * K + k, t.own_g[r * K + k] * factor(r), x + r * D);
+  }
+
+  // Sums `parts` partial gradients in order into out [M][D] and applies what depends on the centroid alone.
+  // cosine: (s - pn <pn,s>) / |p|; sqeuclidean: s - 2 p sum(g) (`total` there counts 2g).
+  static void reduce(const PanelLayout<T>& lay, const T* memory, int64_t parts, const View& centroids, Metric metric, T* out, int threads) {
+    const int64_t M = lay.C * lay.K, D = lay.D;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t m = 0; m < M; m++) {
+      T* o = out + m * D;
+      T total = 0;
+      for (int64_t d = 0; d < D; d++) o[d] = 0;
+      for (int64_t i = 0; i < parts; i++) {
+        const T* s = memory + i * int64_t(size(lay));
+        for (int64_t d = 0; d < D; d++) o[d] += s[m * D + d];
+        total += s[M * D + m];
+      }
+      if (metric == Metric::dot) continue;
+      visit(centroids.dtype, [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        const S* p = centroids.as<S>() + m * D;
+        if (metric == Metric::sqeuclidean) {
+          for (int64_t d = 0; d < D; d++) o[d] -= total * read<T>(p + d);
+          return;
+        }
+        const T inverse = T(1 / CentroidRows<T>::length(p, D));
+        T along = 0;
+        for (int64_t d = 0; d < D; d++) along += read<T>(p + d) * o[d];
+        along *= inverse * inverse;
+        if (inverse >= T(1e12)) along = 0;
+        for (int64_t d = 0; d < D; d++) o[d] = (o[d] - along * read<T>(p + d)) * inverse;
+      });
+    }
+  }
+};
+
+// Pixels are handled in a fixed number of chunks, whatever the number of threads, and partial sums are added in chunk order: results are
+// bit-equal for any thread count. Gradients of centroids need [M,D] a chunk, so there are fewer chunks then.
+constexpr int64_t kChunks = 64;
+DNC_INLINE int64_t chunk_count(int64_t tiles, size_t bytes_per_chunk) {
+  int64_t most = kChunks;
+  if (bytes_per_chunk) most = max64(2, min64(16, (64 << 20) / int64_t(bytes_per_chunk)));
+  return min64(most, tiles);
+}
+
+}  // namespace
+}  // namespace dnc::cpu::DNC_ISA
