@@ -55,7 +55,8 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_archs") = py::none();
 #endif
-  py::class_<View>(m, "View").def(py::init(&make_view)).def(py::init<>());
+  // dynamic attributes: Python hangs the tensor on its view, so that a temporary lives through the call
+  py::class_<View>(m, "View", py::dynamic_attr()).def(py::init(&make_view)).def(py::init<>());
   m.def("best_isa", [] { return int(best_isa()); });
   m.def("current_isa", [] { return int(current_isa()); });
   m.def("set_isa", [](int isa) { return set_isa(Isa(isa)); });

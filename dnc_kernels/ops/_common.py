@@ -31,7 +31,9 @@ def view(tensor: Tensor | None) -> Any:
     if tensor is None:
         return native().View()
     shape, stride = (tensor.shape, tensor.stride()) if tensor.ndim else ((1,), (1,))
-    return native().View(tensor.data_ptr(), _DTYPES[tensor.dtype], shape, stride)
+    made = native().View(tensor.data_ptr(), _DTYPES[tensor.dtype], shape, stride)
+    made.tensor = tensor  # a temporary must live until the kernel has run
+    return made
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
