@@ -6,6 +6,7 @@ Environment: DNC_KERNELS_BUILD=cpu|cuda|auto, DNC_KERNELS_CUDA_ARCHS="80-real;90
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def _mode() -> str:
 
 
 def _cuda_archs() -> str:
-    """Architectures as CMake writes them: 90a-real is SASS alone, 90a-virtual PTX alone, 90a both. Empty: CMakeLists.txt decides."""
+    """Architectures as CMake writes them: 90a-real is SASS alone, 90a-virtual PTX alone, 90a both. Empty: its default."""
     archs = [arch for arch in re.split(r"[;,\s]+", os.environ.get("DNC_KERNELS_CUDA_ARCHS", "")) if arch]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?|native", arch):
@@ -56,6 +57,11 @@ def _tool(name: str, folder: str) -> str:
     if candidate is None:
         raise SystemExit(f"{name} was not found; run `pip install {name}`")
     return candidate
+
+
+def _run(command: list[str]) -> None:
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(f"building the extension failed, see above: {shlex.join(command)}")
 
 
 class CMakeBuild(build_ext):
@@ -78,8 +84,8 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         define = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run([cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja", *define], check=True)
-        subprocess.run([cmake, "--build", str(work), "--target", "_C", "-j", str(_jobs())], check=True)
+        _run([cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja", *define])
+        _run([cmake, "--build", str(work), "--target", "_C", "-j", str(_jobs())])
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(work / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"), str(target))
