@@ -72,6 +72,7 @@ def _centroid_distance(d: Data) -> tuple[Tensor, ...]:
 def _class_scores(d: Data) -> tuple[Tensor, ...]:
     x = d.x.requires_grad_()
     scores, winner, own = ops.class_scores(x, d.centroids, d.labels)
+    assert own is not None  # for the type checker: labels were given
     return scores, winner, own, *_grad(scores.square().sum() + own.square().sum(), x)
 
 
