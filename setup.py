@@ -1,11 +1,16 @@
 """Drives CMake (the only build description) for `pip install .`, `build_ext --inplace` and editable installs.
 
-Environment: DNC_KERNELS_BUILD=cpu|cuda|auto, DNC_KERNELS_CUDA_ARCHS="80;90a", DNC_KERNELS_JOBS. torch is not needed.
+Environment: DNC_KERNELS_BUILD=cpu|cuda|auto, DNC_KERNELS_CUDA_ARCHS="80-real;90a-real", DNC_KERNELS_JOBS. torch is not needed.
 """
 
+import importlib
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,30 +31,64 @@ def _jobs() -> int:
     return max(1, min(cores, int(memory // 1.5e9)))
 
 
+def _mode() -> str:
+    mode = os.environ.get("DNC_KERNELS_BUILD") or "auto"
+    if mode not in ("cpu", "cuda", "auto"):
+        raise SystemExit(f"DNC_KERNELS_BUILD must be cpu, cuda or auto; got {mode!r}")
+    return mode
+
+
+def _cuda_archs() -> str:
+    """Architectures as CMake writes them: 90a-real is SASS alone, 90a-virtual PTX alone, 90a both. Empty: its default."""
+    archs = [arch for arch in re.split(r"[;,\s]+", os.environ.get("DNC_KERNELS_CUDA_ARCHS", "")) if arch]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?|native", arch):
+            raise SystemExit(f"DNC_KERNELS_CUDA_ARCHS must be like '80-real;90a-real;100'; got {arch!r}")
+    return ";".join(archs)
+
+
+def _tool(name: str, folder: str) -> str:
+    """The cmake or ninja that pip installed for this build, which an isolated build has to itself; else the one on PATH."""
+    try:
+        candidate = shutil.which(name, path=getattr(importlib.import_module(name), folder))
+    except (ImportError, AttributeError):
+        candidate = None
+    candidate = candidate or shutil.which(name)
+    if candidate is None:
+        raise SystemExit(f"{name} was not found; run `pip install {name}`")
+    return candidate
+
+
+def _run(command: list[str]) -> None:
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(f"building the extension failed, see above: {shlex.join(command)}")
+
+
 class CMakeBuild(build_ext):
     """Builds `_C` with CMake and Ninja and puts it where setuptools expects the extension."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        build = os.environ.get("DNC_KERNELS_BUILD", "auto")
-        if build not in ("cpu", "cuda", "auto"):
-            raise SystemExit(f"DNC_KERNELS_BUILD must be cpu, cuda or auto; got {build!r}")
-        work = Path(self.build_temp).resolve() / "cmake"  # below build/, so a second build is incremental
+        cmake = _tool("cmake", "CMAKE_BIN_DIR")
+        # one tree for wheels, editable installs and in-place builds of a Python: each finds the others' objects
+        work = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
+        # every path that an earlier, isolated build may have left in the cache is given anew
+        options = {
+            "DNC_PYTHON": "ON",
+            "DNC_BUILD": _mode(),
+            "DNC_CUDA_ARCHS": _cuda_archs(),
+            "CMAKE_MAKE_PROGRAM": _tool("ninja", "BIN_DIR"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        define = [f"-D{name}={value}" for name, value in options.items()]
+        _run([cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja", *define])
+        _run([cmake, "--build", str(work), "--target", "_C", "-j", str(_jobs())])
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        subprocess.run(
-            [
-                "cmake", "-S", str(ROOT), "-B", str(work), "-G", "Ninja", "-DDNC_PYTHON=ON", f"-DDNC_BUILD={build}",
-                f"-DDNC_CUDA_ARCHS={os.environ.get('DNC_KERNELS_CUDA_ARCHS', '')}",
-                f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            ],
-            check=True,
-        )  # fmt: skip
-        subprocess.run(["cmake", "--build", str(work), "--target", "_C", "-j", str(_jobs())], check=True)
-        built = next(work.glob("_C*.so"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(built), str(target))
+        self.copy_file(str(work / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"), str(target))
 
 
 setup(ext_modules=[Extension("dnc_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

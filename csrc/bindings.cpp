@@ -50,6 +50,7 @@ void run(const char* op, Status (*kernel)(const Args&), const Args& args) {
 
 PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = DNC_VERSION;
+  m.attr("compiler") = DNC_COMPILER;
 #if defined(DNC_CUDA_ARCHS)
   m.attr("cuda_archs") = DNC_CUDA_ARCHS;
 #else

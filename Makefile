@@ -1,0 +1,51 @@
+# Everything a developer runs. A fresh machine needs python3 (3.10 or later, with venv), make and a C++20 compiler; the rest,
+# CMake and Ninja included, comes from the package index into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHELL := /bin/bash
+
+.PHONY: help install demo test bench lint gpu-check clean
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1: /'
+
+# Installed anew when what is installed, or how, has changed.
+$(STAMP): pyproject.toml constraints.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+install: $(STAMP) ## set up .venv with the package (editable) and everything a developer needs
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: install ## train a DNC head on scenes of real digits, beside a softmax head; writes demo-out/
+	$(BIN)/python -m dnc_kernels demo
+
+WORKERS ?= 2
+test: install ## run the whole test suite (marked gpu: skipped without a GPU)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+bench: install ## compare the kernels with their baselines on this machine
+	$(BIN)/python -m benchmarks run
+
+lint: install ## ruff, clang-format and mypy; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+# For a GPU machine without network: no venv, no download. PYTHON must have torch, numpy, pytest, pybind11, cmake and ninja.
+GPU_ARCH = $(shell $(PYTHON) -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9) + "-real")')
+GPU_NAME = $(shell $(PYTHON) -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
+gpu-check: ## build in place for this GPU alone with PYTHON, run the tests marked gpu and the benchmarks, keep the rows
+	test -n "$(GPU_ARCH)"
+	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m dnc_kernels doctor
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks run --device cuda --out benchmarks/results/$(GPU_NAME)
+
+clean: ## remove builds, caches and .venv
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out
+	find dnc_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	rm -f dnc_kernels/_C*.so

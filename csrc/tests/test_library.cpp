@@ -1,0 +1,238 @@
+// The library without Python: every op family on small float32 arrays against loops in double, with each instruction set.
+// Also the example of how a C++ program calls it: fill an argument struct with views, look at the Status.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <vector>
+
+#include "dnc/common.h"
+#include "dnc/embedding.h"
+#include "dnc/momentum.h"
+#include "dnc/similarity.h"
+#include "dnc/sinkhorn.h"
+
+namespace {
+
+constexpr int64_t N = 203, C = 7, K = 3, D = 37, M = C * K;
+int failures = 0;
+
+dnc::View view(void* data, dnc::DType dtype, std::initializer_list<int64_t> size) {
+  dnc::View v;
+  v.data = data;
+  v.dtype = dtype;
+  for (int64_t s : size) v.size[v.ndim++] = s;
+  int64_t stride = 1;
+  for (int i = v.ndim - 1; i >= 0; i--) v.stride[i] = stride, stride *= v.size[i];
+  return v;
+}
+dnc::View view(std::vector<float>& a, std::initializer_list<int64_t> size) { return view(a.data(), dnc::DType::float32, size); }
+dnc::View view(std::vector<int64_t>& a, std::initializer_list<int64_t> size) { return view(a.data(), dnc::DType::int64, size); }
+
+void check(const char* what, dnc::Status s) {
+  if (s.ok()) return;
+  std::printf("FAIL %s: %s\n", what, s.what);
+  failures++;
+}
+// Passes below `bound`, which callers derive from the number of rounded terms; NaN fails.
+void check(const char* what, double error, double bound) {
+  if (error <= bound) return;
+  std::printf("FAIL %s: error %g > %g\n", what, error, bound);
+  failures++;
+}
+
+// worst = max(worst, error), where a NaN is the worst error of all (std::fmax would drop it).
+void grow(double& worst, double error) {
+  if (!(error <= worst)) worst = std::isnan(error) ? INFINITY : error;
+}
+
+std::vector<float> random(int64_t n, uint32_t seed) {
+  std::vector<float> a(n);
+  for (float& f : a) {
+    seed = seed * 1664525u + 1013904223u;
+    f = float(seed >> 8) / float(1 << 23) - 1;
+  }
+  return a;
+}
+
+double dot(const float* a, const float* b) {
+  double s = 0;
+  for (int64_t d = 0; d < D; d++) s += double(a[d]) * b[d];
+  return s;
+}
+
+// 37 products below 1, each rounded to 2^-24, and their sums.
+constexpr double kDotBound = 37 * 37 * 6e-8;
+
+void test_similarity(std::vector<float>& x, std::vector<float>& p) {
+  std::vector<float> scores(N * C), score(N);
+  std::vector<uint8_t> winner(N * C);
+  std::vector<int64_t> label(N), sub(N);
+  check("class_scores", dnc::class_scores({.x = view(x, {N, D}),
+                                           .centroids = view(p, {C, K, D}),
+                                           .scores = view(scores, {N, C}),
+                                           .winner = view(winner.data(), dnc::DType::uint8, {N, C})}));
+  check("nearest_centroid", dnc::nearest_centroid({.x = view(x, {N, D}),
+                                                   .centroids = view(p, {C, K, D}),
+                                                   .label = view(label, {N}),
+                                                   .sub = view(sub, {N}),
+                                                   .score = view(score, {N})}));
+  double error = 0, lost = 0, nearest = 0;
+  for (int64_t n = 0; n < N; n++) {
+    double best = -INFINITY;
+    for (int64_t c = 0; c < C; c++) {
+      double max = -INFINITY;
+      for (int64_t k = 0; k < K; k++) max = std::fmax(max, dot(&x[n * D], &p[(c * K + k) * D]));
+      grow(error, std::fabs(scores[n * C + c] - max));
+      const int64_t won = winner[n * C + c];
+      grow(lost, won < K ? max - dot(&x[n * D], &p[(c * K + won) * D]) : INFINITY);
+      best = std::fmax(best, max);
+    }
+    const bool in_range = label[n] >= 0 && label[n] < C && sub[n] >= 0 && sub[n] < K;
+    grow(nearest, in_range ? best - dot(&x[n * D], &p[(label[n] * K + sub[n]) * D]) : INFINITY);
+    grow(nearest, std::fabs(score[n] - best));
+  }
+  check("class_scores: scores", error, kDotBound);
+  check("class_scores: winner", lost, kDotBound);
+  check("nearest_centroid", nearest, kDotBound);
+}
+
+void test_cross_entropy(std::vector<float>& x, std::vector<float>& p, std::vector<int64_t>& labels) {
+  std::vector<float> loss(1);
+  check("centroid_cross_entropy", dnc::centroid_cross_entropy({.x = view(x, {N, D}),
+                                                               .centroids = view(p, {C, K, D}),
+                                                               .labels = view(labels, {N}),
+                                                               .temperature = 0.5,
+                                                               .loss = view(loss, {1})}));
+  double expected = 0;
+  for (int64_t n = 0; n < N; n++) {
+    double sum = 0, own = 0;
+    for (int64_t c = 0; c < C; c++) {
+      double max = -INFINITY;
+      for (int64_t k = 0; k < K; k++) max = std::fmax(max, dot(&x[n * D], &p[(c * K + k) * D]));
+      sum += std::exp(max / 0.5);
+      if (c == labels[n]) own = max / 0.5;
+    }
+    expected += (std::log(sum) - own) / N;
+  }
+  check("centroid_cross_entropy: loss", std::fabs(loss[0] - expected), 4 * kDotBound);
+  std::vector<int64_t> bad = labels;
+  bad[5] = C;
+  const dnc::Status s = dnc::centroid_cross_entropy(
+      {.x = view(x, {N, D}), .centroids = view(p, {C, K, D}), .labels = view(bad, {N}), .loss = view(loss, {1})});
+  check("centroid_cross_entropy: a label outside the classes is reported",
+        s.code == dnc::Code::bad_label && s.index == 5 && s.value == C ? 0 : 1, 0);
+}
+
+void test_sinkhorn(std::vector<float>& x, std::vector<float>& p) {
+  std::vector<float> similarity(N * K), plan(N * K);
+  std::vector<int64_t> assignment(N);
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t k = 0; k < K; k++) similarity[n * K + k] = float(0.1 * dot(&x[n * D], &p[k * D]));
+  check(
+      "sinkhorn",
+      dnc::sinkhorn({.similarity = view(similarity, {N, K}), .assignment = view(assignment, {N}), .plan = view(plan, {N, K})}));
+  std::vector<double> u(K), v(N);
+  for (int step = 0; step < 3; step++) {
+    for (int64_t k = 0; k < K; k++) {
+      double sum = 0;
+      for (int64_t n = 0; n < N; n++) sum += std::exp(similarity[n * K + k] / 0.05 + v[n]);
+      u[k] = -std::log(double(K)) - std::log(sum);
+    }
+    for (int64_t n = 0; n < N; n++) {
+      double sum = 0;
+      for (int64_t k = 0; k < K; k++) sum += std::exp(similarity[n * K + k] / 0.05 + u[k]);
+      v[n] = -std::log(double(N)) - std::log(sum);
+    }
+  }
+  double error = 0, wrong = 0;
+  for (int64_t n = 0; n < N; n++) {
+    for (int64_t k = 0; k < K; k++) {
+      const double expected = N * std::exp(similarity[n * K + k] / 0.05 + u[k] + v[n]);
+      grow(error, std::fabs(plan[n * K + k] - expected));
+      wrong += assignment[n] < 0 || assignment[n] >= K || plan[n * K + k] > plan[n * K + assignment[n]] + 1e-5f;
+    }
+  }
+  check("sinkhorn: plan", error, 2e-5);  // s / epsilon reaches 20, so its rounding alone is 20 * 2^-24 in the exponent
+  check("sinkhorn: assignment", wrong, 0);
+}
+
+void test_momentum(std::vector<float>& x, std::vector<float> p, std::vector<int64_t> cluster) {
+  cluster[3] = -1;
+  std::vector<float> sums(M * D);
+  std::vector<int64_t> counts(M);
+  check("cluster_sums",
+        dnc::cluster_sums(
+            {.x = view(x, {N, D}), .cluster = view(cluster, {N}), .sums = view(sums, {M, D}), .counts = view(counts, {M})}));
+  std::vector<double> expected(M * D);
+  std::vector<int64_t> count(M);
+  for (int64_t n = 0; n < N; n++) {
+    if (cluster[n] < 0) continue;
+    count[cluster[n]]++;
+    for (int64_t d = 0; d < D; d++) expected[cluster[n] * D + d] += x[n * D + d];
+  }
+  double error = 0;
+  for (int64_t i = 0; i < M * D; i++) grow(error, std::fabs(sums[i] - expected[i]));
+  check("cluster_sums: sums", error, N * 6e-8 * N);
+  check("cluster_sums: counts", counts == count ? 0 : 1, 0);
+
+  std::vector<float> updated = p;
+  check("apply_momentum",
+        dnc::apply_momentum(
+            {.centroids = view(updated, {M, D}), .sums = view(sums, {M, D}), .counts = view(counts, {M}), .momentum = 0.9}));
+  error = 0;
+  for (int64_t m = 0; m < M; m++) {
+    double length = 0, norm = 0;
+    for (int64_t d = 0; d < D; d++) length += expected[m * D + d] * expected[m * D + d];
+    std::vector<double> q(D);
+    for (int64_t d = 0; d < D; d++) {
+      q[d] = 0.9 * p[m * D + d] + 0.1 * expected[m * D + d] / std::sqrt(length);
+      norm += q[d] * q[d];
+    }
+    for (int64_t d = 0; d < D; d++) {
+      const double want = count[m] ? q[d] / std::sqrt(norm) : p[m * D + d];
+      grow(error, std::fabs(updated[m * D + d] - want));
+    }
+  }
+  check("apply_momentum", error, 2e-6);
+}
+
+void test_embedding(std::vector<float>& x) {
+  std::vector<float> y(N * D), mean(N), rstd(N), inverse_norm(N);
+  check("normalize_embedding", dnc::normalize_embedding({.x = view(x, {N, D}),
+                                                         .y = view(y, {N, D}),
+                                                         .mean = view(mean, {N}),
+                                                         .rstd = view(rstd, {N}),
+                                                         .inverse_norm = view(inverse_norm, {N})}));
+  double error = 0;
+  for (int64_t n = 0; n < N; n++) {
+    double average = 0, variance = 0;
+    for (int64_t d = 0; d < D; d++) average += double(x[n * D + d]) / D;
+    for (int64_t d = 0; d < D; d++) variance += (x[n * D + d] - average) * (x[n * D + d] - average) / D;
+    // |z|^2 = D * variance / (variance + eps), so eps cancels
+    for (int64_t d = 0; d < D; d++) grow(error, std::fabs(y[n * D + d] - (x[n * D + d] - average) / std::sqrt(variance * D)));
+  }
+  check("normalize_embedding", error, 2e-6);
+}
+
+}  // namespace
+
+int main() {
+  std::vector<float> x = random(N * D, 1), p = random(M * D, 2);
+  std::vector<int64_t> labels(N), cluster(N);
+  for (int64_t n = 0; n < N; n++) labels[n] = n * 5 % C, cluster[n] = n * 11 % (M - 1);  // the last sub-centroid stays empty
+  int tested = 0;
+  for (dnc::Isa isa : {dnc::Isa::portable, dnc::Isa::avx2, dnc::Isa::avx512}) {
+    if (!dnc::set_isa(isa)) continue;
+    const int before = failures;
+    test_similarity(x, p);
+    test_cross_entropy(x, p, labels);
+    test_sinkhorn(x, p);
+    test_momentum(x, p, cluster);
+    test_embedding(x);
+    std::printf("instruction set %d: %s\n", int(isa), failures == before ? "ok" : "failed");
+    tested++;
+  }
+  return failures == 0 && tested > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

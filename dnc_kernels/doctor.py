@@ -1,0 +1,305 @@
+"""What works here, what does not and why, and what to do: ``python -m dnc_kernels doctor``, or `check` from code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy
+import torch
+
+from . import __version__, backends
+from ._selftest import CASES, data, worst_error
+
+#: Largest error allowed by the self-test, relative to the largest element: 128 roundings of float32, for sums of 100 terms.
+BOUND = 128 * torch.finfo(torch.float32).eps
+OLDEST_TORCH = (2, 11)
+_REBUILD = "run `pip install .` in a checkout, or `python setup.py build_ext --inplace` for work in place"
+# what the instruction sets need, and what later kernels may use
+_CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong, and what to do about it. `serious`: results or the chosen backend are affected."""
+
+    what: str
+    fix: str
+    serious: bool = True
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """One op on one backend (and instruction set) in float32, compared with the float64 reference."""
+
+    op: str
+    backend: str
+    isa: str | None
+    error: float | None
+    failure: str = ""
+    proven: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ran and its error lies within `BOUND`."""
+        return self.error is not None and self.error <= BOUND
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the resolver picks for float32 tensors of a device, and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+    unproven: tuple[str, ...]
+
+
+@dataclass
+class Report:
+    """Everything the doctor looked at."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    processor: dict[str, str] = field(default_factory=dict)
+    cuda: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    backends: dict[str, str] = field(default_factory=dict)  # name -> why it cannot run, or ""
+    choices: list[Choice] = field(default_factory=list)
+    self_tests: list[SelfTest] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        """No serious problem."""
+        return not any(problem.serious for problem in self.problems)
+
+
+def check(*, self_test: bool = True) -> Report:
+    """Examine the installation, and compare every op with float64 unless `self_test` is False (it takes about a second)."""
+    report = Report()
+    _look_at_versions(report)
+    _look_at_processor(report)
+    _look_at_cuda(report)
+    report.environment = {name: value for name, value in sorted(os.environ.items()) if name.startswith("DNC_KERNELS_")}
+    _look_at_backends(report)
+    if self_test:
+        _run_self_tests(report)
+    return report
+
+
+def _look_at_versions(report: Report) -> None:
+    native = backends._native
+    report.versions = {
+        "dnc_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "compiler": getattr(native, "compiler", "unknown"),
+        "folder": str(Path(__file__).parent),
+    }
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
+        report.problems.append(
+            Problem(f"torch {torch.__version__} is older than {oldest}", f'run `pip install "torch>={oldest}"`')
+        )
+    try:
+        installed = metadata.version("dnc_kernels")
+    except metadata.PackageNotFoundError:
+        return  # a checkout on sys.path
+    if native is not None and installed != __version__:
+        what = f"the extension is version {__version__}, the installed package {installed}"
+        report.problems.append(Problem(what, _REBUILD))
+
+
+def _look_at_processor(report: Report) -> None:
+    name, flags = platform.processor() or platform.machine(), set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+    except OSError:  # not Linux
+        pass
+    report.processor = {
+        "name": name,
+        "features": " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "none of those the kernels use",
+        "threads": str(torch.get_num_threads()),
+    }
+    if backends._native is not None:
+        report.processor["instruction_sets"] = " ".join(backends.usable_isas())
+        report.processor["instruction_set_in_use"] = backends.cpu_isa()
+        if backends.cpu_isa() != backends.usable_isas()[-1]:
+            what = f"the CPU kernels use {backends.cpu_isa()}, though this processor runs {backends.usable_isas()[-1]}"
+            report.problems.append(Problem(what, "unset DNC_KERNELS_CPU_ISA, unless this is a test", serious=False))
+
+
+def _look_at_cuda(report: Report) -> None:
+    archs = getattr(backends._native, "cuda_archs", None)
+    report.cuda = {"archs_in_binary": archs or "none", "torch_cuda": torch.version.cuda or "none"}
+    if not torch.cuda.is_available():
+        return
+    major, minor = torch.cuda.get_device_capability()
+    report.cuda["device"] = torch.cuda.get_device_name()
+    report.cuda["capability"] = f"{major}.{minor}"
+    if backends._native is None:
+        return
+    if archs is None:
+        fix = "build with DNC_KERNELS_BUILD=cuda where nvcc is found"
+        report.problems.append(Problem("there is a GPU, but this build has no CUDA kernels", fix, serious=False))
+    elif not runs_on(archs, major, minor):
+        what = f"no CUDA code in this build runs on a GPU of capability {major}.{minor} (built for {archs})"
+        suffix = "a" if major >= 9 else ""
+        report.problems.append(Problem(what, f"build with DNC_KERNELS_CUDA_ARCHS={major}{minor}{suffix}-real"))
+
+
+def runs_on(archs: str, major: int, minor: int) -> bool:
+    """Whether a binary for `archs` (as CMake writes them, separated by spaces) has code for compute capability `major.minor`.
+
+    SASS runs on its own major version from its own minor on, with suffix a on exactly its own capability; PTX runs on anything
+    newer.
+    """
+    for arch in archs.split():
+        number, _, kind = arch.partition("-")
+        digits, suffix = number.rstrip("af"), number[len(number.rstrip("af")) :]
+        if not digits.isdigit():  # native: built here, for what is here
+            return True
+        built = divmod(int(digits), 10)
+        if built == (major, minor):
+            return True
+        if not suffix and built <= (major, minor) and (kind != "real" or built[0] == major):
+            return True
+    return False
+
+
+def _look_at_backends(report: Report) -> None:
+    names = [name for name in backends.BACKENDS if name != "auto"]
+    report.backends = {name: backends.unusable(name) for name in names}
+    if backends._native is None:
+        report.problems.append(Problem(backends.NATIVE_ERROR, _REBUILD))
+    choice = backends.chosen()
+    report.environment.setdefault("choice in force", choice)
+    if choice != "auto" and report.backends[choice]:
+        what = f"backend {choice!r} is chosen but cannot run: {report.backends[choice]}"
+        report.problems.append(Problem(what, "unset DNC_KERNELS_BACKEND, or leave the `use_backend` block"))
+    for op, kernels in backends.KERNELS.items():
+        for device in ("cpu", "cuda"):
+            found = backends.resolve(op, device, torch.float32)
+            here = {name: kernel for name, kernel in kernels.items() if kernel.device == device}
+            unproven = tuple(name for name, kernel in here.items() if not kernel.proven)
+            reason = found.reason if here else f"{op} has no kernel for {device} yet"
+            report.choices.append(Choice(op, device, found.backend, reason, unproven))
+
+
+def _run_self_tests(report: Report) -> None:
+    problem = data()
+    places: list[tuple[str, str | None, str]] = [("reference", None, "cpu")]
+    if not report.backends["cpu"]:
+        places += [("cpu", isa, "cpu") for isa in backends.usable_isas()]
+    if not report.backends["cuda"]:
+        places.append(("cuda", None, "cuda"))
+    for op, kernels in backends.KERNELS.items():
+        for backend, isa, device in places:
+            if backend != "reference" and backend not in kernels:
+                continue
+            error, failure = None, ""
+            try:
+                with backends.use_backend("reference"):
+                    expected = CASES[op](problem.to(torch.float64, "cpu"))
+                with backends.use_backend(backend), backends.use_isa(isa) if isa else nullcontext():
+                    error = worst_error(CASES[op](problem.to(torch.float32, device)), expected)
+            except Exception as raised:  # a doctor reports what it finds
+                failure = f"{type(raised).__name__}: {raised}"
+            proven = backend == "reference" or kernels[backend].proven
+            report.self_tests.append(SelfTest(op, backend, isa, error, failure, proven))
+    _judge(report)
+
+
+def _judge(report: Report) -> None:
+    """One problem for each op that failed in the self-test, with every place where it did."""
+    for op in dict.fromkeys(test.op for test in report.self_tests):
+        bad = [test for test in report.self_tests if test.op == op and not test.ok]
+        if not bad:
+            continue
+        where = ", ".join(f"{test.backend} {test.isa}" if test.isa else test.backend for test in bad)
+        found = bad[0].failure or f"error {bad[0].error:.2g} > {BOUND:.2g}"
+        fix = f"{_REBUILD}, then run the doctor again"
+        if all(test.backend != "reference" for test in bad):
+            fix += "; until it is healthy, DNC_KERNELS_BACKEND=reference gives right results"
+        serious = any(test.proven for test in bad)
+        report.problems.append(Problem(f"{op} fails the self-test on {where}: {found}", fix, serious))
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def text(report: Report) -> str:
+    """The report for people."""
+    lines: list[str] = []
+    for title, values in (
+        ("versions", report.versions),
+        ("processor", report.processor),
+        ("cuda", report.cuda),
+        ("environment", report.environment),
+    ):
+        lines += [title, *_table([[key, value] for key, value in values.items()]), ""]
+    lines += [
+        "backends",
+        *_table([[name, f"cannot run: {why}" if why else "usable"] for name, why in report.backends.items()]),
+        "",
+    ]
+    rows = [["op", "tensors on", "runs on", "because"]]
+    for choice in report.choices:
+        unproven = f" [unproven: {', '.join(choice.unproven)}]" if choice.unproven else ""
+        rows.append([choice.op, choice.device, choice.backend, choice.reason + unproven])
+    lines += ["what `auto` picks for float32", *_table(rows), ""]
+    if report.self_tests:
+        columns = list(dict.fromkeys((test.backend, test.isa) for test in report.self_tests))
+        found = {(test.op, test.backend, test.isa): test for test in report.self_tests}
+        rows = [["op", *(isa or backend for backend, isa in columns)]]
+        for op in dict.fromkeys(test.op for test in report.self_tests):
+            rows.append([op, *(_cell(found.get((op, *column))) for column in columns)])
+        lines += [f"self-test: largest error in float32 relative to float64 (allowed: {BOUND:.1e})", *_table(rows), ""]
+    lines.append(f"problems: {'none' if not report.problems else len(report.problems)}")
+    for problem in report.problems:
+        lines += [f"  {'PROBLEM' if problem.serious else 'note'}: {problem.what}", f"    what to do: {problem.fix}"]
+    return "\n".join(lines)
+
+
+def _cell(test: SelfTest | None) -> str:
+    if test is None:
+        return "-"
+    if test.error is None:
+        return "raises"
+    return f"{test.error:.1e}" + ("" if test.ok else " WRONG") + ("" if test.proven else " (unproven)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; 0 if healthy, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m dnc_kernels doctor", description=main.__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("--no-self-test", action="store_true", help="only look, run no kernel")
+    options = parser.parse_args(argv)
+    report = check(self_test=not options.no_self_test)
+    if options.json:
+        # JSON knows no infinity
+        tests = [{**asdict(t), "ok": t.ok, "error": None if t.error == float("inf") else t.error} for t in report.self_tests]
+        print(json.dumps({**asdict(report), "self_tests": tests, "healthy": report.healthy}, indent=2))
+    else:
+        print(text(report))
+    return 0 if report.healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
