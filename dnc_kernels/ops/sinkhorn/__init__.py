@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ def sinkhorn_assign(
     """Sub-centroid of each pixel by balanced clustering: the argmax of `sinkhorn_plan` (DNC, eq. 5-7), every group in one call.
 
     Args:
-        similarity: [N,K] of pixels and the K sub-centroids of their own group, any strides, read in place; float32, float64, float16
-            or bfloat16.
+        similarity: [N,K] of pixels and the K sub-centroids of their own group, any strides, read in place; float32, float64,
+            float16 or bfloat16.
         group: [N] (or any shape of N elements) integers: class of each pixel in [0,num_groups); negative leaves a pixel out.
         num_groups: G > 0. Groups may have any number of pixels, none included.
         epsilon: entropy weight, finite and > 0, in the unit of `similarity`; the plan stays finite however small it is.
@@ -35,11 +36,12 @@ def sinkhorn_assign(
         backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
 
     Returns:
-        [N] int64 in [0,K); -1 where `group` is negative or a similarity of the pixel is not finite (such a pixel does not count in its
-        group). Exact ties go to the lowest index; so does a group whose similarities are all equal. A group of one pixel has a uniform
-        plan, and gets its nearest sub-centroid. Not differentiable. Deterministic, and independent of the number of threads.
-        Extra memory on CPU: [N,K] and [N] floats of the compute type (float64 for float64, else float32), [N] int32, and at most
-        a quarter of [N,K] or one [G,K] (K rounded up to a vector).
+        [N] int64 in [0,K); -1 where `group` is negative or a similarity of the pixel is not finite (such a pixel does not count
+        in its group). Exact ties go to the lowest index; so does a group whose similarities are all equal. A group of one pixel
+        has a uniform plan, and gets its nearest sub-centroid. Not differentiable. Deterministic, and independent of the number
+        of threads. Extra memory on CPU: [N,K] floats of the compute type (float64 for float64, else float32), [N] int32, [N]
+        floats where the range of similarity/epsilon is above 50, and at most a quarter of [N,K] or one [G,K] (K rounded up to
+        a vector).
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or number, or a group >= num_groups.
@@ -47,12 +49,11 @@ def sinkhorn_assign(
     op = "sinkhorn_assign"
     check_integer(op, "group", group)
     flat, groups, limit = _check(op, similarity, group, num_groups, epsilon, iterations, tolerance)
-    assert flat is not None
     if pick(op, similarity, backend) == "reference":
-        _check_range(op, flat, groups)
+        _check_range(op, cast(Tensor, flat), groups)
         with torch.no_grad():
             return reference.sinkhorn(similarity, flat, groups, epsilon, iterations, limit).assignment
-    return native.sinkhorn_assign(similarity.detach(), flat, groups, epsilon, iterations, limit)
+    return native.sinkhorn_assign(similarity.detach(), cast(Tensor, flat), groups, epsilon, iterations, limit)
 
 
 def sinkhorn_plan(
@@ -67,23 +68,27 @@ def sinkhorn_plan(
 ) -> Tensor:
     """Soft assignment of each pixel: the entropic transport plan of its group, rows scaled to sum to 1 (DNC, eq. 5-7).
 
-    Per group of n pixels, from v = 0, T times: ``u[k] = -log K - logsumexp_n(s/epsilon + v)``, ``v[n] = -log n - logsumexp_k(s/epsilon + u)``;
-    then ``plan[n] = softmax_k(s[n]/epsilon + u)``. Equals the released linear-domain Sinkhorn where that does not overflow.
+    Per group of n pixels, from v = 0, T times: ``u[k] = -log K - logsumexp_n(s/epsilon + v)``, then
+    ``v[n] = -log n - logsumexp_k(s/epsilon + u)``; at the end ``plan[n] = softmax_k(s[n]/epsilon + u)``. It equals the released
+    linear-domain Sinkhorn where that does not overflow.
 
     Args:
         similarity: [N,K], any strides, read in place; float32, float64, float16 or bfloat16.
-        group: None: all pixels form one group. Else [N] (or any shape of N elements) integers in [0,num_groups); negative leaves a pixel out.
+        group: None: all pixels form one group. Else [N] (or any shape of N elements) integers in [0,num_groups); negative
+            leaves a pixel out.
         num_groups: G > 0, given exactly when `group` is.
         epsilon: entropy weight, finite and > 0, in the unit of `similarity`.
         iterations: T >= 0; 0: the plan is softmax(similarity/epsilon).
-        tolerance: None, or >= 0: a group stops once max_k |K * column sum - 1| <= tolerance, columns of total mass 1 after a pixel step.
+        tolerance: None, or >= 0: a group stops once max_k |K * column sum - 1| <= tolerance, for columns of total mass 1 after
+            a pixel step.
         backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
 
     Returns:
-        [N,K], float64 for float64 `similarity`, else float32. Rows sum to 1; zero where `group` is negative; NaN where a similarity of
-        the pixel is not finite (such a pixel does not count in its group, and gets no gradient). Differentiable in `similarity`, once,
-        through all steps taken. Deterministic, and independent of the number of threads. Extra memory on CPU: [N] int32 and one float,
-        [T+1,G,K], and at most a quarter of [N,K] or one [G,K] (K rounded up to a vector); the backward pass adds its result and the same.
+        [N,K], float64 for float64 `similarity`, else float32. Rows sum to 1; zero where `group` is negative; NaN where a
+        similarity of the pixel is not finite (such a pixel does not count in its group, and gets no gradient). Differentiable
+        in `similarity`, once, through all steps taken. Deterministic, and independent of the number of threads. Extra memory on
+        CPU beside the result: [N] int32, [N] floats where the range of similarity/epsilon is above 50, [T+1,G,K], and at most a
+        quarter of [N,K] or one [G,K] (K rounded up to a vector). The backward pass: its result, [N] int32, and the last again.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or number, or a group >= num_groups.

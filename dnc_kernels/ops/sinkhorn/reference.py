@@ -1,4 +1,4 @@
-"""Plain torch: what the Sinkhorn kernels must equal. Log domain, all groups at once, any float dtype and device, differentiable."""
+"""Plain torch: what the Sinkhorn kernels must equal. Log domain, all groups at once, any dtype and device, differentiable."""
 
 from __future__ import annotations
 
