@@ -6,5 +6,7 @@ from .momentum import *  # noqa: F403
 from .momentum import __all__ as _momentum
 from .similarity import *  # noqa: F403
 from .similarity import __all__ as _similarity
+from .sinkhorn import *  # noqa: F403
+from .sinkhorn import __all__ as _sinkhorn
 
-__all__ = [*_momentum, *_similarity]
+__all__ = [*_momentum, *_similarity, *_sinkhorn]
