@@ -2,9 +2,11 @@
 plain torch in ``reference``, the C++ kernels as torch ops in ``native``.
 """
 
+from .embedding import *  # noqa: F403
+from .embedding import __all__ as _embedding
 from .momentum import *  # noqa: F403
 from .momentum import __all__ as _momentum
 from .similarity import *  # noqa: F403
 from .similarity import __all__ as _similarity
 
-__all__ = [*_momentum, *_similarity]
+__all__ = [*_embedding, *_momentum, *_similarity]
