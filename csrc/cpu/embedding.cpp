@@ -2,15 +2,16 @@
 //
 //   xhat = (x - mean) * rstd,  z = xhat * weight + bias,  y = z / max(|z|, 1e-12)      over the D channels of a pixel
 //
-// Forward reads x once and writes y once (2*N*D elements, plus 3*N statistics); backward reads x and grad_y once and writes grad_x
-// once. A tile of pixels stays in cache between the passes over its channels. Two layouts:
-//   rows     channels lie side by side ([N,D], channels_last): vector lanes are channels, a pixel at a time, float32 and float64 in place.
-//   columns  anything else (NCHW): vector lanes are pixels. A tile [D][P] is staged in scratch memory, because the channels of a
+// Forward reads x once and writes y once (2*N*D elements, plus 3*N statistics); backward reads x and grad_y once and writes
+// grad_x once. A tile of pixels stays in cache between the passes over its channels. Two layouts:
+//   rows     channels lie side by side ([N,D], channels_last): vector lanes are channels, a pixel at a time, float32 and
+//   float64 in place. columns  anything else (NCHW): vector lanes are pixels. A tile [D][P] is staged in scratch memory,
+//   because the channels of a
 //            pixel lie a power of two apart so often that a cache could not hold them where they are.
-// Threads take chunks of pixels whose borders depend on N alone; the sums of grad_weight and grad_bias are kept per chunk and added in
-// order, so that every result is bit-equal for any number of threads.
-// The mean is taken in two passes and corrected by the mean of what is left, so an offset of the features costs no more than the
-// rounding of the mean itself. Reference: dnc_kernels/ops/embedding/reference.py.
+// Threads take chunks of pixels whose borders depend on N alone; the sums of grad_weight and grad_bias are kept per chunk and
+// added in order, so that every result is bit-equal for any number of threads. The mean is taken in two passes and corrected by
+// the mean of what is left, so an offset of the features costs no more than the rounding of the mean itself. Reference:
+// dnc_kernels/ops/embedding/reference.py.
 #include "dnc/embedding.h"
 
 #include <omp.h>
@@ -25,9 +26,10 @@ constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
 
-constexpr int64_t kRows = 16;        // pixels of a tile of rows: one cache line where another tensor is NCHW
-constexpr int kGroup = 2;            // vectors of pixels that a column kernel works on at a time
-constexpr int64_t kTile = 64;        // pixels of a tile of columns: whole cache lines also in 16 bits; multiple of every kGroup * lanes
+constexpr int64_t kRows = 16;  // pixels of a tile of rows: one cache line where another tensor is NCHW
+constexpr int kGroup = 2;      // vectors of pixels that a column kernel works on at a time
+constexpr int64_t kTile =
+    64;  // pixels of a tile of columns: whole cache lines also in 16 bits; multiple of every kGroup * lanes
 constexpr int64_t kTileBytes = 1 << 18;  // a tile of columns above this takes 32 pixels: it must stay in L2
 
 // Element (p,d) of a tile lies at p*tp + d*td. Copies `count` pixels from n0 on.
@@ -116,7 +118,8 @@ DNC_INLINE T inverse_length(T squares) {
   return length == 0 ? T(0) : T(1) / (length < T(1e-12) ? T(1e-12) : length);
 }
 
-// What a pixel's gradient needs beside its channels: dz = inv * g - along * z, and grad_x = rstd * (dz * w - level - xhat * slope).
+// What a pixel's gradient needs beside its channels: dz = inv * g - along * z, and grad_x = rstd * (dz * w - level - xhat *
+// slope).
 template <class T>
 struct Coefficients {
   T along, level, slope;
@@ -157,7 +160,8 @@ DNC_INLINE void forward_row(const T* x, T* y, int64_t D, const T* w, const T* b,
 
 // sums [2][D]: grad_weight and grad_bias of the chunk; null where neither is wanted.
 template <class T>
-DNC_INLINE void backward_row(const T* x, const T* g, T* gx, int64_t D, const T* w, const T* b, T mean, T rstd, T inverse_norm, T* sums) {
+DNC_INLINE void backward_row(const T* x, const T* g, T* gx, int64_t D, const T* w, const T* b, T mean, T rstd, T inverse_norm,
+                             T* sums) {
   using V = Vec<T>;
   const V m = V::splat(mean), r = V::splat(rstd), inv = V::splat(inverse_norm);
   V gz = V::splat(0), gw = gz, zw = gz, gwx = gz, zwx = gz;
@@ -250,7 +254,8 @@ void backward_columns(T* t, const T* g, int64_t ld, int64_t D, const T* w, const
     s[0][p] = k.along, s[1][p] = k.level, s[2][p] = k.slope;
   }
   V along[kGroup], level[kGroup], slope[kGroup];
-  for (int i = 0; i < kGroup; i++) along[i] = V::load(s[0] + i * L), level[i] = V::load(s[1] + i * L), slope[i] = V::load(s[2] + i * L);
+  for (int i = 0; i < kGroup; i++)
+    along[i] = V::load(s[0] + i * L), level[i] = V::load(s[1] + i * L), slope[i] = V::load(s[2] + i * L);
   for (int64_t d = 0; d < D; d++) {
     const V weight = V::splat(w[d]), bias = V::splat(b[d]);
     V to_weight = V::splat(0), to_bias = to_weight;
@@ -311,14 +316,16 @@ Status forward(const NormalizeEmbedding& a) {
         point_rows(in, x_in_place, x, n, count, tile);
         point_rows(out, y_in_place, y, n, count, tile + P * D);
         if (!x_in_place) load_tile<T, S>(tile, D, 1, x, n, count);
-        for (int64_t p = 0; p < count; p++) forward_row(in[p], out[p], D, w, b, eps, mean + n + p, rstd + n + p, inverse_norm + n + p);
+        for (int64_t p = 0; p < count; p++)
+          forward_row(in[p], out[p], D, w, b, eps, mean + n + p, rstd + n + p, inverse_norm + n + p);
         if (!y_in_place) store_tile<T, S>(tile + P * D, D, 1, y, n, count);
       } else {
         constexpr int64_t step = kGroup * Vec<T>::lanes;
         T stat[3][kTile];
         if (count < P) std::memset(tile, 0, P * D * sizeof(T));
         load_tile<T, S>(tile, 1, P, x, n, count);
-        for (int64_t p = 0; p < count; p += step) forward_columns(tile + p, P, D, w, b, eps, stat[0] + p, stat[1] + p, stat[2] + p);
+        for (int64_t p = 0; p < count; p += step)
+          forward_columns(tile + p, P, D, w, b, eps, stat[0] + p, stat[1] + p, stat[2] + p);
         std::memcpy(mean + n, stat[0], count * sizeof(T));
         std::memcpy(rstd + n, stat[1], count * sizeof(T));
         std::memcpy(inverse_norm + n, stat[2], count * sizeof(T));
@@ -406,11 +413,16 @@ Status backward(const NormalizeEmbeddingBackward& a) {
 Status normalize_embedding(const NormalizeEmbedding& a) {
   if (a.y.dtype != a.x.dtype) return bad_argument("y must have the dtype of x");
   switch (a.x.dtype) {
-    case DType::float32: return forward<float, float>(a);
-    case DType::float64: return forward<double, double>(a);
-    case DType::float16: return forward<float, Float16>(a);
-    case DType::bfloat16: return forward<float, BFloat16>(a);
-    default: return bad_argument("x must be float32, float64, float16 or bfloat16");
+    case DType::float32:
+      return forward<float, float>(a);
+    case DType::float64:
+      return forward<double, double>(a);
+    case DType::float16:
+      return forward<float, Float16>(a);
+    case DType::bfloat16:
+      return forward<float, BFloat16>(a);
+    default:
+      return bad_argument("x must be float32, float64, float16 or bfloat16");
   }
 }
 
@@ -418,11 +430,16 @@ Status normalize_embedding_backward(const NormalizeEmbeddingBackward& a) {
   if (a.grad_y.dtype != a.x.dtype || (a.grad_x && a.grad_x.dtype != a.x.dtype))
     return bad_argument("grad_y and grad_x must have the dtype of x");
   switch (a.x.dtype) {
-    case DType::float32: return backward<float, float>(a);
-    case DType::float64: return backward<double, double>(a);
-    case DType::float16: return backward<float, Float16>(a);
-    case DType::bfloat16: return backward<float, BFloat16>(a);
-    default: return bad_argument("x must be float32, float64, float16 or bfloat16");
+    case DType::float32:
+      return backward<float, float>(a);
+    case DType::float64:
+      return backward<double, double>(a);
+    case DType::float16:
+      return backward<float, Float16>(a);
+    case DType::bfloat16:
+      return backward<float, BFloat16>(a);
+    default:
+      return bad_argument("x must be float32, float64, float16 or bfloat16");
   }
 }
 

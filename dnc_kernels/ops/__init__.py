@@ -8,5 +8,7 @@ from .momentum import *  # noqa: F403
 from .momentum import __all__ as _momentum
 from .similarity import *  # noqa: F403
 from .similarity import __all__ as _similarity
+from .upsample import *  # noqa: F403
+from .upsample import __all__ as _upsample
 
-__all__ = [*_embedding, *_momentum, *_similarity]
+__all__ = [*_embedding, *_momentum, *_similarity, *_upsample]

@@ -17,8 +17,9 @@ def normalize_embedding(
 ) -> Tensor:
     """Unit-length LayerNorm of every pixel: ``z = (x - mean) / sqrt(var + eps) * weight + bias; y = z / max(|z|, 1e-12)``.
 
-    Equals ``F.normalize(F.layer_norm(x, [D], weight, bias, eps))`` over the channels; the variance is the biased one. A pixel with
-    ``z = 0`` has embedding 0 and gradient 0. A pixel with a NaN or Inf feature is NaN in all its channels; the others are unaffected.
+    Equals ``F.normalize(F.layer_norm(x, [D], weight, bias, eps))`` over the channels; the variance is the biased one. A pixel
+    with ``z = 0`` has embedding 0 and gradient 0. A pixel with a NaN or Inf feature is NaN in all its channels; the others are
+    unaffected.
 
     Args:
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
@@ -29,8 +30,8 @@ def normalize_embedding(
 
     Returns:
         The embedding in the shape, dtype and memory format of `x`, computed in float64 for float64 `x`, else in float32.
-        Differentiable once in `x`, `weight` and `bias` (the reference: any number of times). Deterministic, bit-equal for any number
-        of threads. Never synchronises. Keeps 3 numbers a pixel for the backward pass, and no copy of `x`.
+        Differentiable once in `x`, `weight` and `bias` (the reference: any number of times). Deterministic, bit-equal for any
+        number of threads. Never synchronises. Keeps 3 numbers a pixel for the backward pass, and no copy of `x`.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or eps.

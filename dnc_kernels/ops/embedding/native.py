@@ -12,7 +12,9 @@ from .._common import NAMESPACE, compute_dtype, keep_dtypes_under_autocast, view
 
 
 @torch.library.custom_op(f"{NAMESPACE}::normalize_embedding", mutates_args=(), device_types="cpu")
-def normalize_embedding(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def normalize_embedding(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Embedding in the shape, dtype and memory format of x; mean, rstd and inverse_norm [N] (csrc/cpu/embedding.cpp)."""
     y, mean, rstd, inverse_norm = _outputs(x)
     native().normalize_embedding(
@@ -49,7 +51,15 @@ def normalize_embedding_backward(
     grads = _gradients(x, need_x, need_weight, need_bias)
     wanted = (view(g if need else None) for g, need in zip(grads, (need_x, need_weight, need_bias), strict=True))
     native().normalize_embedding_backward(
-        view(x), view(weight), view(bias), view(mean), view(rstd), view(inverse_norm), view(grad_y), *wanted, torch.get_num_threads()
+        view(x),
+        view(weight),
+        view(bias),
+        view(mean),
+        view(rstd),
+        view(inverse_norm),
+        view(grad_y),
+        *wanted,
+        torch.get_num_threads(),
     )
     return grads
 
