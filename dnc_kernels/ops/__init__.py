@@ -2,11 +2,37 @@
 plain torch in ``reference``, the C++ kernels as torch ops in ``native``.
 """
 
-from .momentum import *  # noqa: F403
-from .momentum import __all__ as _momentum
-from .similarity import *  # noqa: F403
-from .similarity import __all__ as _similarity
-from .sinkhorn import *  # noqa: F403
-from .sinkhorn import __all__ as _sinkhorn
+from .embedding import normalize_embedding
+from .momentum import ClusterSums, apply_momentum_, cluster_sums, momentum_update_
+from .similarity import (
+    CentroidLoss,
+    ClassScores,
+    NearestCentroid,
+    centroid_cross_entropy,
+    centroid_distance,
+    class_scores,
+    nearest_centroid,
+    subcentroid_cross_entropy,
+)
+from .sinkhorn import sinkhorn_assign, sinkhorn_plan
+from .upsample import upsample_argmax, upsample_cross_entropy
 
-__all__ = [*_momentum, *_similarity, *_sinkhorn]
+__all__ = [
+    "CentroidLoss",
+    "ClassScores",
+    "ClusterSums",
+    "NearestCentroid",
+    "apply_momentum_",
+    "centroid_cross_entropy",
+    "centroid_distance",
+    "class_scores",
+    "cluster_sums",
+    "momentum_update_",
+    "nearest_centroid",
+    "normalize_embedding",
+    "sinkhorn_assign",
+    "sinkhorn_plan",
+    "subcentroid_cross_entropy",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+]

@@ -1,0 +1,59 @@
+"""The embedding of a pixel, l2_normalize(LayerNorm(x)), in one pass (family page: docs/embedding.md)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ...backends import pick
+from ...errors import check_device, check_float, check_value
+from .._common import check_pixels, compute_dtype
+from . import native, reference
+
+
+def normalize_embedding(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5, backend: str | None = None
+) -> Tensor:
+    """Unit-length LayerNorm of every pixel: ``z = (x - mean) / sqrt(var + eps) * weight + bias; y = z / max(|z|, 1e-12)``.
+
+    Equals ``F.normalize(F.layer_norm(x, [D], weight, bias, eps))`` over the channels; the variance is the biased one. A pixel
+    with ``z = 0`` has embedding 0 and gradient 0. A pixel with a NaN or Inf feature is NaN in all its channels; the others are
+    unaffected.
+
+    Args:
+        x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
+        weight: [D], any of these dtypes; None: 1.
+        bias: [D], any of these dtypes; None: 0.
+        eps: added to the variance; finite, not negative.
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+
+    Returns:
+        The embedding in the shape, dtype and memory format of `x`, computed in float64 for float64 `x`, else in float32.
+        Differentiable once in `x`, `weight` and `bias` (the reference: any number of times). Deterministic, bit-equal for any
+        number of threads. Never synchronises. Keeps 3 numbers a pixel for the backward pass, and no copy of `x`.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype or eps.
+    """
+    op = "normalize_embedding"
+    check_pixels(op, x)
+    check_value(math.isfinite(eps) and eps >= 0, op, "eps", "finite and not negative", eps)
+    weight, bias = _check_affine(op, "weight", weight, x), _check_affine(op, "bias", bias, x)
+    if pick(op, x, backend) == "reference":
+        return reference.normalize_embedding(x, weight, bias, eps)
+    return native.normalize_embedding(x, weight, bias, eps)[0]
+
+
+def _check_affine(op: str, argument: str, tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """Check an optional [D] parameter; return it contiguous in the compute dtype of `x`."""
+    if tensor is None:
+        return None
+    check_float(op, argument, tensor)
+    if tensor.ndim != 1 or tensor.shape[0] != x.shape[1]:  # the text is made on failure only: tracing it would fix the size
+        check_value(False, op, argument, f"[D]=[{x.shape[1]}] to match x", tensor)
+    check_device(op, argument, tensor, x)
+    return tensor.to(compute_dtype(x)).contiguous()
+
+
+__all__ = ["normalize_embedding"]

@@ -1,0 +1,109 @@
+"""The C++ embedding kernel as torch ops, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import native
+from .._common import NAMESPACE, compute_dtype, keep_dtypes_under_autocast, view
+
+
+@torch.library.custom_op(f"{NAMESPACE}::normalize_embedding", mutates_args=(), device_types="cpu")
+def normalize_embedding(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Embedding in the shape, dtype and memory format of x; mean, rstd and inverse_norm [N] (csrc/cpu/embedding.cpp)."""
+    y, mean, rstd, inverse_norm = _outputs(x)
+    native().normalize_embedding(
+        view(x), view(weight), view(bias), eps, view(y), view(mean), view(rstd), view(inverse_norm), torch.get_num_threads()
+    )
+    return y, mean, rstd, inverse_norm
+
+
+@normalize_embedding.register_fake
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(x)
+
+
+def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pixels = x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[2] * x.shape[3]
+    mean, rstd, inverse_norm = (x.new_empty(pixels, dtype=compute_dtype(x)) for _ in range(3))
+    return torch.empty_like(x), mean, rstd, inverse_norm
+
+
+@torch.library.custom_op(f"{NAMESPACE}::normalize_embedding_backward", mutates_args=(), device_types="cpu")
+def normalize_embedding_backward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    inverse_norm: Tensor,
+    grad_y: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_x like x, grad_weight and grad_bias [D]; one that is not needed has no elements (csrc/cpu/embedding.cpp)."""
+    grads = _gradients(x, need_x, need_weight, need_bias)
+    wanted = (view(g if need else None) for g, need in zip(grads, (need_x, need_weight, need_bias), strict=True))
+    native().normalize_embedding_backward(
+        view(x),
+        view(weight),
+        view(bias),
+        view(mean),
+        view(rstd),
+        view(inverse_norm),
+        view(grad_y),
+        *wanted,
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+@normalize_embedding_backward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    inverse_norm: Tensor,
+    grad_y: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(x, need_x, need_weight, need_bias)
+
+
+def _gradients(x: Tensor, need_x: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x)
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        x.new_empty(x.shape[1] if need_weight else 0, dtype=dtype),
+        x.new_empty(x.shape[1] if need_bias else 0, dtype=dtype),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _ = inputs
+    _, mean, rstd, inverse_norm = output
+    ctx.mark_non_differentiable(mean, rstd, inverse_norm)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, inverse_norm)
+
+
+def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    need = ctx.needs_input_grad[:3]
+    grads = normalize_embedding_backward(*ctx.saved_tensors, grad_y, *need)
+    grad_x, grad_weight, grad_bias = (g if n else None for g, n in zip(grads, need, strict=True))
+    return grad_x, grad_weight, grad_bias, None
+
+
+normalize_embedding.register_autograd(_backward, setup_context=_save)
+
+for _op in (normalize_embedding, normalize_embedding_backward):
+    keep_dtypes_under_autocast(_op)

@@ -1,0 +1,121 @@
+"""Cross-entropy and argmax of bilinearly upsampled scores (family page: docs/upsample.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...backends import pick
+from ...errors import check_device, check_dtype, check_float, check_integer, check_value
+from .._common import REDUCTIONS, check_choice, check_ignore_index, check_label_range, compute_dtype
+from . import reference
+
+
+def upsample_cross_entropy(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    align_corners: bool = False,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of scores that are bilinearly upsampled to the size of the labels.
+
+    Equals ``F.cross_entropy(F.interpolate(scores, labels.shape[1:], mode="bilinear", align_corners=...), labels, ...)``,
+    upsampled and summed in float32 (float64 for float64 `scores`). Sizes may also shrink; scores that have the labels' size are
+    used as they are.
+
+    Args:
+        scores: logits [B,C,h,w], any strides; float32, float64, float16 or bfloat16.
+        labels: [B,H,W], any integer dtype, in [0,C) or `ignore_index`.
+        align_corners: whether corner pixels (True) or corners of corner pixels (False) of both grids coincide.
+        class_weight: [C], not differentiated; None: 1. It also weights the mean, as in torch.
+        ignore_index: label of pixels to leave out; not a class. Their loss and gradient are exactly 0.
+        label_smoothing: share of the target that is spread over all classes, in [0,1].
+        reduction: ``mean`` (over the class weights of the pixels that are not ignored), ``sum`` or ``none``.
+        backend: ``auto`` or ``reference``, the only one so far; None: the choice in force.
+
+    Returns:
+        A scalar, or [B,H,W] for ``none``; float64 for float64 `scores`, else float32. Differentiable in `scores`. The mean over
+        no pixel is NaN, as in torch, and its gradient is exactly 0. The reference keeps [B,C,H,W] for the backward pass.
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype or option; `ignore_index` inside [0,C); on CPU outside torch.compile
+        also a label that is neither in [0,C) nor `ignore_index`.
+    """
+    op = "upsample_cross_entropy"
+    _check_scores(op, scores)
+    check_integer(op, "labels", labels)
+    if labels.ndim != 3 or labels.shape[0] != scores.shape[0]:
+        check_value(False, op, "labels", f"[B,H,W] with B={scores.shape[0]} to match scores", labels)
+    check_value(labels.shape[1] > 0 and labels.shape[2] > 0, op, "labels", "of at least one row and column", labels)
+    check_device(op, "labels", labels, scores, "scores")
+    classes = scores.shape[1]
+    if 0 <= ignore_index < classes:
+        check_ignore_index(op, ignore_index, classes)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_value(
+        math.isfinite(label_smoothing) and 0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing
+    )
+    if class_weight is not None:
+        check_float(op, "class_weight", class_weight)
+        if class_weight.ndim != 1 or class_weight.shape[0] != classes:
+            check_value(False, op, "class_weight", f"[C]=[{classes}] to match scores", class_weight)
+        check_device(op, "class_weight", class_weight, scores, "scores")
+        class_weight = class_weight.detach().to(compute_dtype(scores))
+    pick(op, scores, backend)
+    labels = labels.to(torch.int64)
+    check_label_range(op, labels, classes, ignore_index)
+    return reference.upsample_cross_entropy(
+        scores, labels, align_corners, class_weight, ignore_index, label_smoothing, reduction
+    )
+
+
+def upsample_argmax(
+    scores: Tensor, size: int | Sequence[int], *, align_corners: bool = False, backend: str | None = None
+) -> Tensor:
+    """Class of the highest score at every pixel of the bilinearly upsampled scores.
+
+    Args:
+        scores: [B,C,h,w], any strides; float32, float64, float16 or bfloat16.
+        size: (H, W), or one number for both.
+        align_corners: whether corner pixels (True) or corners of corner pixels (False) of both grids coincide.
+        backend: ``auto`` or ``reference``, the only one so far; None: the choice in force.
+
+    Returns:
+        [B,H,W] int64, the lowest class where upsampled scores tie; as in torch, NaN counts as the highest. Not differentiable.
+        Outside torch.compile one [C,H,W] exists at a time.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or size.
+    """
+    op = "upsample_argmax"
+    _check_scores(op, scores)
+    pick(op, scores, backend)
+    return reference.upsample_argmax(scores.detach(), _check_size(op, size), align_corners)
+
+
+def _check_scores(op: str, scores: Tensor) -> None:
+    check_float(op, "scores", scores)
+    check_value(scores.ndim == 4, op, "scores", "[B,C,h,w]", scores)
+    check_value(
+        scores.shape[1] > 0 and scores.shape[2] > 0 and scores.shape[3] > 0,
+        op, "scores", "of at least one class, row and column", scores,
+    )  # fmt: skip
+
+
+def _check_size(op: str, size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    ok = isinstance(pair, (tuple, list)) and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    check_dtype(ok, op, "size", "an integer or a pair (H, W) of integers", size)
+    check_value(len(pair) == 2 and pair[0] > 0 and pair[1] > 0, op, "size", "one or two positive integers", size)
+    return pair[0], pair[1]
+
+
+__all__ = ["upsample_argmax", "upsample_cross_entropy"]
