@@ -1,0 +1,25 @@
+"""Layers on the ops: a segmentation head, a classifier, their sub-centroids and memory (page: docs/layer.md)."""
+
+from ._base import DNCLoss
+from .classifier import DNCClassifier
+from .explain import Nearest, NearestSamples, nearest_samples
+from .head import DNCHead
+from .loading import Loaded, load_released_state_dict
+from .memory import FeatureMemory, Memory
+from .recipes import RECIPES
+from .subcentroids import SubCentroids
+
+__all__ = [
+    "RECIPES",
+    "DNCClassifier",
+    "DNCHead",
+    "DNCLoss",
+    "FeatureMemory",
+    "Loaded",
+    "Memory",
+    "Nearest",
+    "NearestSamples",
+    "SubCentroids",
+    "load_released_state_dict",
+    "nearest_samples",
+]

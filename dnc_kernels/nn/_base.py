@@ -1,0 +1,199 @@
+"""What the segmentation head and the classifier share: embedding, logits, the contrast losses, the books of a training step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import check_device, check_dtype, check_integer, check_value
+from ..ops._common import check_choice, check_ignore_index, full_precision
+from .recipes import recipe_options
+from .subcentroids import SubCentroids
+
+SCORES = ("norm", "temperature", "scale")
+
+
+class DNCLoss(NamedTuple):
+    """Loss of a head and its parts, all 0-d tensors; only `loss` is meant for backward."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    ppc: Tensor
+    ppd: Tensor
+    accuracy: Tensor
+
+
+class CentroidModel(SubCentroids):
+    """Embedding, sub-centroids and logits of a head. Use `DNCHead` or `DNCClassifier`.
+
+    A head is its sub-centroids (it derives from them), so that the state dict has the released names and no hook renames
+    anything.
+    """
+
+    class_weight: Tensor | None
+    class_counts: Tensor
+    nonfinite_pixels: Tensor
+    bad_labels: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        num_subcentroids: int,
+        *,
+        recipe: str | None,
+        ignore_index: int,
+        class_weight: Tensor | list[float] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        options: dict[str, Any],
+        **fixed: Any,
+    ) -> None:
+        op = type(self).__name__
+        chosen = recipe_options(op, recipe, **options)
+        own = {key: chosen.pop(key) for key in (*_OWN_OPTIONS,)}
+        super().__init__(num_classes, num_subcentroids, channels, **chosen, **fixed, device=device, dtype=dtype)
+        check_ignore_index(op, ignore_index, num_classes)
+        check_choice(op, "scores", own["scores"], SCORES)
+        for name in ("temperature", "scale", "ppc_temperature"):
+            check_value(0 < own[name] < math.inf, op, name, "positive and finite", own[name])
+        for name in ("ppc_weight", "ppd_weight"):
+            check_value(0 <= own[name] < math.inf, op, name, "non-negative and finite", own[name])
+        check_value(0 <= own["label_smoothing"] <= 1, op, "label_smoothing", "in [0,1]", own["label_smoothing"])
+        self.ignore_index, self.recipe, self.scores, self.temperature = ignore_index, recipe, own["scores"], own["temperature"]
+        self.ppc_weight, self.ppd_weight, self.ppc_temperature = own["ppc_weight"], own["ppd_weight"], own["ppc_temperature"]
+        self.label_smoothing = own["label_smoothing"]
+        self.feat_norm = nn.LayerNorm(channels, device=device, dtype=dtype)
+        if self.scores == "norm":
+            self.mask_norm = nn.LayerNorm(num_classes, device=device, dtype=dtype)
+        if self.scores == "scale":
+            self.logit_scale = nn.Parameter(torch.full((), math.log(own["scale"]), device=device, dtype=dtype))
+        weight = None if class_weight is None else torch.as_tensor(class_weight, dtype=torch.float32, device=device)
+        if weight is not None:
+            check_value(list(weight.shape) == [num_classes], op, "class_weight", f"[C]=[{num_classes}]", weight)
+            check_value(bool((weight >= 0).all()), op, "class_weight", "non-negative", str(weight.tolist()))
+        self.register_buffer("class_weight", weight, persistent=False)
+        count = {"dtype": torch.int64, "device": device}
+        self.register_buffer("class_counts", torch.zeros(num_classes, **count), persistent=False)  # type: ignore[arg-type]
+        self.register_buffer("nonfinite_pixels", torch.zeros((), **count), persistent=False)  # type: ignore[arg-type]
+        self.register_buffer("bad_labels", torch.zeros((), **count), persistent=False)  # type: ignore[arg-type]
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Unit-length embedding ``l2_normalize(LayerNorm(features))``, in the shape and dtype of the features."""
+        return ops.normalize_embedding(features, self.feat_norm.weight, self.feat_norm.bias, eps=self.feat_norm.eps)
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Logits of class scores [N,C] or [B,C,h,w]: LayerNorm over the classes, or scores over a temperature."""
+        if self.scores != "norm":
+            return scores / self.logit_temperature().to(scores.dtype) if self.scores == "scale" else scores / self.temperature
+        norm = self.mask_norm
+        weight, bias = norm.weight.to(scores.dtype), norm.bias.to(scores.dtype)
+        with full_precision(scores):
+            return F.layer_norm(scores.movedim(1, -1), norm.normalized_shape, weight, bias, norm.eps).movedim(-1, 1)
+
+    def logit_temperature(self) -> Tensor | float:
+        """What the scores are divided by: a number, or the 0-d tensor ``exp(-logit_scale)`` of a learnable scale; 1 for the norm."""
+        if self.scores == "scale":
+            return (-self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))).exp()
+        return self.temperature if self.scores == "temperature" else 1.0
+
+    def _fused_cross_entropy(self, e: Tensor, p: Tensor, labels: Tensor) -> ops.CentroidLoss:
+        """Sum of the cross-entropies at the pixels of `e`; labels of -1 left out."""
+        norm: dict[str, Any] = {}
+        if self.scores == "norm":
+            norm = {"norm_weight": self.mask_norm.weight, "norm_bias": self.mask_norm.bias, "norm_eps": self.mask_norm.eps}
+        return ops.centroid_cross_entropy(
+            e, p, labels, **norm, temperature=self.logit_temperature(), class_weight=self.class_weight, ignore_index=-1,
+            label_smoothing=self.label_smoothing, reduction="sum",
+        )  # fmt: skip
+
+    def _mean(self, total: Tensor, labels: Tensor) -> Tensor:
+        """`total` over the class weights of the labelled pixels; zero, not NaN, without any."""
+        if self.class_weight is None:
+            return total / (labels >= 0).sum().clamp(min=1)
+        weight = torch.where(labels >= 0, self.class_weight[labels.clamp(min=0)], 0).sum()
+        return total / torch.where(weight > 0, weight, 1)
+
+    def _contrast(self, e: Tensor, p: Tensor, target: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """PPC and PPD (ProtoSeg, eq. 11 and 12) over the pixels that have a target [N]; zeros where their weight is 0."""
+        count = (target >= 0).sum().clamp(min=1)
+        zero = own.new_zeros(())
+        ppc = ppd = zero
+        if self.ppc_weight:
+            total = ops.subcentroid_cross_entropy(
+                e, p, target.view(e.shape[0], *e.shape[2:]), temperature=self.ppc_temperature, ignore_index=-1, reduction="sum"
+            )
+            ppc = total / count
+        if self.ppd_weight:
+            similarity = own if own.requires_grad else _WithGradient.apply(own, e, p, target)
+            towards = similarity.gather(1, (target.clamp(min=0) % self.num_subcentroids)[:, None])[:, 0]
+            ppd = torch.where(target >= 0, (1 - towards).square(), 0).sum() / count
+        return ppc, ppd
+
+    def _weighted(self, cross_entropy: Tensor, ppc: Tensor, ppd: Tensor) -> Tensor:
+        loss = cross_entropy
+        if self.ppc_weight:
+            loss = loss + self.ppc_weight * ppc
+        return loss + self.ppd_weight * ppd if self.ppd_weight else loss
+
+    def _tally(self, labels: Tensor, finite: Tensor, wrong: Tensor) -> Tensor:
+        """[C+2] int64: pixels of each class, pixels with a non-finite feature, wrong labels."""
+        classes = labels.new_zeros(self.num_classes + 1)
+        classes.index_add_(0, torch.where(labels >= 0, labels, self.num_classes), torch.ones_like(labels))
+        return torch.cat([classes[:-1], (~finite).sum()[None], wrong[None]])
+
+    def _write_down(self, tally: Tensor) -> None:
+        self.class_counts.copy_(tally[: self.num_classes])
+        self.nonfinite_pixels.add_(tally[self.num_classes])
+        self.bad_labels.add_(tally[self.num_classes + 1])
+
+
+_OWN_OPTIONS = ("scores", "temperature", "scale", "ppc_weight", "ppc_temperature", "ppd_weight", "label_smoothing")
+
+
+def check_labels(op: str, labels: Tensor, shape: list[int], features: Tensor) -> None:
+    """Check that labels are integers of `shape` on the device of the features."""
+    check_integer(op, "labels", labels)
+    fix = "drop the channel axis with labels[:, 0]" if labels.ndim == 4 else ""
+    ok = labels.ndim == len(shape) and all(e in (-1, s) for e, s in zip(shape, labels.shape, strict=True))
+    expected = "[" + ",".join("HW"[max(0, i - 1)] if e < 0 else str(e) for i, e in enumerate(shape)) + "]"
+    check_value(ok, op, "labels", f"{expected} to match features", labels, fix)
+    check_device(op, "labels", labels, features, "features")
+
+
+def check_features(op: str, features: Tensor, ndim: int, channels: int) -> None:
+    """Check float features [N,D] or [B,D,h,w] of a given number of channels."""
+    check_dtype(isinstance(features, Tensor) and features.is_floating_point(), op, "features", "a float tensor", features)
+    expected = f"[N,{channels}]" if ndim == 2 else f"[B,{channels},h,w]"
+    check_value(features.ndim == ndim and features.shape[1] == channels, op, "features", expected, features)
+
+
+class _WithGradient(torch.autograd.Function):
+    """Own-class similarities that a fused pass has computed, with the gradient of those to the target sub-centroid only.
+
+    Forward costs nothing and [N,D] exists in backward alone. The sub-centroids get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, e: Tensor, p: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(p, target)
+        ctx.like = e.shape, e.dtype
+        return own.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        p, target = ctx.saved_tensors
+        shape, dtype = ctx.like
+        scale = torch.where(target >= 0, grad.gather(1, (target.clamp(min=0) % p.shape[1])[:, None])[:, 0], 0)
+        rows = (p.flatten(0, 1)[target.clamp(min=0)] * scale[:, None]).to(dtype)
+        if len(shape) == 4:
+            rows = rows.view(shape[0], shape[2], shape[3], shape[1]).movedim(-1, 1)
+        return None, rows, None, None
+
+
+__all__ = ["CentroidModel", "DNCLoss", "check_features", "check_labels"]

@@ -1,0 +1,47 @@
+"""Labels of a head: checks, and the label map at the size of the features."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..errors import check_value
+
+#: Check label values on CUDA too, at the price of a host sync.
+DEBUG = os.environ.get("DNC_KERNELS_DEBUG", "") == "1"
+
+
+def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Labels as int64 with -1 for pixels to leave out, and how many were wrong (0-d int64).
+
+    A label outside [0,C) other than `ignore_index` raises ValueError where its value can be read without a sync (on CPU,
+    outside torch.compile) or under DNC_KERNELS_DEBUG=1; elsewhere it counts as wrong and is left out.
+    """
+    labels = labels.to(torch.int64)
+    ignored = labels == ignore_index
+    inside = (labels >= 0) & (labels < num_classes)
+    wrong = (~inside & ~ignored).sum()
+    if not torch.compiler.is_compiling() and (DEBUG or labels.device.type == "cpu") and wrong:
+        index = int((~inside & ~ignored).flatten().nonzero()[0])
+        check_value(
+            False, op, "labels", f"in [0,{num_classes}) or ignore_index {ignore_index}",
+            f"{int(labels.flatten()[index])} at pixel {index}", "set ignore_index, or num_classes",
+        )  # fmt: skip
+    return torch.where(inside, labels, -1), wrong
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Label map [B,H,W] at `size`: the pixels that `F.interpolate(mode="nearest")` picks, without a float copy."""
+    height, width = labels.shape[1:]
+    if (height, width) == tuple(size):
+        return labels
+    rows, columns = (_nearest(source, target, labels.device) for source, target in ((height, size[0]), (width, size[1])))
+    return labels[:, rows[:, None], columns]
+
+
+def _nearest(source: int, target: int, device: torch.device) -> Tensor:
+    # torch multiplies in fp32 by a scale rounded to fp32; integer arithmetic picks other pixels at some sizes, such as 2 to 82
+    scale = torch.full((), source, dtype=torch.float32, device=device) / target
+    return (torch.arange(target, dtype=torch.float32, device=device) * scale).to(torch.int64).clamp(max=source - 1)

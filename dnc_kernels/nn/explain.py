@@ -1,0 +1,138 @@
+"""Which real training samples a sub-centroid stands for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import check_integer, check_value
+from ..ops._common import check_pixels
+from .subcentroids import SubCentroids
+
+
+class Nearest(NamedTuple):
+    """The samples nearest to each sub-centroid, nearest first; -1, -1 and -Inf where there are fewer."""
+
+    sample: Tensor
+    pixel: Tensor
+    similarity: Tensor
+
+
+class NearestSamples:
+    """Keeps, batch after batch, the training samples that each sub-centroid is most like, so that a decision shows as "like
+    these".
+
+    Selection rule (the paper shows such samples, its code was not released): for sub-centroid k of class c, the samples
+    labelled c with the largest cosine to it, ties to the earlier one. Of an image only its best pixel counts, or a sub-centroid
+    would show one spot many times. With `nearest_only` a pixel counts for its nearest own sub-centroid alone, so no pixel
+    explains two of them. Samples whose features are not finite never count.
+
+    Args:
+        sub_centroids: a `SubCentroids`, `DNCHead` or `DNCClassifier`; its sub-centroids at construction time are the ones
+            explained.
+        count: samples to keep of each sub-centroid.
+        nearest_only: see above.
+
+    Memory: 3 * C*K*count numbers, and for a batch [N,K] similarities and a few of their size.
+    """
+
+    def __init__(self, sub_centroids: SubCentroids, count: int = 8, *, nearest_only: bool = False) -> None:
+        check_value(isinstance(count, int) and count > 0, "NearestSamples", "count", "a positive integer", count)
+        self.prototypes = sub_centroids.prototypes.detach().clone()
+        self.count, self.nearest_only = count, nearest_only
+        classes, k, _ = self.prototypes.shape
+        device = self.prototypes.device
+        self._similarity = torch.full((classes, k, count), -torch.inf, dtype=self.prototypes.dtype, device=device)
+        self._sample = torch.full((classes, k, count), -1, dtype=torch.int64, device=device)
+        self._pixel = self._sample.clone()
+        self._seen = 0
+
+    @torch.no_grad()
+    def add(self, embedding: Tensor, labels: Tensor, samples: Tensor | None = None) -> None:
+        """Consider a batch.
+
+        Args:
+            embedding: [N,D] samples or [B,D,h,w] images, as `head.embed` gives them.
+            labels: [N] or [B,h,w] integers at the size of the embedding; outside [0,C): left out.
+            samples: [N] or [B] int64 number of each sample; None: numbered in the order of their coming.
+        """
+        op = "NearestSamples"
+        classes, k, _ = self.prototypes.shape
+        pixels, _ = check_pixels(op, embedding, "embedding")
+        check_integer(op, "labels", labels)
+        check_value(labels.numel() == pixels, op, "labels", f"[N]=[{pixels}] to match embedding", labels)
+        batch = embedding.shape[0]
+        if samples is None:
+            samples = torch.arange(self._seen, self._seen + batch, device=embedding.device)
+        check_value(list(samples.shape) == [batch], op, "samples", f"[{batch}]", samples)
+        self._seen += batch
+        if pixels == 0:
+            return
+        labels = labels.reshape(-1).to(torch.int64)
+        own = ops.class_scores(embedding, self.prototypes, labels.view(batch, *embedding.shape[2:])).own_similarity
+        assert own is not None
+        keep = (labels >= 0) & (labels < classes) & own.isfinite().all(1)
+        value = torch.where(keep[:, None], own.to(self._similarity.dtype), -torch.inf)
+        if self.nearest_only:
+            nearest = torch.nn.functional.one_hot(value.argmax(1), k).bool()
+            value = torch.where(nearest, value, -torch.inf)
+        group = torch.where(keep, labels, 0)
+        size = pixels // batch
+        where = torch.arange(pixels, device=value.device)
+        if size > 1:
+            value, group, where = _best_of_each_image(value, group, batch, classes)
+        else:
+            where = where[:, None].expand(-1, k)
+        self._merge(value, group, samples[where // size], where % size)
+
+    def _merge(self, value: Tensor, group: Tensor, sample: Tensor, pixel: Tensor) -> None:
+        """Merge candidate rows (value, sample, pixel [R,K], group [R]) into the lists."""
+        classes, k, count = self._similarity.shape
+        # by class, then by similarity: two stable sorts, all sub-centroids at once
+        order = value.argsort(dim=0, descending=True, stable=True)
+        order = order.gather(0, group[order].argsort(dim=0, stable=True))
+        sorted_group = group[order]
+        sizes = torch.zeros(classes, dtype=torch.int64, device=group.device).index_add_(0, group, torch.ones_like(group))
+        rank = torch.arange(len(group), device=group.device)[:, None] - (sizes.cumsum(0) - sizes)[sorted_group]
+        # what ranks behind `count` goes to a slot that is dropped
+        slot = torch.where(
+            rank < count, (sorted_group * k + torch.arange(k, device=group.device)) * count + rank, classes * k * count
+        )
+        lists = []
+        for held, new, empty in (
+            (self._similarity, value, -torch.inf), (self._sample, sample, -1), (self._pixel, pixel, -1),
+        ):  # fmt: skip
+            fresh = torch.full((classes * k * count + 1,), empty, dtype=held.dtype, device=held.device)
+            fresh[slot.flatten()] = new.gather(0, order).flatten()
+            lists.append(torch.cat([held, fresh[:-1].view_as(held)], dim=2))
+        best = lists[0].argsort(dim=2, descending=True, stable=True)[..., :count]
+        self._similarity, self._sample, self._pixel = (values.gather(2, best) for values in lists)
+        none = self._similarity == -torch.inf
+        self._sample, self._pixel = (torch.where(none, -1, values) for values in (self._sample, self._pixel))
+
+    def result(self) -> Nearest:
+        """Sample number, pixel ``y*w + x`` in its feature map (0 for [N,D] samples) and cosine, each [C,K,count]."""
+        return Nearest(self._sample, self._pixel, self._similarity)
+
+
+def nearest_samples(
+    sub_centroids: SubCentroids, embedding: Tensor, labels: Tensor, count: int = 8, *, nearest_only: bool = False
+) -> Nearest:
+    """The samples of one batch that each sub-centroid is most like: `NearestSamples` in one call."""
+    accumulator = NearestSamples(sub_centroids, count, nearest_only=nearest_only)
+    accumulator.add(embedding, labels)
+    return accumulator.result()
+
+
+def _best_of_each_image(value: Tensor, group: Tensor, batch: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best pixel of each image, class and sub-centroid: values [B*C,K], classes [B*C], pixel numbers [B*C,K]."""
+    pixels, k = value.shape
+    number = torch.arange(pixels, device=value.device)
+    row = (number // (pixels // batch) * classes + group)[:, None].expand(-1, k)
+    best = value.new_full((batch * classes, k), -torch.inf).scatter_reduce_(0, row, value, "amax")
+    at = torch.where(value == best.gather(0, row), number[:, None], pixels)
+    first = torch.full((batch * classes, k), pixels, dtype=torch.int64, device=value.device).scatter_reduce_(0, row, at, "amin")
+    return best, torch.arange(classes, device=value.device).repeat(batch), first.clamp(max=pixels - 1)

@@ -1,0 +1,122 @@
+"""Past features of every class."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check_integer, check_value
+
+
+class Memory(NamedTuple):
+    """Content of a `FeatureMemory`."""
+
+    features: Tensor
+    labels: Tensor
+
+
+class FeatureMemory(nn.Module):
+    """Ring buffer of the last features of each class, without gradient: it feeds the clustering of small batches and nothing
+    else.
+
+    The released memory bank is filled, used once and cleared, and its loss on stale features gives the network no gradient;
+    this one is always as full as it gets and no loss sees it.
+
+    Args:
+        num_classes: C.
+        size: features kept of each class.
+        channels: D.
+        device, dtype: of the stored features; float32 by default. Memory: C * size * D elements.
+
+    Attributes:
+        storage: [C*size+1, D] buffer, in the state dict so that resuming is exact; class c has the rows from c*size, the last
+            row takes what is thrown away.
+        pushed: [C] int64 buffer, features ever pushed of each class.
+    """
+
+    storage: Tensor
+    pushed: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        size: int,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("size", size), ("channels", channels)):
+            check_value(isinstance(value, int) and value > 0, "FeatureMemory", name, "a positive integer", value)
+        self.num_classes, self.size, self.channels = num_classes, size, channels
+        self.register_buffer("storage", torch.zeros(num_classes * size + 1, channels, device=device, dtype=dtype))
+        self.register_buffer("pushed", torch.zeros(num_classes, dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def push(self, features: Tensor, labels: Tensor) -> None:
+        """Add features in order; each takes the place of the oldest of its class. No loop over classes, no host sync.
+
+        Args:
+            features: [N,D] float.
+            labels: [N] integers; outside [0,C): left out, as is a feature that is not finite.
+        """
+        op = "FeatureMemory"
+        check_value(features.ndim == 2 and features.shape[1] == self.channels, op, "features", f"[N,{self.channels}]", features)
+        check_integer(op, "labels", labels)
+        check_value(list(labels.shape) == [len(features)], op, "labels", f"[{len(features)}] to match features", labels)
+        classes = self.num_classes
+        labels, features = labels.to(torch.int64), features.detach()
+        keep = (labels >= 0) & (labels < classes) & features.isfinite().all(1)
+        group = torch.where(keep, labels, classes)
+        counts = torch.zeros(classes + 1, dtype=torch.int64, device=group.device).index_add_(0, group, torch.ones_like(group))
+        order = group.argsort(stable=True)
+        sorted_group = group[order]
+        rank = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[sorted_group]
+        # of more than `size` at once only the last stay: no two rows write the same slot, so the result does not depend on
+        # order
+        stays = (sorted_group < classes) & (rank >= counts[sorted_group] - self.size)
+        index = sorted_group.clamp(max=classes - 1)
+        slot = index * self.size + (self.pushed[index] + rank) % self.size
+        trash = classes * self.size
+        self.storage.index_copy_(0, torch.where(stays, slot, trash), features[order].to(self.storage.dtype))
+        self.storage[trash].zero_()
+        self.pushed.add_(counts[:classes])
+
+    def filled(self) -> Tensor:
+        """[C] int64: features held of each class."""
+        return self.pushed.clamp(max=self.size)
+
+    def read(self) -> Memory:
+        """Features [C*size, D] (a view of the buffer) and labels [C*size] int64, -1 for a slot still empty."""
+        slots = torch.arange(self.num_classes * self.size, device=self.pushed.device)
+        labels = slots // self.size
+        return Memory(self.storage[:-1], torch.where(slots % self.size < self.filled()[labels], labels, -1))
+
+    def own_similarity(self, centroids: Tensor) -> Tensor:
+        """[C*size, K]: similarity of each feature held to the sub-centroids of its class; one small product a class."""
+        held = self.storage[:-1].view(self.num_classes, self.size, self.channels).to(centroids.dtype)
+        with torch.autocast(centroids.device.type, enabled=False):
+            return torch.bmm(held, centroids.transpose(1, 2)).flatten(0, 1)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget everything."""
+        self.storage.zero_()
+        self.pushed.zero_()
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"num_classes={self.num_classes}, size={self.size}, channels={self.channels}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        names = [f"{prefix}storage", f"{prefix}pushed"]
+        if all(name in missing_keys for name in names):  # a checkpoint without memory: the memory fills again
+            for name in names:
+                missing_keys.remove(name)

@@ -1,0 +1,373 @@
+"""Sub-centroids of every class: their clustering, their momentum update and where they start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from .. import ops
+from ..errors import check_value
+from ..ops._common import check_choice
+from ..ops.momentum import reference as _momentum_reference
+from . import _starts, _sync
+
+#: A number; or (start, end, steps), a cosine ramp over the updates; or a function of the number of updates done (a 0-d float
+#: tensor on the sub-centroids' device: stay in torch ops there and CUDA needs no sync).
+Momentum = float | tuple[float, float, int] | Callable[[Tensor], Tensor | float]
+
+ASSIGNMENTS = ("argmax", "gumbel")
+UPDATE_SOURCES = ("correct", "all")
+
+
+class SubCentroids(nn.Module):
+    """K unit-length sub-centroids of each of C classes, moved by clustered pixels and never by gradients (DNC, section 3.2).
+
+    Args:
+        num_classes, num_subcentroids, channels: C, K (at most 256) and D.
+        momentum: share of the old sub-centroid that an update keeps, in [0,1]: a number, a cosine ramp (start, end, steps) over
+            the updates, or a function of the number of updates done (see `Momentum`).
+        epsilon, iterations: of the optimal transport (`ops.sinkhorn_assign`).
+        assignment: ``argmax`` of the transport plan. ``gumbel`` adds Gumbel noise first, as the released code does: it keeps
+            only e/(e+K-1) of the assignments even where the plan is certain (23% at K = 10), so the sub-centroids of a class
+            collapse onto each other; offered to repeat that, not to use.
+        update_from: ``correct``: only correctly classified pixels move sub-centroids (the paper); ``all``: every labelled
+            pixel.
+        sync: data parallel. ``auto`` and ``sums``: all ranks cluster jointly and add up their sums before one momentum step,
+            which equals one process with all the data. ``average``: each rank clusters and updates alone, then the
+            sub-centroids are averaged, which dilutes classes that few ranks saw (as released). ``none``: ranks drift apart.
+        init: ``random`` directions; ``orthogonal`` (blocks of D orthogonal rows); ``data``: k-means++ on the pixels of update
+            `init_step`, random until then.
+        init_step: the update that ``init="data"`` replaces; 0 is the first.
+        warmup_steps: updates that are counted but move nothing.
+        revive_after: give a sub-centroid that got no pixel in this many updates in which its class did the pixel of its class
+            that is least like any of its sub-centroids; at most one a class and update. None: never.
+        generator: source of every draw (start, Gumbel noise); None: torch's global one. Copied and pickled with the module.
+        device, dtype: of the sub-centroids; float32 (default) or float64.
+
+    Attributes:
+        prototypes: [C,K,D] buffer, the released name. float32 or float64 always: `half()` and `bfloat16()` leave it in float32,
+            because a 16-bit average would lose every update of a momentum near 1; `double()` makes it float64. Loading
+            normalises rows that are not of unit length and refuses rows that have no direction.
+        num_updates: int64, updates done. In the state dict only where a ramp, a warm-up, a data start or revival needs it to
+            resume.
+        last_counts: [C,K] int64, pixels that moved each sub-centroid in the last update (of all ranks). Not in the state dict.
+        idle_updates: [C,K] int64, updates since each got a pixel, among those in which its class did. In the state dict with
+            `revive_after`.
+    """
+
+    prototypes: Tensor
+    num_updates: Tensor
+    last_counts: Tensor
+    idle_updates: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_subcentroids: int,
+        channels: int,
+        *,
+        momentum: Momentum = 0.999,
+        epsilon: float = 0.05,
+        iterations: int = 3,
+        assignment: str = "argmax",
+        update_from: str = "correct",
+        sync: str = "auto",
+        init: str = "random",
+        init_step: int = 0,
+        warmup_steps: int = 0,
+        revive_after: int | None = None,
+        generator: Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        for name, value in (("num_classes", num_classes), ("num_subcentroids", num_subcentroids), ("channels", channels)):
+            check_value(isinstance(value, int) and value > 0, op, name, "a positive integer", value)
+        check_value(num_subcentroids <= 256, op, "num_subcentroids", "at most 256", num_subcentroids)
+        _check_momentum(op, momentum)
+        check_value(0 < epsilon < math.inf, op, "epsilon", "positive and finite", epsilon)
+        check_value(iterations >= 0, op, "iterations", "non-negative", iterations)
+        check_choice(op, "assignment", assignment, ASSIGNMENTS)
+        check_choice(op, "update_from", update_from, UPDATE_SOURCES)
+        check_choice(op, "sync", sync, _sync.SYNC_MODES)
+        check_choice(op, "init", init, _starts.STARTS)
+        check_value(init_step >= 0, op, "init_step", "non-negative", init_step)
+        check_value(warmup_steps >= 0, op, "warmup_steps", "non-negative", warmup_steps)
+        check_value(revive_after is None or revive_after > 0, op, "revive_after", "None or positive", revive_after)
+        dtype = torch.float32 if dtype is None or dtype in (torch.float16, torch.bfloat16) else dtype
+        check_value(dtype in (torch.float32, torch.float64), op, "dtype", "a float dtype", dtype)
+        self.num_classes, self.num_subcentroids, self.channels = num_classes, num_subcentroids, channels
+        self.momentum, self.epsilon, self.iterations = momentum, epsilon, iterations
+        self.assignment, self.update_from, self.sync = assignment, update_from, sync
+        self.init, self.init_step, self.warmup_steps, self.revive_after = init, init_step, warmup_steps, revive_after
+        self.generator = generator
+        size = (num_classes, num_subcentroids)
+        needs_count = not isinstance(momentum, (int, float)) or warmup_steps > 0 or init == "data"
+        count = {"dtype": torch.int64, "device": device}
+        self.register_buffer("prototypes", torch.empty(*size, channels, device=device, dtype=dtype))
+        self.register_buffer("num_updates", torch.zeros((), **count), persistent=needs_count)  # type: ignore[arg-type]
+        self.register_buffer("last_counts", torch.zeros(size, **count), persistent=False)  # type: ignore[arg-type]
+        self.register_buffer("idle_updates", torch.zeros(size, **count), persistent=revive_after is not None)  # type: ignore[arg-type]
+        self._start_pending = False
+        self._updates_before_start = 0
+        self.reset_prototypes()
+
+    @torch.no_grad()
+    def reset_prototypes(self) -> None:
+        """Start over: sub-centroids as `init` says, counters at zero."""
+        self.num_updates.zero_()
+        self.last_counts.zero_()
+        self.idle_updates.zero_()
+        self._start_pending, self._updates_before_start = self.init == "data", self.init_step
+        if self.prototypes.is_meta:
+            return
+        make = _starts.orthogonal_directions if self.init == "orthogonal" else _starts.random_directions
+        rows = make(self.num_classes * self.num_subcentroids, self.channels, self.prototypes.device, self.generator)
+        self.prototypes.copy_(rows.view_as(self.prototypes))
+        # again in the buffer's own precision
+        self.prototypes.copy_(F.normalize(self.prototypes, dim=2))
+
+    @torch.no_grad()
+    def cluster(self, own_similarity: Tensor, labels: Tensor, *, joint: bool = True) -> Tensor:
+        """Sub-centroid of every pixel, by optimal transport within its class (DNC, eq. 5-7).
+
+        Args:
+            own_similarity: [N,K], similarities to the sub-centroids of the pixel's label, as `ops.class_scores` gives them.
+            labels: [N] or [B,H,W] integers; outside [0,C): left out. So is a pixel whose similarities are not finite.
+            joint: with more than one rank and sync ``auto`` or ``sums``, cluster the pixels of all ranks together; all must
+                then call it together. False: only the pixels given.
+
+        Returns:
+            [N] int64: ``c*K + k``, or -1 where left out. Not differentiable.
+        """
+        labels = labels.reshape(-1).to(torch.int64)
+        inside = (labels >= 0) & (labels < self.num_classes) & own_similarity.isfinite().all(1)
+        group = torch.where(inside, labels, -1)
+        own, options = own_similarity.detach(), {"epsilon": self.epsilon, "iterations": self.iterations}
+        if joint and self.sync != "average" and _sync.ranks(self.sync) > 1:
+            logits = _sync.sinkhorn_over_ranks(own, group, self.num_classes, self.epsilon, self.iterations)
+            sub = logits.argmax(1) if self.assignment == "argmax" else self._draw(logits.softmax(1))
+        elif self.assignment == "argmax":
+            sub = ops.sinkhorn_assign(own, group, self.num_classes, **options)
+        else:
+            sub = self._draw(ops.sinkhorn_plan(own, group, self.num_classes, **options))
+        return torch.where(inside, group * self.num_subcentroids + sub, -1)
+
+    def _draw(self, plan: Tensor) -> Tensor:
+        # the plan itself serves as logits, as in the released code: that is why it collapses
+        return (plan + _starts.gumbel(tuple(plan.shape), plan.device, self.generator)).argmax(1)
+
+    @torch.no_grad()
+    def update_(
+        self, x: Tensor, cluster: Tensor, *, correct: Tensor | None = None, own_similarity: Tensor | None = None
+    ) -> None:
+        """Move the sub-centroids towards the pixels assigned to them, in place (DNC, eq. 8).
+
+        Pixels with a NaN or Inf feature never take part. All ranks must call it together unless sync is ``none``.
+
+        Args:
+            x: unit features [N,D] or [B,D,H,W].
+            cluster: [N] from `cluster`.
+            correct: [N] bool; with ``update_from="correct"`` only these pixels move sub-centroids. None: all do.
+            own_similarity: [N,K] as for `cluster`; needed for revival alone.
+        """
+        self._update(x, cluster, correct, own_similarity)
+
+    def _update(
+        self,
+        x: Tensor,
+        cluster: Tensor,
+        correct: Tensor | None,
+        own_similarity: Tensor | None,
+        tally: Tensor | None = None,
+        *,
+        gathered: bool = False,
+        start_from: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | None:
+        """Does `update_`.
+
+        Args:
+            x: as there.
+            cluster: as there.
+            correct: as there.
+            own_similarity: as there.
+            tally: int64 counts of the caller, to be summed over the ranks in the same exchange.
+            gathered: the pixels are those of all ranks already: exchange nothing.
+            start_from: features and classes to start from when a data start is due; None: those of this update.
+
+        Returns:
+            `tally`, summed.
+        """
+        rows = self.num_classes * self.num_subcentroids
+        x, group = x.detach(), torch.div(cluster, self.num_subcentroids, rounding_mode="floor")
+        if correct is not None and self.update_from == "correct":
+            cluster = torch.where(correct, cluster, -1)
+        started = self._start_pending and self._start_when_due(*(start_from or (x, group)))
+        sums, counts = ops.cluster_sums(x, cluster, rows)
+        if not gathered and self.sync != "average" and _sync.ranks(self.sync) > 1:
+            packed = counts if tally is None else torch.cat([counts, tally])
+            sums, packed = _sync.sum_over_ranks(sums, packed)
+            counts, tally = packed[:rows], None if tally is None else packed[rows:]
+        self.last_counts.copy_(counts.view_as(self.last_counts))
+        if not started:
+            if self.warmup_steps:
+                counts = torch.where(self.num_updates < self.warmup_steps, 0, counts)
+            self._move(sums, counts)
+        got = self.last_counts > 0
+        idle = self.idle_updates + got.any(1, keepdim=True)
+        self.idle_updates.copy_(torch.where(got, 0, idle))
+        self.num_updates.add_(1)
+        if self.revive_after is not None and own_similarity is not None and not started:
+            self._revive(x, group, own_similarity, gathered)
+        return tally
+
+    def _move(self, sums: Tensor, counts: Tensor) -> None:
+        momentum = self.momentum_now()
+        if isinstance(momentum, Tensor):  # a schedule on the device: a number would have to be read back
+            _momentum_reference.apply_momentum_(self.prototypes, sums, counts, momentum)  # type: ignore[arg-type]
+        else:
+            ops.apply_momentum_(self.prototypes, sums, counts, momentum=momentum)
+        if self.sync == "average" and (world := _sync.ranks(self.sync)) > 1:
+            (total,) = _sync.sum_over_ranks(self.prototypes)
+            self.prototypes.copy_(F.normalize(total / world, dim=2))
+
+    def momentum_now(self) -> float | Tensor:
+        """Momentum of the next update: a number where it is constant, else a 0-d tensor."""
+        momentum = self.momentum
+        if isinstance(momentum, tuple):
+            start, end, steps = momentum
+            done = (self.num_updates / steps).clamp(max=1)
+            return end - (end - start) * (1 + torch.cos(math.pi * done)) / 2
+        if callable(momentum):
+            return torch.as_tensor(momentum(self.num_updates.to(torch.float32)), device=self.prototypes.device)
+        return float(momentum)
+
+    def _revive(self, x: Tensor, group: Tensor, own_similarity: Tensor, gathered: bool) -> None:
+        nearest = own_similarity.detach().amax(1)
+        usable = (group >= 0) & nearest.isfinite()
+        pick, best = _starts.first_of_each_class(-nearest, torch.where(usable, group, -1), self.num_classes)
+        if len(nearest):
+            pixels = x[pick] if x.ndim == 2 else _pixels_at(x, pick)
+        else:
+            pixels = x.new_zeros(self.num_classes, self.channels)
+        pixels = F.normalize(torch.where((best > -torch.inf)[:, None], pixels.to(self.prototypes.dtype), 0), dim=1)
+        key = -best  # the similarity of the least similar pixel; Inf without pixels
+        if not gathered and _sync.ranks(self.sync) > 1:
+            key, pixels = _sync.rows_of_lowest_key(key, pixels)
+        longest, which = self.idle_updates.max(1)
+        due = (longest >= self.revive_after) & key.isfinite()
+        each = torch.arange(self.num_classes, device=which.device)
+        self.prototypes[each, which] = torch.where(due[:, None], pixels, self.prototypes[each, which])
+        self.idle_updates[each, which] = torch.where(due, 0, longest)
+
+    @torch.no_grad()
+    def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:
+        """Start the sub-centroids of every class from its pixels: k-means++, then k-means steps on the sphere.
+
+        A class with fewer distinct pixels than K keeps its present sub-centroids for the rest; one without pixels keeps all of
+        them. With more than one rank each class starts from the rank that sees most of it, and all ranks must call it together.
+
+        Args:
+            features: [N,D] or [B,D,H,W], embedded as for training; normalised here.
+            labels: [N] or [B,H,W]; outside [0,C): left out.
+            refinements: k-means steps after k-means++.
+
+        Returns:
+            [C] int64: pixels of each class that took part (on the rank that sees most).
+        """
+        op = "initialize_from_"
+        check_value(features.ndim in (2, 4) and features.shape[1] == self.channels, op, "features",
+                    f"[N,D] or [B,D,H,W] with D={self.channels}", features)  # fmt: skip
+        labels = labels.reshape(-1).to(torch.int64)
+        pixels = features.numel() // self.channels
+        check_value(len(labels) == pixels, op, "labels", f"[N]=[{pixels}] to match features", labels)
+        return self._start_from_(features, labels, refinements)
+
+    def _start_from_(self, x: Tensor, labels: Tensor, refinements: int = 5) -> Tensor:
+        group = torch.where((labels >= 0) & (labels < self.num_classes), labels, -1)
+        start, counts = _starts.data_start(
+            x.detach(), group, self.prototypes, refinements=refinements, generator=self.generator
+        )
+        if _sync.ranks(self.sync) > 1:
+            key = torch.where(counts > 0, -counts.to(start.dtype), torch.inf)
+            key, rows = _sync.rows_of_lowest_key(key, start)
+            start = torch.where(key.isfinite()[:, None, None], rows, self.prototypes)
+            counts = torch.where(key.isfinite(), -key, 0).to(torch.int64)
+        self.prototypes.copy_(start)
+        self._start_pending = False
+        return counts
+
+    @torch.compiler.disable
+    def _start_when_due(self, x: Tensor, group: Tensor) -> bool:
+        # counted on the host so that no step has to read a device counter
+        due = self._updates_before_start <= 0
+        self._updates_before_start -= 1
+        if due:
+            self._start_from_(x, group)
+        return due
+
+    def snapshot(self, update: bool = False) -> Tensor:
+        """The sub-centroids to compute with: a copy where an update could come before backward, else the buffer itself."""
+        return self.prototypes.clone() if (update or self.training) and torch.is_grad_enabled() else self.prototypes
+
+    def extra_repr(self) -> str:
+        """Sizes and the choices that differ in kind."""
+        return (
+            f"num_classes={self.num_classes}, num_subcentroids={self.num_subcentroids}, channels={self.channels}, "
+            f"momentum={self.momentum}, assignment={self.assignment!r}, update_from={self.update_from!r}, init={self.init!r}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubCentroids:
+        master = self.prototypes
+        super()._apply(fn, recurse)
+        if self.prototypes.dtype in (torch.float16, torch.bfloat16):
+            self.prototypes = master.to(self.prototypes.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        name, older = f"{prefix}prototypes", f"{prefix}subcentroids"
+        if older in state_dict and name not in state_dict:
+            state_dict[name] = state_dict.pop(older)
+        rows = state_dict.get(name)
+        if isinstance(rows, Tensor) and rows.shape == self.prototypes.shape:
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            length = rows.norm(dim=2, keepdim=True)
+            if not rows.is_meta and not (length.isfinite() & (length > 0)).all():
+                error_msgs.append(
+                    f"{name}: every sub-centroid must be finite and not zero; got {int((~(length > 0)).sum())} zero or NaN"
+                )
+            # a saved unit row comes back bit for bit: resuming is exact
+            state_dict[name] = torch.where((length - 1).abs() <= 1e-6, rows, rows / length)
+            done = state_dict.get(f"{prefix}num_updates")
+            done = int(done) if isinstance(done, Tensor) and not done.is_meta else None
+            self._start_pending = self.init == "data" and done is not None and done <= self.init_step
+            self._updates_before_start = 0 if done is None else max(0, self.init_step - done)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for counter in ("num_updates", "idle_updates"):  # a released checkpoint has none
+            if f"{prefix}{counter}" in missing_keys:
+                missing_keys.remove(f"{prefix}{counter}")
+
+
+def _check_momentum(op: str, momentum: Momentum) -> None:
+    if isinstance(momentum, tuple):
+        expected = "(start, end, steps) with start and end in [0,1] and steps > 0"
+        ok = len(momentum) == 3 and 0 <= momentum[0] <= 1 and 0 <= momentum[1] <= 1 and momentum[2] > 0
+        check_value(ok, op, "momentum", expected, momentum)
+    elif not callable(momentum):
+        check_value(0 <= momentum <= 1, op, "momentum", "in [0,1], a ramp (start, end, steps) or a function", momentum)
+
+
+def _pixels_at(x: Tensor, index: Tensor) -> Tensor:
+    """Rows [M,D] of pixels `index` of x [B,D,H,W], without a copy of the map."""
+    height, width = x.shape[2:]
+    inside = index % (height * width)
+    return x[index // (height * width), :, inside // width, inside % width]
