@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -71,22 +70,25 @@ class Resolution:
     reason: str
 
 
-@cache
+def _probe() -> dict[str, str]:
+    """Why each backend cannot run in this process; empty: it can."""
+    cuda = NATIVE_ERROR
+    if _native is not None and _native.cuda_archs is None:
+        cuda = "this build has no CUDA kernels (build with DNC_KERNELS_BUILD=cuda where nvcc is found)"
+    elif _native is not None and not torch.cuda.is_available():
+        cuda = "torch sees no CUDA device"
+    return {"reference": "", "cpu": NATIVE_ERROR, "cuda": cuda}
+
+
+#: Probed once, at import, so that no call does it: backend -> why it cannot run here, or the empty string.
+UNUSABLE = _probe()
+
+
 def unusable(backend: str) -> str:
     """Why `backend` cannot run in this process, or the empty string."""
-    if backend == "reference":
-        return ""
-    if _native is None:
-        return NATIVE_ERROR
-    if backend == "cuda":
-        if _native.cuda_archs is None:
-            return "this build has no CUDA kernels (build with DNC_KERNELS_BUILD=cuda where nvcc is found)"
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device"
-    return ""
+    return UNUSABLE[backend]
 
 
-@cache
 def resolve(op: str, device: str, dtype: torch.dtype, choice: str = "auto") -> Resolution:
     """Backend for `op` on a device type and input dtype, with the reason. Pure: no environment, no tensor, no side effect.
 
