@@ -16,7 +16,7 @@ WITHOUT_CUDA = not torch.cuda.is_available()
 
 @pytest.fixture
 def fake_kernels(monkeypatch):
-    """An op of every kind, on a machine where every backend is usable; the resolver's cache forgets both sides of the test."""
+    """An op of every kind, on a machine where every backend is usable."""
     table = {
         "both": {"cpu": Kernel("cpu"), "cuda": Kernel("cuda")},
         "unproven": {"cuda": Kernel("cuda", proven=False)},
@@ -25,9 +25,6 @@ def fake_kernels(monkeypatch):
     }
     monkeypatch.setattr(backends, "KERNELS", table)
     monkeypatch.setattr(backends, "unusable", lambda backend: "")
-    resolve.cache_clear()
-    yield
-    resolve.cache_clear()
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -152,17 +149,12 @@ def test_cuda_in_a_cpu_build_names_the_missing_build():
 def test_a_missing_extension_is_the_reason(monkeypatch):
     monkeypatch.setattr(backends, "_native", None)
     monkeypatch.setattr(backends, "NATIVE_ERROR", "the extension dnc_kernels._C cannot be imported: no such file")
-    backends.unusable.cache_clear()
-    resolve.cache_clear()
-    try:
-        assert resolve("cluster_sums", "cpu", torch.float32).backend == "reference"
-        with pytest.raises(RuntimeError, match="_C cannot be imported: no such file"):
-            resolve("cluster_sums", "cpu", torch.float32, "cpu")
-        with pytest.raises(RuntimeError, match="pip install"):
-            backends.native()
-    finally:
-        backends.unusable.cache_clear()
-        resolve.cache_clear()
+    monkeypatch.setattr(backends, "UNUSABLE", backends._probe())
+    assert resolve("cluster_sums", "cpu", torch.float32).backend == "reference"
+    with pytest.raises(RuntimeError, match="_C cannot be imported: no such file"):
+        resolve("cluster_sums", "cpu", torch.float32, "cpu")
+    with pytest.raises(RuntimeError, match="pip install"):
+        backends.native()
 
 
 def test_every_public_op_is_in_the_table_and_takes_backend():

@@ -100,13 +100,8 @@ def test_a_kernel_that_raises_is_found_and_the_doctor_goes_on(monkeypatch):
 def test_a_missing_extension_is_a_problem_with_a_remedy(monkeypatch):
     monkeypatch.setattr(backends, "_native", None)
     monkeypatch.setattr(backends, "NATIVE_ERROR", "the extension dnc_kernels._C cannot be imported: gone")
-    backends.unusable.cache_clear()
-    backends.resolve.cache_clear()
-    try:
-        found = doctor.check()
-    finally:
-        backends.unusable.cache_clear()
-        backends.resolve.cache_clear()
+    monkeypatch.setattr(backends, "UNUSABLE", backends._probe())
+    found = doctor.check()
     assert not found.healthy
     assert any("cannot be imported: gone" in p.what and "pip install" in p.fix for p in found.problems)
     assert {t.backend for t in found.self_tests} == {"reference"}
@@ -114,12 +109,8 @@ def test_a_missing_extension_is_a_problem_with_a_remedy(monkeypatch):
 
 def test_a_chosen_backend_that_cannot_run_is_a_problem(monkeypatch):
     monkeypatch.setattr(backends, "unusable", lambda backend: "no such device" if backend == "cuda" else "")
-    backends.resolve.cache_clear()
-    try:
-        with backends.use_backend("cuda"):
-            found = doctor.check(self_test=False)
-    finally:
-        backends.resolve.cache_clear()
+    with backends.use_backend("cuda"):
+        found = doctor.check(self_test=False)
     assert any("backend 'cuda' is chosen but cannot run: no such device" in p.what for p in found.problems)
     assert not found.healthy
 
