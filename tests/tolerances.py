@@ -17,6 +17,10 @@ from torch import Tensor
 FACTORS = {
     "sum": 4.0,  # sums of pixels, fp32 accumulation in any order
     "direction": 8.0,  # sums, then two normalisations
+    "similarity": 4.0,  # one dot product of D terms; scale is |x||p| (or |x|^2 + |p|^2)
+    # scores go through rstd (about 10 for unit vectors) and 1/temperature before exp; the gradient goes through them twice
+    "loss": 16.0,
+    "loss_gradient": 64.0,
     # Sinkhorn: terms = R^2 + N. R is the range of similarity/epsilon: an exponent near R is rounded by R * eps, which exp turns into a
     # relative error; N pixels are summed for u. Gradient: scale is max|grad_plan|/epsilon.
     "plan": 2.0,
