@@ -24,7 +24,7 @@ FACTORS = {
     # Sinkhorn: terms = R^2 + N. R is the range of similarity/epsilon: an exponent near R is rounded by R * eps, which exp turns into a
     # relative error; N pixels are summed for u. Gradient: scale is max|grad_plan|/epsilon.
     "plan": 2.0,
-    "plan_gradient": 2.0,
+    "plan_gradient": 0.1,  # most of the similarity's gradient cancels, and the scale is its upper bound
 }
 
 
