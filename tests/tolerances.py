@@ -17,6 +17,10 @@ from torch import Tensor
 FACTORS = {
     "sum": 4.0,  # sums of pixels, fp32 accumulation in any order
     "direction": 8.0,  # sums, then two normalisations
+    "embedding": 4.0,  # two statistics of D terms, then element-wise; scale: the length 1 spread over D channels
+    "embedding_grad": 8.0,  # five sums of D terms combined; scale: |grad_y * weight| * inverse_norm * rstd of the worst pixel
+    "embedding_param_grad": 4.0,  # sums of N products of a gradient (8 of them rounded alike) and xhat
+    "interpolated_loss": 8.0,  # four products, log-sum-exp of C terms, then a sum over pixels
 }
 
 
