@@ -25,6 +25,10 @@ FACTORS = {
     # relative error; N pixels are summed for u. Gradient: scale is max|grad_plan|/epsilon.
     "plan": 2.0,
     "plan_gradient": 0.1,  # most of the similarity's gradient cancels, and the scale is its upper bound
+    "embedding": 4.0,  # two statistics of D terms, then element-wise; scale: the length 1 spread over D channels
+    "embedding_grad": 8.0,  # five sums of D terms combined; scale: |grad_y * weight| * inverse_norm * rstd of the worst pixel
+    "embedding_param_grad": 4.0,  # sums of N products of a gradient (8 of them rounded alike) and xhat
+    "interpolated_loss": 8.0,  # four products, log-sum-exp of C terms, then a sum over pixels
 }
 
 

@@ -38,7 +38,7 @@ def normalize_embedding(
     """
     op = "normalize_embedding"
     check_pixels(op, x)
-    check_value(math.isfinite(eps) and eps >= 0, op, "eps", "finite and not negative", eps)
+    check_value(0 <= eps < math.inf, op, "eps", "finite and not negative", eps)
     weight, bias = _check_affine(op, "weight", weight, x), _check_affine(op, "bias", bias, x)
     if pick(op, x, backend) == "reference":
         return reference.normalize_embedding(x, weight, bias, eps)

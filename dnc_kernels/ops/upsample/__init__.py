@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -60,9 +59,7 @@ def upsample_cross_entropy(
     if 0 <= ignore_index < classes:
         check_ignore_index(op, ignore_index, classes)
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    check_value(
-        math.isfinite(label_smoothing) and 0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing
-    )
+    check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
     if class_weight is not None:
         check_float(op, "class_weight", class_weight)
         if class_weight.ndim != 1 or class_weight.shape[0] != classes:

@@ -38,5 +38,29 @@ def upsample_cross_entropy(
 def upsample_argmax(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """[B,H,W] int64: class of the highest upsampled score. One sample at a time, so that one [C,H,W] exists, not B."""
     if torch.compiler.is_compiling():  # the loop would fix B; the compiler fuses instead
-        return upsample(scores, size, align_corners).argmax(1)
-    return torch.cat([upsample(sample, size, align_corners).argmax(1) for sample in scores.split(1)])
+        return upsample_alike(scores, size, align_corners).argmax(1)
+    return torch.cat([upsample_alike(sample, size, align_corners).argmax(1) for sample in scores.split(1)])
+
+
+def upsample_alike(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """`upsample` rounded alike in every class, so that ties stay ties; F.interpolate on CPU breaks them, with 9 classes for one."""
+    wide = scores.to(compute_dtype(scores))
+    for dim, target in zip((2, 3), size, strict=True):
+        if wide.shape[dim] == target:
+            continue
+        low, high, share = _neighbours(wide.shape[dim], target, align_corners, wide)
+        shape = (-1, 1) if dim == 2 else (-1,)
+        share = share.view(shape)
+        wide = wide.index_select(dim, low) * (1 - share) + wide.index_select(dim, high) * share
+    return wide
+
+
+def _neighbours(source: int, target: int, align_corners: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For every one of `target` positions: the source positions below and above, and the share of the one above."""
+    at = torch.arange(target, dtype=torch.float64, device=like.device)
+    if align_corners:
+        at = at * ((source - 1) / (target - 1) if target > 1 else 0.0)
+    else:
+        at = ((at + 0.5) * (source / target) - 0.5).clamp_min(0)
+    low = at.floor().clamp_max(source - 1)
+    return low.long(), (low.long() + 1).clamp_max(source - 1), (at - low).to(like.dtype)
