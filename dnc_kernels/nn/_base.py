@@ -97,7 +97,7 @@ class CentroidModel(SubCentroids):
             return F.layer_norm(scores.movedim(1, -1), norm.normalized_shape, weight, bias, norm.eps).movedim(-1, 1)
 
     def logit_temperature(self) -> Tensor | float:
-        """What the scores are divided by: a number, or the 0-d tensor ``exp(-logit_scale)`` of a learnable scale; 1 for the norm."""
+        """What scores are divided by: a number (1 with the norm), or the 0-d tensor ``exp(-logit_scale)``."""
         if self.scores == "scale":
             return (-self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))).exp()
         return self.temperature if self.scores == "temperature" else 1.0

@@ -85,8 +85,9 @@ class DNCClassifier(CentroidModel):
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
-                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init, "init_step": init_step,
-                "warmup_steps": warmup_steps, "revive_after": revive_after, "label_smoothing": label_smoothing,
+                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init,
+                "init_step": init_step, "warmup_steps": warmup_steps, "revive_after": revive_after,
+                "label_smoothing": label_smoothing,
             },
         )  # fmt: skip
         self.memory = FeatureMemory(num_classes, memory_size, in_features, device=device) if memory_size else None

@@ -95,8 +95,9 @@ class DNCHead(CentroidModel):
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
-                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init, "init_step": init_step,
-                "warmup_steps": warmup_steps, "revive_after": revive_after, "label_smoothing": label_smoothing,
+                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init,
+                "init_step": init_step, "warmup_steps": warmup_steps, "revive_after": revive_after,
+                "label_smoothing": label_smoothing,
             },
         )  # fmt: skip
         self.in_channels, self.align_corners, self.loss_size = in_channels, align_corners, loss_size
@@ -170,7 +171,7 @@ class DNCHead(CentroidModel):
 
     @torch.no_grad()
     def predict(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Classes [B,H,W] int64 at `size` (None: that of the features): argmax of the upsampled logits, which are never stored."""
+        """Classes [B,H,W] int64 at `size` (None: that of the features): argmax of the upsampled logits, never stored."""
         logits = self(features)
         if size is None or tuple(size) == tuple(features.shape[2:]):
             return logits.argmax(1)
