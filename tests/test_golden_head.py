@@ -28,7 +28,8 @@ def make_head(golden, **options):
     classes, k, channels = golden["prototypes"].shape
     head = nn.DNCHead(
         channels, classes, k, recipe="released", momentum=float(golden["gamma"]), epsilon=float(golden["epsilon"]),
-        iterations=int(golden["sinkhorn_iterations"]), ignore_index=int(golden["ignore_index"]), dtype=golden["x"].dtype, **options,
+        iterations=int(golden["sinkhorn_iterations"]), ignore_index=int(golden["ignore_index"]),
+        dtype=golden["x"].dtype, **options,
     )  # fmt: skip
     names = ("prototypes", "feat_norm_weight", "feat_norm_bias", "mask_norm_weight", "mask_norm_bias")
     head.load_state_dict({name.replace("norm_", "norm."): golden[name] for name in names})

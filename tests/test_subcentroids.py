@@ -137,7 +137,8 @@ def test_cluster_leaves_out_pixels_without_finite_similarities_and_nobody_else_n
 def test_cluster_balances_a_class():
     module = nn.SubCentroids(1, 4, 8, epsilon=0.01, iterations=50)
     x = unit(400, 8)
-    cluster = module.cluster(own_similarity(module, x, torch.zeros(400, dtype=torch.int64)), torch.zeros(400, dtype=torch.int64))
+    labels = torch.zeros(400, dtype=torch.int64)
+    cluster = module.cluster(own_similarity(module, x, labels), labels)
     counts = torch.bincount(cluster, minlength=4)
     assert counts.min() > 80 and counts.max() < 120
 
