@@ -243,7 +243,7 @@ def test_revival_takes_the_least_similar_pixel_of_all_ranks(ranks):
 def test_evaluation_and_unsynchronised_ranks_wait_for_nobody(ranks):
     x, labels = batches("head", 0)[0]
     net = make_net("head")
-    assert_close(ranks[0]["alone"]["loss"], net(x, labels).loss.detach().double(), "loss", terms=D)
+    assert_close(ranks[0]["alone"]["loss"], net(x, labels).loss.detach().double(), "head", terms=D)
     assert_close(ranks[0]["alone"]["prototypes"], net.head.prototypes.double(), "direction", terms=D)
 
 

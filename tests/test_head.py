@@ -97,7 +97,7 @@ def test_float32_loss_is_close_to_float64(loss_size, scores):
     x, labels = batch()
     expected = copy.deepcopy(head).double().loss(x.double(), labels).loss
     actual = head.loss(x, labels).loss
-    assert_close(actual.detach(), expected.detach(), "loss", terms=D)
+    assert_close(actual.detach(), expected.detach(), "head", terms=D)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -110,7 +110,7 @@ def test_forward_takes_every_dtype_and_layout(dtype, memory_format):
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = copy.deepcopy(head).double()(x.double())
     # the embedding is rounded to the dtype of the features
-    assert_close(scores.to(dtype), expected, "loss", terms=D, scale=3)
+    assert_close(scores.to(dtype), expected, "head", terms=D, scale=3)
 
 
 def test_half_module_trains_with_float32_sub_centroids():
@@ -306,7 +306,7 @@ def test_gradients_accumulate_over_micro_batches():
     for i in range(2):
         two.loss(x[i : i + 1], labels[i : i + 1], update=False).loss.backward()
     for a, b in zip(two.parameters(), head.parameters(), strict=True):
-        assert_close(a.grad, b.grad.double(), "loss", terms=x.numel())
+        assert_close(a.grad, b.grad.double(), "head", terms=x.numel())
 
 
 def test_autocast_trains_in_bfloat16():
@@ -359,7 +359,7 @@ def test_learnable_scale_begins_where_asked_and_learns():
     head = make_head(scores="scale", scale=7.0)
     x, labels = batch()
     scores = ops.class_scores(head.embed(x), head.prototypes).scores
-    assert_close(head(x).detach(), 7 * scores.detach().double(), "loss", terms=1)
+    assert_close(head(x).detach(), 7 * scores.detach().double(), "head", terms=1)
     head.loss(x, labels).loss.backward()
     assert head.logit_scale.grad.abs() > 0
 
@@ -370,7 +370,7 @@ def test_forward_compiles_into_one_graph(scores):
     compiled = torch.compile(head, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in ((6, 7), (4, 9)):
         x = batch(size)[0]
-        assert_close(compiled(x).detach(), head(x).detach().double(), "loss", terms=D, scale=3)
+        assert_close(compiled(x).detach(), head(x).detach().double(), "head", terms=D, scale=3)
 
 
 @pytest.mark.parametrize("loss_size", ["labels", "features"])
@@ -383,7 +383,7 @@ def test_training_step_compiles_and_does_what_eager_does(loss_size):
         expected, actual = eager.loss(a, labels), compiled(b, labels)
         expected.loss.backward()
         actual.loss.backward()
-        assert_close(actual.loss.detach(), expected.loss.detach().double(), "loss", terms=D)
+        assert_close(actual.loss.detach(), expected.loss.detach().double(), "head", terms=D)
         assert_golden(b.grad, a.grad, "gradient")
     assert_close(twin.prototypes, eager.prototypes.double(), "direction", terms=D)
     assert int(twin.num_updates) == 3
@@ -417,7 +417,7 @@ def test_explanation_names_the_predicted_class_and_its_sub_centroid():
     label, sub, score = head.explain(x)
     assert torch.equal(label, head.predict(x))
     own = torch.einsum("bdhw,bhwd->bhw", head.embed(x), head.prototypes[label, sub])
-    assert_close(score, own.detach().double(), "loss", terms=D)
+    assert_close(score, own.detach().double(), "head", terms=D)
 
 
 # state
