@@ -133,7 +133,7 @@ class DNCHead(CentroidModel):
             out and counted in `bad_labels`; DNC_KERNELS_DEBUG=1 makes CUDA raise too).
         """
         check_features("DNCHead", features, 4, self.in_channels)
-        check_labels("DNCHead", labels, [features.shape[0], -1, -1], features)
+        check_labels("DNCHead", labels, features)
         update = self.training if update is None else update
         labels, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
         small = resize_labels(labels, (features.shape[2], features.shape[3]))
@@ -191,7 +191,7 @@ class DNCHead(CentroidModel):
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:
         """Start the sub-centroids from features [B,in_channels,h,w] and labels [B,H,W]; see `SubCentroids.initialize_from_`."""
         check_features("DNCHead", features, 4, self.in_channels)
-        check_labels("DNCHead", labels, [features.shape[0], -1, -1], features)
+        check_labels("DNCHead", labels, features)
         labels, _ = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
         small = resize_labels(labels, (features.shape[2], features.shape[3]))
         return super().initialize_from_(self.embed(features), small, refinements=refinements)
