@@ -29,6 +29,8 @@ FACTORS = {
     "embedding_grad": 8.0,  # five sums of D terms combined; scale: |grad_y * weight| * inverse_norm * rstd of the worst pixel
     "embedding_param_grad": 4.0,  # sums of N products of a gradient (8 of them rounded alike) and xhat
     "interpolated_loss": 8.0,  # four products, log-sum-exp of C terms, then a sum over pixels
+    "plan_gradient": 2.0,
+    "head": 16.0,  # embedding, similarity, softmax and mean: four sums in a row
 }
 
 
@@ -55,3 +57,19 @@ def assert_close(actual: Tensor, expected: Tensor, rule: str, *, terms: int, sca
         f"{rule}: element {worst} is {actual.flatten()[worst].item():.9g}, expected {expected.flatten()[worst].item():.9g}; "
         f"error {error.flatten()[worst].item():.3g} > {allowed.flatten()[worst].item():.3g}"
     )
+
+#: Against the released code's outputs (tests/data/golden_*.npz), relative to the largest element: in float64 what two orders of summation
+#: may differ by; in float32 what the released code's own float32 rounding amounts to.
+GOLDEN = {
+    "value": {torch.float32: 2e-5, torch.float64: 1e-10},
+    "loss": {torch.float32: 1e-5, torch.float64: 1e-10},
+    "gradient": {torch.float32: 5e-4, torch.float64: 1e-8},
+    "prototypes": {torch.float32: 1e-6, torch.float64: 1e-12},
+}
+
+
+def assert_golden(actual: Tensor, expected: Tensor, rule: str) -> None:
+    """Assert that `actual` is what the released code computed, within the table's bound for the dtype of `expected`."""
+    worst = float((actual.detach().double() - expected.double()).abs().max() / expected.double().abs().max())
+    allowed = GOLDEN[rule][expected.dtype]
+    assert worst <= allowed, f"{rule}: relative error {worst:.3g} > {allowed:.3g}"

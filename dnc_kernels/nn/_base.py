@@ -97,7 +97,7 @@ class CentroidModel(SubCentroids):
             return F.layer_norm(scores.movedim(1, -1), norm.normalized_shape, weight, bias, norm.eps).movedim(-1, 1)
 
     def logit_temperature(self) -> Tensor | float:
-        """What the scores are divided by: a number, or the 0-d tensor ``exp(-logit_scale)`` of a learnable scale; 1 for the norm."""
+        """What scores are divided by: a number (1 with the norm), or the 0-d tensor ``exp(-logit_scale)``."""
         if self.scores == "scale":
             return (-self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))).exp()
         return self.temperature if self.scores == "temperature" else 1.0
@@ -156,13 +156,14 @@ class CentroidModel(SubCentroids):
 _OWN_OPTIONS = ("scores", "temperature", "scale", "ppc_weight", "ppc_temperature", "ppd_weight", "label_smoothing")
 
 
-def check_labels(op: str, labels: Tensor, shape: list[int], features: Tensor) -> None:
-    """Check that labels are integers of `shape` on the device of the features."""
+def check_labels(op: str, labels: Tensor, features: Tensor) -> None:
+    """Check that labels are integers [N] for features [N,D] or [B,H,W] for [B,D,h,w], on their device."""
     check_integer(op, "labels", labels)
-    fix = "drop the channel axis with labels[:, 0]" if labels.ndim == 4 else ""
-    ok = labels.ndim == len(shape) and all(e in (-1, s) for e, s in zip(shape, labels.shape, strict=True))
-    expected = "[" + ",".join("HW"[max(0, i - 1)] if e < 0 else str(e) for i, e in enumerate(shape)) + "]"
-    check_value(ok, op, "labels", f"{expected} to match features", labels, fix)
+    batch, ndim = features.shape[0], 3 if features.ndim == 4 else 1
+    if labels.ndim != ndim or labels.shape[0] != batch:
+        # the message is made on failure alone: torch.compile cannot format a symbolic size
+        fix = "drop the channel axis with labels[:, 0]" if labels.ndim == 4 else ""
+        check_value(False, op, "labels", f"[{batch}{',H,W' if ndim == 3 else ''}] to match features", labels, fix)
     check_device(op, "labels", labels, features, "features")
 
 

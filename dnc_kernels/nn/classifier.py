@@ -85,8 +85,9 @@ class DNCClassifier(CentroidModel):
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
-                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init, "init_step": init_step,
-                "warmup_steps": warmup_steps, "revive_after": revive_after, "label_smoothing": label_smoothing,
+                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init,
+                "init_step": init_step, "warmup_steps": warmup_steps, "revive_after": revive_after,
+                "label_smoothing": label_smoothing,
             },
         )  # fmt: skip
         self.memory = FeatureMemory(num_classes, memory_size, in_features, device=device) if memory_size else None
@@ -116,7 +117,7 @@ class DNCClassifier(CentroidModel):
             ValueError, TypeError: as for `DNCHead.loss`.
         """
         check_features("DNCClassifier", x, 2, self.channels)
-        check_labels("DNCClassifier", labels, [x.shape[0]], x)
+        check_labels("DNCClassifier", labels, x)
         update = self.training if update is None else update
         labels, wrong = sort_out_labels("DNCClassifier", labels, self.num_classes, self.ignore_index)
         e, p = self.embed(x), self.snapshot(update)
@@ -179,7 +180,7 @@ class DNCClassifier(CentroidModel):
     @torch.no_grad()
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:
         """Start the sub-centroids from features [N,D] and labels [N]; see `SubCentroids.initialize_from_`."""
-        check_labels("DNCClassifier", labels, [features.shape[0]], features)
+        check_labels("DNCClassifier", labels, features)
         labels, _ = sort_out_labels("DNCClassifier", labels, self.num_classes, self.ignore_index)
         return super().initialize_from_(self.embed(features), labels, refinements=refinements)
 

@@ -95,8 +95,9 @@ class DNCHead(CentroidModel):
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
-                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init, "init_step": init_step,
-                "warmup_steps": warmup_steps, "revive_after": revive_after, "label_smoothing": label_smoothing,
+                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init,
+                "init_step": init_step, "warmup_steps": warmup_steps, "revive_after": revive_after,
+                "label_smoothing": label_smoothing,
             },
         )  # fmt: skip
         self.in_channels, self.align_corners, self.loss_size = in_channels, align_corners, loss_size
@@ -132,7 +133,7 @@ class DNCHead(CentroidModel):
             out and counted in `bad_labels`; DNC_KERNELS_DEBUG=1 makes CUDA raise too).
         """
         check_features("DNCHead", features, 4, self.in_channels)
-        check_labels("DNCHead", labels, [features.shape[0], -1, -1], features)
+        check_labels("DNCHead", labels, features)
         update = self.training if update is None else update
         labels, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
         small = resize_labels(labels, (features.shape[2], features.shape[3]))
@@ -170,7 +171,7 @@ class DNCHead(CentroidModel):
 
     @torch.no_grad()
     def predict(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Classes [B,H,W] int64 at `size` (None: that of the features): argmax of the upsampled logits, which are never stored."""
+        """Classes [B,H,W] int64 at `size` (None: that of the features): argmax of the upsampled logits, never stored."""
         logits = self(features)
         if size is None or tuple(size) == tuple(features.shape[2:]):
             return logits.argmax(1)
@@ -190,7 +191,7 @@ class DNCHead(CentroidModel):
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:
         """Start the sub-centroids from features [B,in_channels,h,w] and labels [B,H,W]; see `SubCentroids.initialize_from_`."""
         check_features("DNCHead", features, 4, self.in_channels)
-        check_labels("DNCHead", labels, [features.shape[0], -1, -1], features)
+        check_labels("DNCHead", labels, features)
         labels, _ = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
         small = resize_labels(labels, (features.shape[2], features.shape[3]))
         return super().initialize_from_(self.embed(features), small, refinements=refinements)

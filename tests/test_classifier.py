@@ -1,0 +1,373 @@
+"""DNCClassifier and FeatureMemory."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import assert_close, assert_golden
+
+from dnc_kernels import nn, ops
+
+C, K, D = 6, 3, 12
+
+
+def make(**options):
+    options = {"recipe": "released", "momentum": 0.9, "generator": torch.Generator().manual_seed(0), **options}
+    return nn.DNCClassifier(D, C, K, **options)
+
+
+def batch(n=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, C, (n,), generator=g)
+    labels[::9] = -100
+    return torch.randn(n, D, generator=g), labels
+
+
+# memory
+
+
+class Rings:
+    """The same memory as lists, one feature at a time."""
+
+    def __init__(self, classes, size):
+        self.size, self.lists, self.pushed = size, [[None] * size for _ in range(classes)], [0] * classes
+
+    def push(self, features, labels):
+        for feature, label in zip(features, labels.tolist(), strict=True):
+            if 0 <= label < len(self.lists) and feature.isfinite().all():
+                self.lists[label][self.pushed[label] % self.size] = feature
+                self.pushed[label] += 1
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.lists(st.integers(0, 14), min_size=1, max_size=5), st.integers(0, 99))
+def test_memory_is_a_ring_for_each_class(classes, size, batches, seed):
+    g = torch.Generator().manual_seed(seed)
+    memory, rings = nn.FeatureMemory(classes, size, 3), Rings(classes, size)
+    for n in batches:
+        features = torch.randn(n, 3, generator=g)
+        features[torch.rand(n, generator=g) < 0.1] = float("nan")
+        labels = torch.randint(-2, classes + 1, (n,), generator=g)
+        memory.push(features, labels)
+        rings.push(features, labels)
+    held, labels = memory.read()
+    for c in range(classes):
+        for i, feature in enumerate(rings.lists[c]):
+            row = c * size + i
+            assert labels[row] == (-1 if feature is None else c)
+            assert feature is None or torch.equal(held[row], feature)
+    assert memory.pushed.tolist() == rings.pushed
+
+
+def test_memory_keeps_no_graph_and_its_own_copy():
+    memory = nn.FeatureMemory(2, 3, 4)
+    x = torch.randn(2, 4, requires_grad=True)
+    memory.push(x, torch.tensor([0, 1]))
+    before = memory.read().features.clone()
+    with torch.no_grad():
+        x.zero_()
+    assert not memory.read().features.requires_grad
+    assert torch.equal(memory.read().features, before)
+
+
+def test_own_similarity_of_the_memory_is_that_of_the_op():
+    memory = nn.FeatureMemory(C, 5, D)
+    x, labels = batch()
+    memory.push(x, labels)
+    p = make().prototypes
+    held, owners = memory.read()
+    expected = ops.class_scores(held.double(), p.double(), owners).own_similarity
+    keep = owners >= 0
+    assert keep.sum() < len(owners)
+    assert_close(memory.own_similarity(p)[keep], expected[keep], "head", terms=D, scale=5)
+
+
+def test_memory_resumes_exactly_and_forgets_on_demand():
+    memory, twin = nn.FeatureMemory(C, 4, D), nn.FeatureMemory(C, 4, D)
+    memory.push(*batch())
+    twin.load_state_dict(copy.deepcopy(memory.state_dict()))
+    for module in (memory, twin):
+        module.push(*batch(seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(memory.read(), twin.read(), strict=True))
+    memory.clear()
+    assert (memory.read().labels == -1).all() and int(memory.filled().sum()) == 0
+
+
+def test_memory_checks_its_input():
+    memory = nn.FeatureMemory(2, 3, 4)
+    with pytest.raises(ValueError, match=r"FeatureMemory: features must be \[N,4\]"):
+        memory.push(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels must be \[2\] to match features"):
+        memory.push(torch.zeros(2, 4), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="labels must be an integer tensor"):
+        memory.push(torch.zeros(2, 4), torch.zeros(2))
+    with pytest.raises(ValueError, match="size must be a positive integer"):
+        nn.FeatureMemory(2, 0, 4)
+
+
+# classifier
+
+
+@pytest.mark.parametrize("scores", ["norm", "temperature", "scale"])
+def test_loss_and_gradients_are_those_of_plain_torch(scores):
+    model = make(
+        scores=scores, memory_size=0, ppc_weight=0.3, ppd_weight=0.2, label_smoothing=0.1, class_weight=[1.0] * 5 + [3.0]
+    )
+    model.double()
+    x, labels = batch()
+    x, p = x.double().requires_grad_(), model.prototypes.clone()
+    own = ops.class_scores(model.embed(x), p, labels).own_similarity
+    cluster = model.cluster(own, labels)
+    e = F.normalize(F.layer_norm(x, (D,), model.feat_norm.weight, model.feat_norm.bias), dim=1)
+    s = e @ p.flatten(0, 1).T
+    o = s.view(-1, C, K).amax(2)
+    o = (
+        F.layer_norm(o, (C,), model.mask_norm.weight, model.mask_norm.bias)
+        if scores == "norm"
+        else o / model.logit_temperature()
+    )
+    keep = cluster >= 0
+    weight = model.class_weight.double()
+    expected = (
+        F.cross_entropy(o, labels, weight, label_smoothing=0.1)
+        + 0.3 * F.cross_entropy(s, cluster, ignore_index=-1)
+        + 0.2 * (1 - s[keep].gather(1, cluster[keep, None])).square().mean()
+    )
+    actual = model.loss(x, labels).loss
+    assert_golden(actual, expected.detach(), "loss")
+    tensors = [x, *model.parameters()]
+    for a, b in zip(torch.autograd.grad(actual, tensors), torch.autograd.grad(expected, tensors), strict=True):
+        assert_golden(a, b, "gradient")
+
+
+def test_memory_feeds_the_clustering():
+    model = make(memory_size=8, ppc_weight=0.0, ppd_weight=0.0, update_from="all")
+    twin = copy.deepcopy(model)
+    x, labels = batch(120)
+    with torch.no_grad():
+        past, past_labels = twin.embed(x[:100]), labels[:100]
+        model.memory.push(past, past_labels)
+        model.loss(x[100:], labels[100:])
+        e = twin.embed(x[100:])
+        held, owners = copy.deepcopy(nn.FeatureMemory(C, 8, D)), None
+        held.push(past, past_labels)
+        features, owners = held.read()
+        both, group = torch.cat([e, features]), torch.cat([labels[100:], owners])
+        own = ops.class_scores(both, twin.prototypes, group).own_similarity
+        cluster = twin.cluster(own, group)[:20]
+        twin.update_(e, cluster)
+    assert torch.equal(model.last_counts, twin.last_counts)
+    assert_close(model.prototypes, twin.prototypes.double(), "direction", terms=D)
+
+
+def test_memory_takes_the_batch_after_the_step_and_gives_no_gradient():
+    model = make(memory_size=8)
+    x, labels = batch()
+    result = model.loss(x.requires_grad_(), labels)
+    held, owners = model.memory.read()
+    assert int((owners >= 0).sum()) == int((labels >= 0).sum())
+    assert_close(held[owners >= 0].norm(dim=1), torch.ones(int((owners >= 0).sum())).double(), "direction", terms=D)
+    result.loss.backward()
+    x.grad = None
+    model.loss(x, labels).loss.backward()
+    assert x.grad.isfinite().all()
+
+
+def test_all_ignored_batch_gives_zeros_and_moves_nothing():
+    model = make()
+    before = model.prototypes.clone()
+    x = torch.randn(5, D, requires_grad=True)
+    result = model.loss(x, torch.full((5,), -100))
+    result.loss.backward()
+    assert [v.item() for v in result] == [0, 0, 0, 0, 0]
+    assert x.grad.abs().max() == 0
+    assert torch.equal(model.prototypes, before)
+    assert int(model.memory.pushed.sum()) == 0
+
+
+def test_empty_batch_gives_zeros():
+    model = make()
+    result = model.loss(torch.empty(0, D), torch.empty(0, dtype=torch.int64))
+    assert result.loss == 0 and result.accuracy == 0
+    assert model.eval().predict(torch.empty(0, D)).shape == (0,)
+
+
+def test_non_finite_sample_gives_nan_loss_and_poisons_nothing():
+    model, twin = make(), make()
+    x, labels = batch()
+    masked = labels.clone()
+    masked[4] = -100
+    twin.loss(x, masked)
+    x[4, 2] = float("inf")
+    assert model.loss(x, labels).loss.isnan()
+    assert torch.equal(model.prototypes, twin.prototypes)
+    assert torch.equal(model.memory.read().features, twin.memory.read().features)
+    assert int(model.nonfinite_pixels) == 1
+
+
+def test_evaluation_moves_nothing_and_remembers_nothing():
+    model = make().eval()
+    before = copy.deepcopy(model.state_dict())
+    model.loss(*batch())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scores", ["norm", "scale"])
+def test_prediction_is_the_argmax_of_the_logits(scores):
+    model = make(scores=scores).eval()
+    x, _ = batch(300)
+    assert torch.equal(model.predict(x), model(x).argmax(1))
+
+
+def test_class_counts_and_wrong_labels():
+    model = make()
+    x, labels = batch()
+    model.loss(x, labels)
+    assert model.class_counts.tolist() == torch.bincount(labels[labels >= 0], minlength=C).tolist()
+    labels[3] = C
+    with pytest.raises(ValueError, match=r"DNCClassifier: labels must be in \[0,6\) or ignore_index -100; got 6 at pixel 3"):
+        model.loss(x, labels)
+    with pytest.raises(ValueError, match=r"features must be \[N,12\]"):
+        model.loss(torch.randn(4, D + 1), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"ignore_index must be outside the 6 classes"):
+        make(ignore_index=2)
+    with pytest.raises(ValueError, match="memory_size must be non-negative"):
+        make(memory_size=-1)
+
+
+def test_data_start_takes_batch_and_memory():
+    model = make(init="data", init_step=1, memory_size=30)
+    for seed in range(2):
+        model.loss(*batch(60, seed))
+    _, owners = model.memory.read()
+    near, far = (model.memory.own_similarity(p).amax(1)[owners >= 0].mean() for p in (model.prototypes, make().prototypes))
+    assert near > far + 0.2
+    assert int(model.num_updates) == 2
+    assert int((owners >= 0).sum()) > 60
+
+
+def test_state_dict_round_trip_goes_on_exactly():
+    model, twin = make(), make()
+    model.loss(*batch())
+    assert {"prototypes", "memory.storage", "memory.pushed"} < set(model.state_dict())
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    a, b = model.loss(*batch(seed=1)), twin.loss(*batch(seed=1))
+    assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+    assert torch.equal(model.prototypes, twin.prototypes)
+
+
+def test_released_checkpoint_without_memory_loads():
+    state = {f"head.{k}": v for k, v in make(memory_size=0).state_dict().items()}
+    report = nn.load_released_state_dict(make(), state)
+    assert report.kept == ["memory.pushed", "memory.storage"]
+
+
+def test_training_learns_blobs():
+    torch.manual_seed(0)
+    centers = torch.randn(C, 2, 5)  # two modes a class
+    net = torch.nn.Sequential(torch.nn.Linear(5, 32), torch.nn.ReLU(), torch.nn.Linear(32, D))
+    model = make(scores="scale", momentum=0.99)
+    optimizer = torch.optim.AdamW([*net.parameters(), *model.parameters()], lr=0.01)
+    for _ in range(60):
+        labels = torch.randint(0, C, (64,))
+        x = centers[labels, torch.randint(0, 2, (64,))] + 0.1 * torch.randn(64, 5)
+        result = model.loss(net(x), labels)
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+    labels = torch.arange(C).repeat(20)
+    x = centers[labels, torch.arange(20).repeat_interleave(C) % 2] + 0.1 * torch.randn(120, 5)
+    assert (model.eval().predict(net(x)) == labels).float().mean() > 0.95
+
+
+def test_training_step_compiles():
+    eager, twin = make(), make()
+    compiled = torch.compile(twin.loss, backend="aot_eager")
+    for seed in range(2):
+        x, labels = batch(seed=seed)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        eager.loss(a, labels).loss.backward()
+        compiled(b, labels).loss.backward()
+        assert_golden(b.grad, a.grad, "gradient")
+    assert_close(twin.prototypes, eager.prototypes.double(), "direction", terms=D)
+    assert torch.equal(twin.memory.pushed, eager.memory.pushed)
+
+
+# what a sub-centroid stands for
+
+
+def brute_force(prototypes, embedding, labels, count, nearest_only=False):
+    """Lists of (similarity, sample, pixel), one for each sub-centroid."""
+    maps = embedding if embedding.ndim == 4 else embedding[:, :, None, None]
+    labels = labels.view(len(maps), -1)
+    lists = []
+    for c in range(len(prototypes)):
+        for k in range(prototypes.shape[1]):
+            found = []
+            for i, image in enumerate(maps.flatten(2)):
+                candidates = []
+                for pixel in range(image.shape[1]):
+                    own = prototypes[c] @ image[:, pixel]
+                    if labels[i, pixel] == c and own.isfinite().all() and not (nearest_only and own.argmax() != k):
+                        candidates.append((-float(own[k]), i, pixel))
+                found += sorted(candidates)[:1]
+            lists.append(sorted(found)[:count])
+    return lists
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(1, 4), st.integers(0, 99))
+def test_nearest_samples_are_those_of_a_search(classes, k, maps, nearest_only, count, seed):
+    g = torch.Generator().manual_seed(seed)
+    model = nn.SubCentroids(classes, k, 4, generator=g, dtype=torch.float64)
+    shape = (7, 4, 2, 3) if maps else (17, 4)
+    x = F.normalize(torch.randn(shape, generator=g, dtype=torch.float64), dim=1)
+    x[2] = float("nan")
+    labels = torch.randint(-1, classes + 1, shape[:1] + shape[2:], generator=g)
+    accumulator = nn.NearestSamples(model, count, nearest_only=nearest_only)
+    for part in (slice(0, 3), slice(3, 3), slice(3, None)):  # one of the batches is empty
+        accumulator.add(x[part], labels[part])
+    result = accumulator.result()
+    expected = brute_force(model.prototypes, x, labels, count, nearest_only)
+    for row, found in enumerate(expected):
+        c, s = divmod(row, k)
+        n = len(found)
+        assert result.sample[c, s].tolist() == [f[1] for f in found] + [-1] * (count - n)
+        assert result.pixel[c, s].tolist() == [f[2] for f in found] + [-1] * (count - n)
+        assert result.similarity[c, s, :n].tolist() == pytest.approx([-f[0] for f in found], abs=1e-12)
+        assert (result.similarity[c, s, n:] == -torch.inf).all()
+
+
+def test_nearest_samples_of_one_call_with_numbers_of_its_own():
+    model = make()
+    x, labels = batch()
+    e = model.embed(x).detach()
+    whole = nn.nearest_samples(model, e, labels, 4)
+    accumulator = nn.NearestSamples(model, 4)
+    accumulator.add(e, labels, torch.arange(40) + 1000)
+    assert torch.equal(accumulator.result().sample, torch.where(whole.sample < 0, -1, whole.sample + 1000))
+    valid = whole.sample >= 0
+    classes = torch.arange(C)[:, None, None].expand_as(valid)
+    assert torch.equal(labels[whole.sample[valid]], classes[valid])
+
+
+def test_nearest_samples_do_not_follow_later_training():
+    model = make()
+    x, labels = batch()
+    accumulator = nn.NearestSamples(model, 2)
+    expected = nn.nearest_samples(model, model.embed(x).detach(), labels, 2)
+    e = model.embed(x).detach()
+    model.loss(x, labels)
+    accumulator.add(e, labels)
+    assert all(torch.equal(a, b) for a, b in zip(accumulator.result(), expected, strict=True))
+
+
+def test_nearest_samples_check_their_input():
+    accumulator = nn.NearestSamples(make(), 2)
+    with pytest.raises(ValueError, match=r"NearestSamples: labels must be \[N\]=\[3\] to match embedding"):
+        accumulator.add(torch.zeros(3, D), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"samples must be \[3\]"):
+        accumulator.add(torch.zeros(3, D), torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="count must be a positive integer"):
+        nn.NearestSamples(make(), 0)

@@ -1,0 +1,382 @@
+"""SubCentroids: starts, clustering, updates, schedules, revival, what is saved."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close
+
+from dnc_kernels import nn, ops
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def clustered(classes=3, k=4, channels=16, each=20, spread=0.05):
+    """Unit features around K well separated directions a class, their labels, and the directions."""
+    centers = F.normalize(torch.linalg.qr(torch.randn(channels, channels)).Q[: classes * k], dim=1)
+    which = torch.arange(classes * k).repeat_interleave(each)
+    x = F.normalize(centers[which] + spread * torch.randn(len(which), channels) / math.sqrt(channels), dim=1)
+    shuffle = torch.randperm(len(which))
+    return x[shuffle], (which // k)[shuffle], centers.view(classes, k, channels)
+
+
+def own_similarity(module, x, labels):
+    return ops.class_scores(x, module.prototypes, labels).own_similarity
+
+
+def step(module, x, labels, **options):
+    own = own_similarity(module, x, labels)
+    module.update_(x, module.cluster(own, labels), own_similarity=own, **options)
+
+
+# starts
+
+
+@pytest.mark.parametrize("init", ["random", "orthogonal", "data"])
+def test_start_is_of_unit_length_and_comes_from_the_generator(init):
+    make = lambda seed: nn.SubCentroids(7, 5, 12, init=init, generator=generator(seed)).prototypes  # noqa: E731
+    assert_close(make(0).norm(dim=2), torch.ones(7, 5, dtype=torch.float64), "direction", terms=12)
+    assert torch.equal(make(0), make(0))
+    assert not torch.equal(make(0), make(1))
+
+
+def test_orthogonal_start_makes_the_sub_centroids_of_a_class_orthogonal():
+    p = nn.SubCentroids(6, 4, 8, init="orthogonal").prototypes.double()
+    assert_close((p @ p.mT).float(), torch.eye(4).double().expand(6, 4, 4), "direction", terms=8, scale=1)
+
+
+def test_orthogonal_start_serves_more_rows_than_channels():
+    p = nn.SubCentroids(5, 7, 3, init="orthogonal").prototypes
+    assert p.shape == (5, 7, 3)
+    assert p.isfinite().all()
+
+
+def test_data_start_finds_separated_clusters():
+    x, labels, centers = clustered()
+    module = nn.SubCentroids(3, 4, 16, generator=generator())
+    counts = module.initialize_from_(3 * x, labels)
+    assert counts.tolist() == [80, 80, 80]
+    similarity = centers @ module.prototypes.mT  # [C,K,K]: every centre has its own sub-centroid
+    assert (similarity.amax(2) > 0.99).all()
+    assert all(similarity[c].argmax(1).unique().numel() == 4 for c in range(3))
+
+
+def test_data_start_keeps_the_random_start_of_absent_classes_and_of_missing_pixels():
+    x, labels = unit(5, 16), torch.tensor([0, 0, 1, 1, -1])
+    x[3] = x[2]  # class 1 has one distinct pixel
+    module = nn.SubCentroids(3, 2, 16, generator=generator())
+    before = module.prototypes.clone()
+    module.initialize_from_(x, labels, refinements=2)
+    assert torch.equal(module.prototypes[2], before[2])
+    assert torch.equal(module.prototypes[1, 1], before[1, 1])
+    assert_close(module.prototypes[1, 0], x[2].double(), "direction", terms=16)
+
+
+def test_data_start_takes_feature_maps_and_leaves_out_what_is_not_finite():
+    x, labels = torch.randn(2, 16, 3, 4), torch.zeros(2, 3, 4, dtype=torch.uint8)
+    x[0, 3, 1, 1], x[1, 0, 2, 3] = float("nan"), float("inf")
+    module = nn.SubCentroids(2, 3, 16)
+    assert module.initialize_from_(x, labels).tolist() == [22, 0]
+    assert module.prototypes.isfinite().all()
+
+
+def test_data_start_happens_at_its_update_and_once():
+    x, labels, _ = clustered(each=5)
+    module = nn.SubCentroids(3, 4, 16, init="data", init_step=2, momentum=1.0, generator=generator())
+    before = module.prototypes.clone()
+    history = []
+    for _ in range(4):
+        step(module, x, labels)
+        # momentum 1 renormalises: the last bit may change
+        history.append(bool((module.prototypes - before).abs().max() < 1e-6))
+        before = module.prototypes.clone()
+    assert history == [True, True, False, True]
+    assert (x @ module.prototypes.flatten(0, 1).T).amax(1).min() > 0.9
+
+
+def test_empty_batch_starts_nothing():
+    module = nn.SubCentroids(3, 2, 4)
+    before = module.prototypes.clone()
+    assert module.initialize_from_(torch.empty(0, 4), torch.empty(0, dtype=torch.int64)).tolist() == [0, 0, 0]
+    assert torch.equal(module.prototypes, before)
+
+
+# clustering
+
+
+def test_cluster_numbers_the_assignment_of_the_op():
+    module = nn.SubCentroids(4, 3, 8)
+    x, labels = unit(50, 8), torch.randint(-1, 5, (50,))
+    own = own_similarity(module, x, labels)
+    group = torch.where(labels < 4, labels, -1)
+    sub = ops.sinkhorn_assign(own, group, 4)
+    assert torch.equal(module.cluster(own, labels), torch.where(group < 0, -1, group * 3 + sub))
+
+
+def test_cluster_leaves_out_pixels_without_finite_similarities_and_nobody_else_notices():
+    module = nn.SubCentroids(2, 3, 8)
+    x, labels = unit(30, 8), torch.arange(30) % 2
+    own = own_similarity(module, x, labels)
+    own[4], own[7, 1] = float("nan"), float("inf")
+    cluster = module.cluster(own, labels)
+    keep = torch.ones(30, dtype=torch.bool)
+    keep[[4, 7]] = False
+    assert (cluster[~keep] == -1).all()
+    assert torch.equal(cluster[keep], module.cluster(own[keep], labels[keep]))
+
+
+def test_cluster_balances_a_class():
+    module = nn.SubCentroids(1, 4, 8, epsilon=0.01, iterations=50)
+    x = unit(400, 8)
+    labels = torch.zeros(400, dtype=torch.int64)
+    cluster = module.cluster(own_similarity(module, x, labels), labels)
+    counts = torch.bincount(cluster, minlength=4)
+    assert counts.min() > 80 and counts.max() < 120
+
+
+def test_gumbel_keeps_about_a_quarter_of_the_assignments_at_ten_sub_centroids():
+    x, labels, centers = clustered(classes=1, k=10, each=400)
+    module = nn.SubCentroids(1, 10, 16, assignment="gumbel", generator=generator())
+    module.prototypes.copy_(centers)
+    own = own_similarity(module, x, labels)
+    certain = ops.sinkhorn_assign(own, labels, 1)
+    kept = (module.cluster(own, labels) == certain).double().mean()
+    expected = math.e / (math.e + 9)  # 0.23
+    assert abs(kept - expected) < 4 * math.sqrt(expected * (1 - expected) / len(x))
+
+
+def test_gumbel_repeats_with_its_seed():
+    x, labels, _ = clustered()
+    draws = []
+    for seed in (1, 1, 2):
+        module = nn.SubCentroids(3, 4, 16, assignment="gumbel", generator=generator(seed))
+        draws.append(module.cluster(own_similarity(module, x, labels), labels))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+# updates
+
+
+def test_update_is_the_momentum_op():
+    module = nn.SubCentroids(3, 2, 8, momentum=0.9)
+    x, cluster = unit(40, 8), torch.randint(-1, 6, (40,))
+    expected = module.prototypes.clone()
+    ops.momentum_update_(expected, x, cluster, momentum=0.9)
+    module.update_(x, cluster)
+    assert torch.equal(module.prototypes, expected)
+    assert torch.equal(module.last_counts, torch.bincount(cluster[cluster >= 0], minlength=6).view(3, 2))
+    assert int(module.num_updates) == 1
+
+
+@pytest.mark.parametrize("update_from", ["correct", "all"])
+def test_only_correct_pixels_move_sub_centroids_unless_all_are_asked_for(update_from):
+    module = nn.SubCentroids(2, 2, 8, momentum=0.5, update_from=update_from)
+    x, cluster, correct = unit(20, 8), torch.arange(20) % 4, torch.arange(20) < 7
+    module.update_(x, cluster, correct=correct)
+    assert int(module.last_counts.sum()) == (7 if update_from == "correct" else 20)
+
+
+def test_absent_sub_centroids_keep_every_bit():
+    module = nn.SubCentroids(3, 2, 8, momentum=0.5)
+    before = module.prototypes.clone()
+    module.update_(unit(4, 8), torch.tensor([0, 0, 3, -1]))
+    changed = (module.prototypes != before).any(2).flatten()
+    assert changed.tolist() == [True, False, False, True, False, False]
+
+
+def test_non_finite_pixels_never_poison():
+    module = nn.SubCentroids(2, 1, 4, momentum=0.5)
+    x = unit(6, 4)
+    expected = copy.deepcopy(module)
+    expected.update_(x[2:], torch.tensor([0, 1, 0, 1]))
+    x[0, 1], x[1, 0] = float("nan"), float("-inf")
+    module.update_(x, torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert torch.equal(module.prototypes, expected.prototypes)
+
+
+def test_ramp_goes_from_start_to_end_along_a_cosine():
+    module = nn.SubCentroids(1, 1, 4, momentum=(0.5, 0.9, 4))
+    seen = []
+    for _ in range(6):
+        seen.append(float(module.momentum_now()))
+        module.update_(unit(1, 4), torch.zeros(1, dtype=torch.int64))
+    expected = [0.9 - 0.4 * (1 + math.cos(math.pi * min(t, 4) / 4)) / 2 for t in range(6)]
+    assert seen == pytest.approx(expected, abs=1e-6)
+
+
+def test_schedule_moves_as_the_same_numbers_would():
+    values = [0.5, 0.7, 0.9]
+    scheduled = nn.SubCentroids(2, 2, 8, momentum=lambda t: torch.tensor(values)[t.long()], generator=generator())
+    numbers = nn.SubCentroids(2, 2, 8, generator=generator())
+    for value in values:
+        x, cluster = unit(12, 8), torch.arange(12) % 4
+        numbers.momentum = value
+        scheduled.update_(x, cluster)
+        numbers.update_(x, cluster)
+    assert_close(scheduled.prototypes, numbers.prototypes.double(), "direction", terms=12)
+
+
+def test_warm_up_counts_but_moves_nothing():
+    module = nn.SubCentroids(2, 2, 8, momentum=0.5, warmup_steps=2)
+    before, moved = module.prototypes.clone(), []
+    for _ in range(3):
+        module.update_(unit(12, 8), torch.arange(12) % 4)
+        moved.append(not torch.equal(module.prototypes, before))
+    assert moved == [False, False, True]
+    assert int(module.num_updates) == 3
+
+
+def test_unused_sub_centroid_is_revived_at_the_least_similar_pixel_of_its_class():
+    module = nn.SubCentroids(2, 2, 8, momentum=1.0, revive_after=2)
+    x, labels = unit(10, 8), torch.zeros(10, dtype=torch.int64)
+    own = own_similarity(module, x, labels)
+    for _ in range(2):
+        assert int(module.idle_updates[0, 1]) < 2
+        before = module.prototypes.clone()
+        module.update_(x, torch.zeros(10, dtype=torch.int64), own_similarity=own)
+    worst = own.amax(1).argmin()
+    assert_close(module.prototypes[0, 1], x[worst].double(), "direction", terms=8)
+    assert torch.equal(module.prototypes[1], before[1])  # an absent class is not idle
+    assert module.idle_updates.tolist() == [[0, 0], [0, 0]]
+
+
+def test_revival_reads_its_pixel_from_a_feature_map():
+    x = F.normalize(torch.randn(2, 8, 3, 5), dim=1)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 8)
+    maps, pixels = (nn.SubCentroids(1, 2, 8, momentum=1.0, revive_after=1, generator=generator()) for _ in range(2))
+    labels = torch.zeros(30, dtype=torch.int64)
+    own = own_similarity(pixels, rows, labels)
+    maps.update_(x, labels, own_similarity=own)
+    pixels.update_(rows, labels, own_similarity=own)
+    assert torch.equal(maps.prototypes, pixels.prototypes)
+    assert (rows @ maps.prototypes[0, 1]).max() > 0.999
+
+
+# what is kept, cast, copied
+
+
+def test_half_leaves_sub_centroids_in_float32_and_double_makes_them_float64():
+    module = nn.SubCentroids(2, 2, 8)
+    before = module.prototypes.clone()
+    for cast in (lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float16)):
+        assert torch.equal(cast(module).prototypes, before)
+        assert module.prototypes.dtype == torch.float32
+    assert module.double().prototypes.dtype == torch.float64
+
+
+def test_state_dict_holds_the_released_name_alone():
+    assert list(nn.SubCentroids(2, 2, 8).state_dict()) == ["prototypes"]
+
+
+@pytest.mark.parametrize(
+    "options, extra",
+    [
+        ({"momentum": (0.9, 0.99, 5)}, ["num_updates"]),
+        ({"warmup_steps": 3}, ["num_updates"]),
+        ({"init": "data", "init_step": 1}, ["num_updates"]),
+        ({"revive_after": 2}, ["idle_updates"]),
+    ],
+)
+def test_resuming_is_exact(options, extra):
+    batches = [clustered(each=3)[:2] for _ in range(5)]
+    whole = nn.SubCentroids(3, 4, 16, generator=generator(), **options)
+    for x, labels in batches[:3]:
+        step(whole, x, labels)
+    resumed = nn.SubCentroids(3, 4, 16, generator=generator(9), **options)
+    state = copy.deepcopy(whole.state_dict())
+    assert sorted(state) == sorted(["prototypes", *extra])
+    resumed.load_state_dict(state)
+    for x, labels in batches[3:]:
+        step(whole, x, labels)
+        step(resumed, x, labels)
+    assert torch.equal(resumed.prototypes, whole.prototypes)
+
+
+def test_loaded_sub_centroids_are_not_started_over():
+    donor, module = nn.SubCentroids(2, 2, 8), nn.SubCentroids(2, 2, 8, init="data", momentum=1.0)
+    module.load_state_dict(donor.state_dict())
+    x, labels = unit(20, 8), torch.arange(20) % 2
+    step(module, x, labels)
+    assert_close(module.prototypes, donor.prototypes.double(), "direction", terms=8)
+
+
+def test_loading_normalises_and_keeps_unit_rows_bit_for_bit():
+    module = nn.SubCentroids(2, 2, 8)
+    rows = unit(2, 2, 8)
+    rows[0, 0] *= 3
+    module.load_state_dict({"subcentroids": rows})  # the older name
+    assert_close(module.prototypes.norm(dim=2), torch.ones(2, 2, dtype=torch.float64), "direction", terms=8)
+    assert torch.equal(module.prototypes[1], rows[1])
+
+
+def test_loading_refuses_rows_without_a_direction():
+    rows = unit(2, 2, 8)
+    rows[1, 0] = 0
+    with pytest.raises(RuntimeError, match=r"prototypes: every sub-centroid must be finite and not zero; got 1"):
+        nn.SubCentroids(2, 2, 8).load_state_dict({"prototypes": rows})
+
+
+def test_copies_and_pickles_draw_on_independently():
+    module = nn.SubCentroids(3, 4, 16, assignment="gumbel", generator=generator())
+    x, labels, _ = clustered()
+    own = own_similarity(module, x, labels)
+    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    expected = module.cluster(own, labels)
+    for twin in twins:
+        assert torch.equal(twin.cluster(own, labels), expected)
+
+
+def test_reset_starts_over():
+    module = nn.SubCentroids(3, 4, 16, generator=generator(), momentum=0.1)
+    x, labels, _ = clustered(each=2)
+    step(module, x, labels)
+    before = module.prototypes.clone()
+    module.reset_prototypes()
+    assert int(module.num_updates) == 0
+    assert not torch.equal(module.prototypes, before)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"momentum": 1.5}, r"SubCentroids: momentum must be in \[0,1\]"),
+        ({"momentum": (0.9, 2.0, 5)}, r"momentum must be \(start, end, steps\)"),
+        ({"momentum": (0.9, 1.0)}, r"momentum must be \(start, end, steps\)"),
+        ({"epsilon": 0.0}, "epsilon must be positive and finite; got 0.0"),
+        ({"epsilon": float("nan")}, "epsilon must be positive and finite; got nan"),
+        ({"iterations": -1}, "iterations must be non-negative"),
+        ({"assignment": "soft"}, "assignment must be one of argmax, gumbel; got soft"),
+        ({"update_from": "none"}, "update_from must be one of correct, all"),
+        ({"sync": "mean"}, "sync must be one of auto, sums, average, none"),
+        ({"init": "zeros"}, "init must be one of random, orthogonal, data"),
+        ({"revive_after": 0}, "revive_after must be None or positive"),
+        ({"dtype": torch.int32}, "dtype must be a float dtype"),
+    ],
+)
+def test_options_are_checked(options, text):
+    with pytest.raises(ValueError, match=text):
+        nn.SubCentroids(2, 2, 8, **options)
+
+
+@pytest.mark.parametrize("sizes, text", [((0, 2, 8), "num_classes"), ((2, 257, 8), "at most 256"), ((2, 2, -1), "channels")])
+def test_sizes_are_checked(sizes, text):
+    with pytest.raises(ValueError, match=text):
+        nn.SubCentroids(*sizes)
+
+
+def test_data_start_checks_its_features():
+    module = nn.SubCentroids(2, 2, 8)
+    with pytest.raises(ValueError, match=r"features must be \[N,D\] or \[B,D,H,W\] with D=8"):
+        module.initialize_from_(unit(4, 7), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels must be \[N\]=\[4\] to match features"):
+        module.initialize_from_(unit(4, 8), torch.zeros(5, dtype=torch.int64))
