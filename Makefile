@@ -43,7 +43,8 @@ gpu-check: ## build in place for this GPU alone with PYTHON, run the tests marke
 	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m dnc_kernels doctor
 	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m benchmarks run --device cuda --out benchmarks/results/$(GPU_NAME)
+	mkdir -p benchmarks/results/$(GPU_NAME)
+	$(PYTHON) -m benchmarks run --device cuda --out benchmarks/results/$(GPU_NAME)/$(shell date -u +%Y-%m-%dT%H%M%S).jsonl
 
 clean: ## remove builds, caches and .venv
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out

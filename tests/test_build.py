@@ -1,0 +1,264 @@
+"""What is built: the sdist, the wheel made from it, the C++ library alone, and the instruction sets inside them."""
+
+import contextlib
+import os
+import platform
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import dnc_kernels
+from dnc_kernels import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+X86 = platform.machine() in ("x86_64", "AMD64")
+VERSION = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+
+
+def run(command, *, cwd, timeout=900, **environment) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd, env={**os.environ, **environment}, timeout=timeout,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{command} failed:\n{result.stdout[-5000:]}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the project without anything built."""
+    folder = tmp_path_factory.mktemp("source") / "project"
+    unwanted = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", "demo-out"
+    )
+    shutil.copytree(ROOT, folder, ignore=unwanted)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source):
+    run([sys.executable, "-m", "build", "--sdist", "--no-isolation"], cwd=source)
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def built(sdist, tmp_path_factory):
+    """The wheel made from the sdist with a torch that cannot be imported, installed beside nothing else; and the build tree."""
+    work = tmp_path_factory.mktemp("built")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(work)
+    tree = work / f"dnc_kernels-{VERSION}"
+    (work / "no_torch" / "torch").mkdir(parents=True)
+    (work / "no_torch" / "torch" / "__init__.py").write_text("raise ImportError('the build must not need torch')")
+    output = run(
+        [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "--wheel-dir", work, "-v"],
+        cwd=tree, DNC_KERNELS_BUILD="cpu", PYTHONPATH=str(work / "no_torch"),
+    )  # fmt: skip
+    (wheel,) = work.glob("*.whl")
+    site = work / "site"
+    run([sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel], cwd=work)
+    (objects,) = (tree / "build").glob("cmake-*")
+    return SimpleNamespace(tree=tree, wheel=wheel, site=site, objects=objects, output=output, work=work)
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_what_a_build_and_its_tests_need(source, sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "tests/conftest.py"}
+    needed |= {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
+    needed |= {str(path.relative_to(source)) for path in (source / "dnc_kernels").rglob("*.py")}
+    assert needed <= names, f"missing: {sorted(needed - names)}"
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or name.startswith("build/")]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(source, built):
+    extension = f"dnc_kernels/{Path(backends.native().__file__).name}"
+    package = {str(path.relative_to(source)) for path in (source / "dnc_kernels").rglob("*") if path.is_file()}
+    names = set(zipfile.ZipFile(built.wheel).namelist())
+    info = {name for name in names if name.startswith(f"dnc_kernels-{VERSION}.dist-info/")}
+    assert names - info == package | {extension}
+    assert {"dnc_kernels/py.typed", extension} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in info)
+
+
+@pytest.mark.slow
+def test_the_wheel_says_what_it_needs(built):
+    text = zipfile.ZipFile(built.wheel).read(f"dnc_kernels-{VERSION}.dist-info/METADATA").decode()
+    assert f"Version: {VERSION}" in text and "License-Expression: Apache-2.0" in text
+    assert "Requires-Python: >=3.10" in text
+    needs = [line for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert needs == ["Requires-Dist: torch>=2.11", "Requires-Dist: numpy"]
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_is_healthy_far_from_its_source(built, tmp_path):
+    code = (
+        "import dnc_kernels, importlib.metadata as m; from dnc_kernels import _C, doctor; "
+        "print(dnc_kernels.__file__, dnc_kernels.__version__, _C.__version__, m.version('dnc_kernels'), doctor.check().healthy)"
+    )
+    file, *rest = run([sys.executable, "-c", code], cwd=tmp_path, PYTHONPATH=str(built.site)).split()[-5:]
+    assert Path(file).is_relative_to(built.site)
+    assert rest == [VERSION, VERSION, VERSION, "True"]
+
+
+@pytest.mark.slow
+def test_a_cpu_build_has_no_cuda_in_it(built, tmp_path):
+    assert "no CUDA kernels" in built.output
+    code = "from dnc_kernels import _C; print(_C.cuda_archs, hasattr(_C, 'momentum_update_cuda_'))"
+    assert run([sys.executable, "-c", code], cwd=tmp_path, PYTHONPATH=str(built.site)).split()[-2:] == ["None", "False"]
+
+
+def instruction_sets() -> list[str]:
+    return ["portable", "avx2", "avx512"] if X86 else ["portable"]
+
+
+def objects_of(built, isa: str) -> list[Path]:
+    found = sorted((built.objects / "CMakeFiles" / f"dnc_{isa}.dir").rglob("*.o"))
+    assert len(found) == len(list((built.tree / "csrc" / "cpu").glob("*.cpp"))) - 1  # all but dispatch.cpp
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_kernels_share_no_symbol_across_instruction_sets(built, isa):
+    """A symbol outside dnc::cpu::<isa> may be merged by the linker: every processor would then run the AVX-512 copy."""
+    for path in objects_of(built, isa):
+        for line in run(["nm", "-C", "--defined-only", path], cwd=built.work).splitlines():
+            kind, name = line.split(maxsplit=2)[1:]
+            local = kind.islower() and kind not in "uvw"
+            assert local or f"dnc::cpu::{isa}::" in name, f"{path.name} defines {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not X86, reason="x86-64 only")
+def test_wide_registers_appear_only_in_their_own_instruction_set(built):
+    def registers(path: Path) -> set[str]:
+        return set(re.findall(r"%([yz]mm)\d", run(["objdump", "-d", path], cwd=built.work)))
+
+    for isa, allowed in {"portable": set(), "avx2": {"ymm"}, "avx512": {"ymm", "zmm"}}.items():
+        for path in objects_of(built, isa):
+            assert registers(path) <= allowed, path
+    assert any("zmm" in registers(path) for path in objects_of(built, "avx512"))
+    for path in [*built.objects.rglob("dispatch.cpp.o"), *built.objects.rglob("test_library.cpp.o")]:
+        assert not registers(path), path
+
+
+@pytest.mark.slow
+def test_nothing_is_tuned_to_the_building_machine(built):
+    rules = (built.objects / "build.ninja").read_text()
+    assert "-O3" in rules
+    assert not re.search(r"-m(arch|tune|cpu)=|-ffast-math|-Ofast", rules)
+
+
+@pytest.mark.slow
+def test_the_library_installs_alone_and_a_program_finds_it(built):
+    """The same objects without Python: `cmake --install`, then find_package(dnc) from csrc/tests."""
+    prefix, consumer = built.work / "prefix", built.work / "consumer"
+    run(["cmake", "-S", built.tree, "-B", built.objects, "-DDNC_PYTHON=OFF", "-DDNC_BUILD=cpu"], cwd=built.work)
+    run(["cmake", "--build", built.objects, "-j2"], cwd=built.work)
+    run(["cmake", "--install", built.objects, "--prefix", prefix], cwd=built.work)
+    headers = {path.name for path in (built.tree / "csrc" / "include" / "dnc").iterdir()}
+    assert {path.name for path in (prefix / "include" / "dnc").iterdir()} == headers
+    run(
+        ["cmake", "-S", built.tree / "csrc" / "tests", "-B", consumer, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}"],
+        cwd=built.work,
+    )
+    assert f"dnc_DIR:PATH={prefix}" in (consumer / "CMakeCache.txt").read_text()
+    run(["cmake", "--build", consumer], cwd=built.work)
+    output = run(["ctest", "--test-dir", consumer, "--verbose", "--output-on-failure"], cwd=built.work)
+    assert output.count(": ok") == len(backends.usable_isas())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.stem)
+def test_the_portable_path_is_plain_cpp(path):
+    """It compiles for another processor where a cross compiler is there; in any case it reaches for no x86 header."""
+    compiler = shutil.which("aarch64-linux-gnu-g++") or os.environ.get("CXX") or "c++"
+    command = [compiler, "-std=c++20", "-fopenmp", "-DDNC_ISA_PORTABLE", "-I", ROOT / "csrc" / "include"]
+    run([*command, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", path], cwd=ROOT)
+    headers = run([*command, "-M", path], cwd=ROOT)
+    assert not re.search(r"/(imm|xmm|emm|x86|avx\w*|arm_neon)\w*\.h\b", headers)
+
+
+def test_one_version_everywhere():
+    assert dnc_kernels.__version__ == VERSION
+    assert backends.native().__version__ == VERSION
+    assert re.search(rf"^version: {re.escape(VERSION)}$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert re.search(rf"^## {re.escape(VERSION)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    with contextlib.suppress(metadata.PackageNotFoundError):  # built in place
+        assert metadata.version("dnc_kernels") == VERSION
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """The functions of setup.py, without running it."""
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: None)
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+
+def test_jobs_are_bounded_by_cores_and_memory(setup, monkeypatch):
+    monkeypatch.delenv("DNC_KERNELS_JOBS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": int(6.1e9 / 4096)}.__getitem__)
+    assert setup._jobs() == 4
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": int(1e8 / 4096)}.__getitem__)
+    assert setup._jobs() == 1
+    monkeypatch.setenv("DNC_KERNELS_JOBS", "7")
+    assert setup._jobs() == 7
+
+
+def test_modes(setup, monkeypatch):
+    monkeypatch.delenv("DNC_KERNELS_BUILD", raising=False)
+    assert setup._mode() == "auto"
+    for mode in ("cpu", "cuda", "auto"):
+        monkeypatch.setenv("DNC_KERNELS_BUILD", mode)
+        assert setup._mode() == mode
+    monkeypatch.setenv("DNC_KERNELS_BUILD", "gpu")
+    with pytest.raises(SystemExit, match="DNC_KERNELS_BUILD must be cpu, cuda or auto; got 'gpu'"):
+        setup._mode()
+
+
+@pytest.mark.parametrize(
+    ("value", "archs"),
+    [
+        ("", ""),
+        ("90a-real", "90a-real"),
+        ("80-real;90a-real;100", "80-real;90a-real;100"),
+        (" 80, 90a ", "80;90a"),
+        ("native", "native"),
+    ],
+)
+def test_architectures_are_written_as_cmake_wants_them(setup, monkeypatch, value, archs):
+    monkeypatch.setenv("DNC_KERNELS_CUDA_ARCHS", value)
+    assert setup._cuda_archs() == archs
+
+
+@pytest.mark.parametrize("value", ["sm_90", "9.0", "90;hopper"])
+def test_a_malformed_architecture_is_refused(setup, monkeypatch, value):
+    monkeypatch.setenv("DNC_KERNELS_CUDA_ARCHS", value)
+    with pytest.raises(SystemExit, match="DNC_KERNELS_CUDA_ARCHS must be like"):
+        setup._cuda_archs()
+
+
+@pytest.mark.slow
+def test_cuda_without_nvcc_fails_and_says_so(source):
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=source, env={**os.environ, "DNC_KERNELS_BUILD": "cuda", "CUDACXX": "/nonexistent/nvcc"}, timeout=600, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "DNC_KERNELS_BUILD=cuda, but nvcc was not found" in result.stderr
+    assert "building the extension failed" in result.stderr and "Traceback" not in result.stderr
