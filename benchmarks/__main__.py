@@ -81,12 +81,14 @@ def print_rows(rows: Sequence[Row]) -> None:
         names = [n for n in _TABLE if any(r[n] is not None for r in found)]
         _print_table(names, [[f"{r[n]:.3g}" if isinstance(r[n], float) else str(r[n] or "") for n in names] for r in found])
         for row in found:
-            if row["reason"]:
+            if row["reason"] and row["status"] != "skipped":
                 print(f"  {row['variant']}: {row['status']}: {row['reason']}")
             if row["goal_ratios"]:
                 verdict = {True: "met", False: "missed", None: "not measured"}[row["goals_met"]]
-                against = ", ".join(f"{n} {v:.2f}x" for n, v in (row["ratio_to_baselines"] or {}).items())
-                print(f"  {row['variant']}: goal {row['goal_ratios']} {verdict}; faster than {against}")
+                goals, ratios = (
+                    ", ".join(f"{n} {v:.3g}x" for n, v in (row[c] or {}).items()) for c in ("goal_ratios", "ratio_to_baselines")
+                )
+                print(f"  {row['variant']}: goal {goals}: {verdict}; measured against {ratios}")
 
 
 def _print_table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

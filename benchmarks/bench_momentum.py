@@ -130,7 +130,7 @@ def _update(sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
             Variant("loop", timed(_loop)),
         ],
         bytes=float(sizes["N"] * (sizes["D"] * dtype_of(dtype).itemsize + 8)),
-        goals={} if settings.cuda or dtype != "float32" else {"index_add": 5},
+        goals=settings.goals(dtype, {"index_add": 5}),
     )  # fmt: skip
 
 
@@ -172,5 +172,5 @@ def _training(sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
             Variant("vectorized", timed(vectorized)),
             Variant("vectorized_compiled", timed(torch.compile(vectorized, dynamic=False)), compiled=True),
         ],
-        goals={} if settings.cuda or dtype != "float32" else {"loop_released": 10, "loop_own": 10},
+        goals=settings.goals(dtype, {"loop_released": 10, "loop_own": 10}),
     )  # fmt: skip

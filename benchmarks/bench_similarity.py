@@ -103,7 +103,7 @@ def _loss_case(
         flops=2.0 * n * c * k * d + 2.0 * n * c * d,
         # 1.1 x (dX + [N,K] + prediction and labels) + 64 MiB
         allowed_extra_bytes=1.1 * (n * d * dtype_of(dtype).itemsize + 4 * n * k + 16 * n) + 2**26,
-        goals={} if settings.cuda or dtype != "float32" else {"best": goal},
+        goals=settings.goals(dtype, {"best": goal}),
     )  # fmt: skip
 
 
@@ -189,5 +189,5 @@ def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settin
         inputs=lambda: _inputs(sizes, dtype, settings.device),
         reference=lambda i: (i.x.detach().double() @ i.centroids.flatten(0, 1).double().T, i.margin),
         check=lambda result, expected: choice_ratio(result, *expected),
-        flops=2.0 * n * c * k * d, goals={"faiss_flat_ip": 1.1} if on_cpu else {},
+        flops=2.0 * n * c * k * d, goals=settings.goals(dtype, {"faiss_flat_ip": 1.1}),
     )  # fmt: skip

@@ -116,5 +116,5 @@ def _case(name: str, sizes: dict[str, int], dtype: str, settings: Settings) -> C
             Variant("vectorized_compiled", timed(torch.compile(vectorized, dynamic=False)), compiled=True),
         ],
         bytes=float(n * (k * dtype_of(dtype).itemsize + 16)),
-        goals={} if settings.cuda or dtype != "float32" else {"loop": 10, "vectorized_compiled": 6},
+        goals=settings.goals(dtype, {"loop": 10, "vectorized_compiled": 6}),
     )  # fmt: skip

@@ -62,6 +62,10 @@ class Settings:
         """Whether the device is a GPU."""
         return self.device.startswith("cuda")
 
+    def goals(self, dtype: str, least: dict[str, float]) -> dict[str, float]:
+        """The goals that apply: they are set for float32 on the CPU at full size."""
+        return {} if self.cuda or self.quick or dtype != "float32" else least
+
 
 @dataclass(frozen=True)
 class Variant:
