@@ -5,6 +5,7 @@ A variant whose result fails its check against a float64 reference gets a row wi
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
@@ -220,6 +221,8 @@ def peak(case: Case, tiny: Case, variant_name: str, settings: Settings) -> Row:
     if variant_name in [v.name for v in case.variants if v.compiled]:
         call()
     gc.collect()
+    with suppress(OSError, AttributeError):  # glibc keeps freed blocks resident, and a call that reuses them would look free
+        ctypes.CDLL(None).malloc_trim(0)
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
