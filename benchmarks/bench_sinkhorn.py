@@ -1,0 +1,120 @@
+"""`sinkhorn_assign`, all classes at once, against the per-class loop of the released code and one vectorised over the classes.
+
+The loop is linear-domain Sinkhorn in the style of the released sinkhorn.py, without its Gumbel step, which would slow it down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnc_kernels import ops
+
+from .harness import Call, Case, Settings, Variant, choice_ratio, dtype_of, kernels
+
+EPSILON, ITERATIONS = 0.05, 3
+# Rounding of s/epsilon (|s| <= 1) and of the exp, log and sums of 3 iterations.
+MARGIN = 64 * torch.finfo(torch.float32).eps / EPSILON
+DATA = "runs of 16 pixels, Zipf class sizes, one class absent, 10% ignored"
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Every case at these settings."""
+    sizes = {"N": 256, "C": 5, "K": 3} if settings.quick else {"N": 131072, "C": 150, "K": 10}
+    return [_case("ade20k", sizes, dtype, settings) for dtype in settings.dtypes]
+
+
+def zipf_labels(n: int, classes: int, seed: torch.Generator) -> Tensor:
+    """Labels [N] in runs of 16 pixels: class sizes by Zipf's law, the last class absent, one pixel in ten ignored (-1)."""
+    size = 1 / torch.arange(1.0, classes + 1)
+    size[-1] = 0
+    labels = torch.multinomial(size, math.ceil(n / 16), replacement=True, generator=seed)
+    labels[torch.rand(len(labels), generator=seed) < 0.1] = -1
+    return labels.repeat_interleave(16)[:n].contiguous()
+
+
+def loop_sinkhorn(similarity: Tensor) -> Tensor:
+    """Assignment [n] of one class's similarities [n,K], in the linear domain, step by step as the released code does it."""
+    q = torch.exp(similarity.float() / EPSILON).T
+    k, n = q.shape
+    q /= q.sum()
+    for _ in range(ITERATIONS):
+        q /= q.sum(1, keepdim=True)
+        q /= k
+        q /= q.sum(0, keepdim=True)
+        q /= n
+    q *= n
+    return q.T.argmax(1)
+
+
+def loop(similarity: Tensor, group: Tensor, classes: int) -> Tensor:
+    """Every class present by itself."""
+    out = torch.full_like(group, -1)
+    for c in range(classes):
+        mask = group == c
+        if mask.any():
+            out[mask] = loop_sinkhorn(similarity[mask])
+    return out
+
+
+def vectorized(similarity: Tensor, group: Tensor, classes: int) -> Tensor:
+    """All classes at once: column sums by index_add_. Of cosines exp((s-1)/epsilon) neither overflows nor vanishes."""
+    target = torch.where(group >= 0, group, classes)  # row C collects what is left out
+    plan = torch.exp((similarity.float() - 1) / EPSILON)
+    for _ in range(ITERATIONS):
+        column = plan.new_zeros(classes + 1, plan.shape[1]).index_add_(0, target, plan)
+        plan = plan * column.clamp_min(1e-38).reciprocal()[target]
+        # the 1/n_g of the pixel marginal is one factor for all pixels of a group and changes no plan
+        plan = plan / plan.sum(1, keepdim=True)
+    return torch.where(group >= 0, plan.argmax(1), -1)
+
+
+def reference(i: Any) -> Tensor:
+    """Logarithm of the plan in float64, whose argmax is the assignment; [N,K]."""
+    return ops.sinkhorn_plan(
+        i.similarity.double(), i.group, i.classes, epsilon=EPSILON, iterations=ITERATIONS, backend="reference"
+    ).log()
+
+
+def _check(result: Tensor, plan: Tensor, group: Tensor) -> float:
+    """-1 exactly where left out; elsewhere an argmax of the float64 plan inside the rounding margin."""
+    if not torch.equal(result < 0, group < 0):
+        return math.inf
+    return choice_ratio(result[group >= 0], plan[group >= 0], MARGIN)
+
+
+def _case(name: str, sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
+    n, classes, k = sizes.values()
+
+    def inputs() -> Any:
+        seed = torch.Generator().manual_seed(0)
+        group = zipf_labels(n, classes, seed)
+        # own-class cosines at D = 256: a spread of 1/16, one sub-centroid near
+        similarity = torch.randn(n, k, generator=seed) / 16 + 0.5 * F.one_hot(torch.randint(k, (n,), generator=seed), k)
+        similarity = similarity.clamp(-1, 1).to(settings.device, dtype_of(dtype))
+        return SimpleNamespace(similarity=similarity, group=group.to(settings.device), classes=classes)
+
+    def timed(f: Callable[..., Tensor]) -> Callable[[Any], Call]:
+        return lambda i: lambda: f(i.similarity, i.group, i.classes)
+
+    def kernel(backend: str) -> Callable[[Any], Call]:
+        return timed(lambda s, g, c: ops.sinkhorn_assign(s, g, c, epsilon=EPSILON, iterations=ITERATIONS, backend=backend))
+
+    return Case(
+        op="sinkhorn_assign", name=name, shape=sizes, dtype=dtype, data=DATA, inputs=inputs,
+        reference=lambda i: (reference(i), i.group), check=lambda result, expected: _check(result, *expected),
+        variants=[
+            *kernels(settings, dtype, ["sinkhorn_assign"], kernel),
+            Variant("loop", timed(loop)),
+            Variant("vectorized", timed(vectorized)),
+            Variant("vectorized_compiled", timed(torch.compile(vectorized, dynamic=False)), compiled=True),
+        ],
+        bytes=float(n * (k * dtype_of(dtype).itemsize + 16)),
+        goals=settings.goals(dtype, {"loop": 10, "vectorized_compiled": 6}),
+    )  # fmt: skip
