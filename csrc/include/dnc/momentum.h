@@ -27,13 +27,13 @@ Status apply_momentum(const ApplyMomentum&);
 
 #if defined(DNC_WITH_CUDA)
 // The same two steps on the current CUDA device, on `stream` (a cudaStream_t), without a host synchronisation.
-// workspace: momentum_workspace_bytes(M, D) bytes of device memory. Deterministic: pixels of a sub-centroid are added in order.
+// Deterministic: the pixels of a sub-centroid are added in a fixed order. Clusters outside [0,M) are left out.
 struct MomentumUpdateCuda {
   View centroids;  // in and out [M,D] float32, contiguous
   View x;          // [N,D] or [B,D,H,W] float32/float16/bfloat16
-  View cluster;    // [N] int64
+  View cluster;    // [N] int64, contiguous
   double momentum = 0.999;
-  void* workspace = nullptr;
+  void* workspace = nullptr;  // momentum_workspace_bytes(M, D, N) bytes of device memory, 256-byte aligned
   void* stream = nullptr;
 };
 size_t momentum_workspace_bytes(int64_t M, int64_t D, int64_t N);

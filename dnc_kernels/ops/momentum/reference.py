@@ -11,7 +11,7 @@ from .._common import compute_dtype, flat_pixels
 def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Sums [M,D] and counts [M]; clusters of -1 and pixels with a non-finite feature are left out."""
     pixels = flat_pixels(x).to(compute_dtype(x))
-    keep = (cluster >= 0) & pixels.isfinite().all(1)
+    keep = (cluster >= 0) & (cluster < num_clusters) & pixels.isfinite().all(1)
     # row M collects what is left out
     target = torch.where(keep, cluster, num_clusters)
     sums = pixels.new_zeros(num_clusters + 1, x.shape[1])
@@ -23,11 +23,10 @@ def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int) -> tuple[Tensor,
 
 def apply_momentum_(centroids: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> None:
     """EMA towards the normalised sums and renormalisation, where a pixel was counted and the result is a direction."""
-    dtype = compute_dtype(centroids, sums)
-    rows = centroids.reshape(-1, centroids.shape[-1])
-    sums = sums.to(dtype)
+    # float64 throughout, as in the kernels: no length of float32 sums can overflow or vanish
+    rows, sums = centroids.reshape(-1, centroids.shape[-1]), sums.double()
     length = sums.norm(dim=1, keepdim=True)
-    updated = momentum * rows.to(dtype) + (1 - momentum) * sums / length
+    updated = momentum * rows.double() + (1 - momentum) * sums / length
     norm = updated.norm(dim=1, keepdim=True)
     ok = (counts > 0)[:, None] & length.isfinite() & (length > 0) & norm.isfinite() & (norm > 0)
     centroids.copy_(torch.where(ok, (updated / norm).to(rows.dtype), rows).view_as(centroids))
