@@ -43,7 +43,7 @@ def upsample_argmax(scores: Tensor, size: tuple[int, int], align_corners: bool) 
 
 
 def upsample_alike(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """`upsample` rounded alike in every class, so that ties stay ties; F.interpolate on CPU breaks them, with 9 classes for one."""
+    """`upsample` rounded alike in every class, so that ties stay ties; F.interpolate on CPU breaks some of them."""
     wide = scores.to(compute_dtype(scores))
     for dim, target in zip((2, 3), size, strict=True):
         if wide.shape[dim] == target:
