@@ -15,6 +15,17 @@ from dnc_kernels import nn, ops
 from dnc_kernels.nn._labels import resize_labels
 
 C, K, D = 5, 3, 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    # tensors this small gain nothing from a second thread, and lose much where the cores are shared
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 SCORES = ("norm", "temperature", "scale")
 
 
@@ -373,10 +384,10 @@ def test_forward_compiles_into_one_graph(scores):
         assert_close(compiled(x).detach(), head(x).detach().double(), "head", terms=D, scale=3)
 
 
-@pytest.mark.parametrize("loss_size", ["labels", "features"])
-def test_training_step_compiles_and_does_what_eager_does(loss_size):
-    eager, twin = make_head(loss_size=loss_size), make_head(loss_size=loss_size)
-    compiled = torch.compile(twin.loss, backend="aot_eager")
+@pytest.mark.parametrize("options", [{}, {"loss_size": "features", "momentum": (0.5, 0.9, 2), "revive_after": 1}])
+def test_training_step_is_one_graph_without_a_sync_and_does_what_eager_does(options):
+    eager, twin = make_head(**options), make_head(**options)
+    compiled = torch.compile(twin.loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for seed in range(3):
         x, labels = batch(seed=seed)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -395,6 +406,15 @@ def test_compiled_step_counts_wrong_labels_instead_of_raising():
     labels[1, 5, 5] = 77
     torch.compile(head.loss, backend="aot_eager")(x, labels)
     assert int(head.bad_labels) == 1
+
+
+def test_gumbel_step_compiles_with_a_generator():
+    # make_head gives one; it draws outside the graph
+    eager, twin = make_head(assignment="gumbel"), make_head(assignment="gumbel")
+    x, labels = batch()
+    torch.compile(twin.loss, backend="aot_eager")(x, labels)
+    eager.loss(x, labels)
+    assert_close(twin.prototypes, eager.prototypes.double(), "direction", terms=D)
 
 
 # prediction

@@ -14,9 +14,14 @@ STARTS = ("random", "orthogonal", "data")
 
 def uniform(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
     """Uniform numbers in (0,1), fp32, drawn where the generator lives so that a CPU generator serves every device."""
-    where = device if generator is None else generator.device
-    drawn = torch.rand(shape, generator=generator, device=where).to(device)
+    drawn = torch.rand(shape, device=device) if generator is None else _seeded(shape, generator).to(device)
     return drawn.clamp(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float32).eps)
+
+
+@torch.compiler.disable
+def _seeded(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    # torch.compile cannot trace a generator
+    return torch.rand(shape, generator=generator, device=generator.device)
 
 
 def gumbel(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
