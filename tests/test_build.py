@@ -24,7 +24,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 VERSION = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 
 
-def run(command, *, cwd, timeout=900, **environment) -> str:
+def run(command, *, cwd, timeout=1800, **environment) -> str:
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd, env={**os.environ, **environment}, timeout=timeout,
