@@ -66,7 +66,7 @@ def explain(run: Run, scenes: Scenes, settings: Settings) -> Explained:
     """
     network = SegmentationNetwork("dnc", settings)
     network.load_state_dict({name: torch.from_numpy(value) for name, value in run.state.items()})
-    network = network.to(torch.device(settings.device)).to(memory_format=torch.channels_last).eval()
+    network.placed(torch.device(settings.device)).eval()
     head = network.head
     assert isinstance(head, DNCHead)
     samples = NearestSamples(head, SAMPLES, nearest_only=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,7 +26,9 @@ PATCH = 36  # side of a training patch in pixels: as wide as the largest digit
 SUBCENTROID_PATCHES = 4
 RIGHT, WRONG = "#1a7f37", "#c62828"
 LINE_COLOURS: dict[HeadName, str] = {"dnc": "#1f77b4", "softmax": "#d9730d"}
-COLOURS = np.array([(0, 0, 0, 1), *(colormaps["tab10"](digit) for digit in range(10))])[:, :3]
+_CODES = "000000 4f7cff ff8c1a 2fb344 e5383b a06cd5 b5835a ff8fcf d7e84f 00897b 19d3e6"
+# Of the classes; those of digits are far from each other and from the grey ground and the white outlines.
+COLOURS = np.array([to_rgb(f"#{code}") for code in _CODES.split()])
 
 
 def predictions(path: Path, runs: list[Run], scenes: Scenes) -> Path:
@@ -92,7 +95,7 @@ def explanations(path: Path, explained: Explained, scenes: Scenes) -> Path:
     row = 0
     for case, of_case in zip(cases, shown, strict=True):
         _case(axes[row][0], axes[row][1], case, scenes)
-        for extra in axes[row + 1 : row + len(of_case), :2].flat:
+        for extra in axes[row + 1 : row + len(of_case), :2].flatten().tolist():
             extra.set_axis_off()
         for sub_centroid in of_case:
             _samples(list(axes[row][2:]), sub_centroid, explained, scenes, won=sub_centroid == case.winner)
@@ -151,10 +154,12 @@ def _samples(axes: list[Axes], sub_centroid: SubCentroid, explained: Explained, 
         patch, cosine = _training_patch(explained, scenes, label, sub, i)
         axis.imshow(patch)
         if cosine is None:
+            axis.set_axis_off()
             continue
         _mark(axis)
         axis.set_xlabel(f"{cosine:.2f}", fontsize=7.5, labelpad=2)
-    axes[0].set_title(f"{what}: {name}; the pixel's cosine to it is {similarity:.2f}", fontsize=8.5, loc="left", pad=3)
+    title = axes[0].set_title(f"{what}: {name}; the pixel's cosine to it is {similarity:.2f}", fontsize=8.5, loc="left", pad=3)
+    title.set_in_layout(False)  # it runs over the columns to the right; in the layout it would widen its own
 
 
 def _training_patch(
@@ -170,9 +175,9 @@ def _training_patch(
 
 
 def _patch(image: NDArray[np.uint8], row: int, column: int) -> NDArray[np.uint8]:
-    """[PATCH,PATCH,3] of an image around a pixel, white beyond its edge."""
+    """[PATCH,PATCH,3] of an image around a pixel, grey beyond its edge."""
     half = PATCH // 2
-    padded = np.pad(image, ((half, half), (half, half), (0, 0)), constant_values=255)
+    padded = np.pad(image, ((half, half), (half, half), (0, 0)), constant_values=225)
     return padded[row : row + PATCH, column : column + PATCH]
 
 
@@ -190,11 +195,11 @@ def _painted(image: NDArray[np.uint8], labels: NDArray[np.uint8]) -> NDArray[np.
 def _opened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """What of a mask [H,W] is covered by 3x3 squares within it: thin seams along outlines, where truth is arguable, go."""
 
-    def of_neighbours(values: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        padded = np.pad(values, 1)
-        return np.stack([padded[y : y + mask.shape[0], x : x + mask.shape[1]] for y in range(3) for x in range(3)])
+    def squares(values: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return sliding_window_view(np.pad(values, 1), (3, 3))
 
-    return of_neighbours(of_neighbours(mask).all(0)).any(0)
+    covered: NDArray[np.bool_] = squares(np.asarray(squares(mask).all((2, 3)))).any((2, 3))
+    return covered
 
 
 def _mark(axis: Axes) -> None:

@@ -54,8 +54,9 @@ class _Bars(TrainingProgress):
         )
 
         def report(step: int, loss: float, accuracy: float, miou: float | None) -> None:
-            measured = {} if miou is None else {"miou": f"{miou:.3f}"}
-            self.progress.update(task, completed=step, loss=loss, accuracy=accuracy, **measured)
+            self.progress.update(task, completed=step, loss=loss, accuracy=accuracy)
+            if miou is not None:
+                self.progress.update(task, miou=f"{miou:.3f}")
 
         return report
 

@@ -36,8 +36,8 @@ MEANING = {
     "learnable_all": "parameters of network and head that gradients train",
     "moved": "numbers of the sub-centroids, which clustering moves and no gradient trains",
     "step_ms": "median time of a training step: batch to device, forward, loss, backward, optimiser",
-    "peak_mb": "10^6 bytes. CPU: rise of the resident set of a fresh process during the steps before the first evaluation, over "
-    "what it was with network and scenes in place. CUDA: peak of torch's allocator during the same steps",
+    "peak_mb": "10^6 bytes. CPU: rise of the resident set of a fresh process during the steps before the first evaluation, "
+    "over what it was with network and scenes in place. CUDA: peak of torch's allocator during the same steps",
     "seconds": "training with its evaluations on the held-out scenes, without starting the process",
     "loss": "cross-entropy of every step",
     "accuracy": "share of the batch's pixels at feature size that were right, of every step",

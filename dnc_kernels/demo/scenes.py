@@ -18,7 +18,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 
 __all__ = ["CLASS_NAMES", "NUM_CLASSES", "SceneConfig", "Split", "digit_images", "make_scenes"]
 
@@ -70,6 +69,8 @@ def digit_images(split: Split) -> tuple[FloatArray, IntArray]:
     """Digit images `[n, 8, 8]` in 0..1 and their digits `[n]` of one split (train 1437, test 360 images)."""
     if split not in ("train", "test"):
         raise ValueError(f"digit_images: split must be 'train' or 'test'; got {split!r}.")
+    from sklearn.datasets import load_digits  # a second to import, which only the process that draws scenes needs
+
     data = load_digits()
     held_out = np.arange(len(data.target)) % _TEST_EVERY == 0
     keep = held_out if split == "test" else ~held_out
@@ -197,7 +198,8 @@ def _smooth_noise(rng: np.random.Generator, count: int, height: int, width: int,
 
     rows, columns = weights(height), weights(width)
     lattice = rng.standard_normal((count, rows.shape[1], columns.shape[1]), dtype=np.float32)
-    return 1.5 * (rows @ lattice @ columns.T)  # 1.5: linear interpolation in 2-D keeps 4/9 of the variance
+    noise: FloatArray = rows @ lattice @ columns.T
+    return noise * np.float32(1.5)  # 1.5: linear interpolation in 2-D keeps 4/9 of the variance
 
 
 def _colour(rng: np.random.Generator, luminance: FloatArray, ink: FloatArray, config: SceneConfig) -> FloatArray:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from ..nn import DNCHead
 from .network import SmallBackbone, SoftmaxHead
-from .scenes import NUM_CLASSES, SceneConfig, make_scenes
+from .scenes import NUM_CLASSES, SceneConfig, Split, make_scenes
 
 HeadName = Literal["dnc", "softmax"]
 HEADS: tuple[HeadName, ...] = ("dnc", "softmax")
@@ -92,6 +93,11 @@ class SegmentationNetwork(torch.nn.Module):
         else:
             self.head = SoftmaxHead(width, NUM_CLASSES)
 
+    def placed(self, device: torch.device) -> SegmentationNetwork:
+        """The network itself, moved to a device and with convolutions in the memory format of its images."""
+        convert_conv2d_weight_memory_format(self.to(device), torch.channels_last)
+        return self
+
     def features(self, images: Tensor) -> Tensor:
         """Features of images [B,3,H,W] uint8, wherever they are."""
         device = next(self.parameters()).device
@@ -111,7 +117,10 @@ class Scenes:
 def write_scenes(folder: Path, seed: int, settings: Settings) -> None:
     """Draw the scenes of a seed and leave them in a folder for `read_scenes`, once for all the runs of the seed."""
     config = SceneConfig(settings.height, settings.width)
-    for split, count, scene_seed in (("train", settings.train_scenes, seed), ("test", settings.test_scenes, TEST_SEED)):
+    splits: tuple[tuple[Split, int, int], ...] = (
+        ("train", settings.train_scenes, seed), ("test", settings.test_scenes, TEST_SEED),
+    )  # fmt: skip
+    for split, count, scene_seed in splits:
         images, labels = make_scenes(count, seed=scene_seed, split=split, config=config)
         np.save(folder / f"{split}-images.npy", (images * 255).round().astype(np.uint8))
         np.save(folder / f"{split}-labels.npy", labels.astype(np.uint8))
@@ -144,7 +153,7 @@ def train(head: HeadName, seed: int, scenes: Scenes, settings: Settings, report:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(seed)
     device = torch.device(settings.device)
-    network = SegmentationNetwork(head, settings).to(device).to(memory_format=torch.channels_last)
+    network = SegmentationNetwork(head, settings).placed(device)
     learnable = [p for p in network.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in learnable if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -159,7 +168,8 @@ def train(head: HeadName, seed: int, scenes: Scenes, settings: Settings, report:
     memory = PeakMemory(device)
     network.train()
     losses, accuracies, milliseconds = [], [], []
-    evaluated_at, evaluated_miou = [], []
+    evaluated_at: list[int] = []
+    evaluated_miou: list[float] = []
     peak = None
     for step in range(1, settings.steps + 1):
         start = _now(device)
