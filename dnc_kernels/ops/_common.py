@@ -97,7 +97,7 @@ def check_ignore_index(op: str, ignore_index: int, num_classes: int) -> None:
 
 def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> int:
     """Check a string option; return its index."""
-    check_value(value in choices, op, argument, "one of " + ", ".join(choices), value)
+    check_value(value in choices, op, argument, "one of " + ", ".join(choices), repr(value))
     return choices.index(value)
 
 

@@ -18,6 +18,7 @@ from .._common import (
     check_label_range,
     check_labels,
     check_pixels,
+    compute_dtype,
     like_pixels,
 )
 from . import native, reference
@@ -206,7 +207,7 @@ def centroid_cross_entropy(
     if isinstance(temperature, Tensor):
         check_float(op, "temperature", temperature)
         check_value(temperature.numel() == 1, op, "temperature", "a number or a tensor of one element", temperature)
-        scale, temperature = temperature.reshape(()).reciprocal(), 1.0
+        scale, temperature = temperature.reshape(()).to(compute_dtype(x, centroids)).reciprocal(), 1.0
     else:
         check_dtype(
             isinstance(temperature, (int, float)), op, "temperature", "a number or a tensor of one element", temperature
