@@ -82,7 +82,7 @@ def assert_sums(result, x, cluster, clusters):
     assert torch.equal(result.counts, counts)
     scale = float(flat(x).double().nan_to_num(0, 0, 0).abs().max()) if x.numel() else 1.0
     most = int(counts.max()) if len(counts) else 1
-    assert_close(result.sums, sums, "sum", terms=most, scale=scale * max(most, 1) ** 0.5)
+    assert_close(result.sums, sums, "sum", terms=most, scale=scale)
 
 
 def unit(*shape, dtype=torch.float32):
@@ -296,11 +296,9 @@ def test_a_sum_without_a_direction_keeps_the_sub_centroid(backend, row):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_result_without_a_direction_keeps_the_sub_centroid(backend):
-    centroids = torch.tensor([[0.6, 0.8], [float("nan"), 1.0]])
+    centroids = torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
     before = centroids.clone()
-    ops.apply_momentum_(
-        centroids, torch.tensor([[-3.0, -4.0], [1.0, 1.0]]), torch.tensor([1, 1]), momentum=0.5, backend=backend
-    )
+    ops.apply_momentum_(centroids, torch.tensor([[0.0, -4.0], [1.0, 1.0]]), torch.tensor([1, 1]), momentum=0.5, backend=backend)
     assert torch.equal(centroids[0], before[0])
     assert torch.equal(centroids[1].isnan(), before[1].isnan()) and centroids[1, 1] == 1
 

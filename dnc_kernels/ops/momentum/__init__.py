@@ -136,10 +136,8 @@ def _check_cluster(op: str, x: Tensor, cluster: Tensor, num_clusters: int) -> Te
     check_value(num_clusters > 0, op, "num_clusters", "positive", num_clusters)
     check_integer(op, "cluster", cluster)
     expected = [pixels] if x.ndim == 2 else [x.shape[0], x.shape[2], x.shape[3]]
-    ok = list(cluster.shape) in ([pixels], expected)
-    check_value(
-        ok, op, "cluster", f"{expected} or [{pixels}] to match x" if x.ndim == 4 else f"[N]=[{pixels}] to match x", cluster
-    )
+    shapes = f"[N]=[{pixels}]" + (f" or [B,H,W]={expected}" if x.ndim == 4 else "")
+    check_value(list(cluster.shape) in ([pixels], expected), op, "cluster", f"{shapes} to match x", cluster)
     check_device(op, "cluster", cluster, x)
     return cluster.reshape(-1).to(torch.int64).contiguous()
 
