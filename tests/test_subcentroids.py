@@ -359,7 +359,7 @@ def test_reset_starts_over():
         ({"update_from": "none"}, "update_from must be one of correct, all"),
         ({"sync": "mean"}, "sync must be one of auto, sums, average, none"),
         ({"init": "zeros"}, "init must be one of random, orthogonal, data"),
-        ({"revive_after": 0}, "revive_after must be None or positive"),
+        ({"revive_after": -1}, "revive_after must be None or non-negative"),
         ({"dtype": torch.int32}, "dtype must be a float dtype"),
     ],
 )

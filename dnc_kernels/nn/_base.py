@@ -90,7 +90,8 @@ class CentroidModel(SubCentroids):
     def logits(self, scores: Tensor) -> Tensor:
         """Logits of class scores [N,C] or [B,C,h,w]: LayerNorm over the classes, or scores over a temperature."""
         if self.scores != "norm":
-            return scores / self.logit_temperature().to(scores.dtype) if self.scores == "scale" else scores / self.temperature
+            temperature = self.logit_temperature()
+            return scores / (temperature.to(scores.dtype) if isinstance(temperature, Tensor) else temperature)
         norm = self.mask_norm
         weight, bias = norm.weight.to(scores.dtype), norm.bias.to(scores.dtype)
         with full_precision(scores):

@@ -45,13 +45,13 @@ class SubCentroids(nn.Module):
         init_step: the update that ``init="data"`` replaces; 0 is the first.
         warmup_steps: updates that are counted but move nothing.
         revive_after: give a sub-centroid that got no pixel in this many updates in which its class did the pixel of its class
-            that is least like any of its sub-centroids; at most one a class and update. None: never.
+            that is least like any of its sub-centroids; at most one a class and update. None or 0: never.
         generator: source of every draw (start, Gumbel noise); None: torch's global one. Copied and pickled with the module.
         device, dtype: of the sub-centroids; float32 (default) or float64.
 
     Attributes:
         prototypes: [C,K,D] buffer, the released name. float32 or float64 always: `half()` and `bfloat16()` leave it in float32,
-            because a 16-bit average would lose every update of a momentum near 1; `double()` makes it float64. Loading
+            because a 16-bit average would lose updates of a momentum near 1; `double()` makes it float64. Loading
             normalises rows that are not of unit length and refuses rows that have no direction.
         num_updates: int64, updates done. In the state dict only where a ramp, a warm-up, a data start or revival needs it to
             resume.
@@ -99,13 +99,13 @@ class SubCentroids(nn.Module):
         check_choice(op, "init", init, _starts.STARTS)
         check_value(init_step >= 0, op, "init_step", "non-negative", init_step)
         check_value(warmup_steps >= 0, op, "warmup_steps", "non-negative", warmup_steps)
-        check_value(revive_after is None or revive_after > 0, op, "revive_after", "None or positive", revive_after)
+        check_value((revive_after or 0) >= 0, op, "revive_after", "None or non-negative", revive_after)
         dtype = torch.float32 if dtype is None or dtype in (torch.float16, torch.bfloat16) else dtype
         check_value(dtype in (torch.float32, torch.float64), op, "dtype", "a float dtype", dtype)
         self.num_classes, self.num_subcentroids, self.channels = num_classes, num_subcentroids, channels
         self.momentum, self.epsilon, self.iterations = momentum, epsilon, iterations
         self.assignment, self.update_from, self.sync = assignment, update_from, sync
-        self.init, self.init_step, self.warmup_steps, self.revive_after = init, init_step, warmup_steps, revive_after
+        self.init, self.init_step, self.warmup_steps, self.revive_after = init, init_step, warmup_steps, revive_after or None
         self.generator = generator
         size = (num_classes, num_subcentroids)
         needs_count = not isinstance(momentum, (int, float)) or warmup_steps > 0 or init == "data"
@@ -113,7 +113,7 @@ class SubCentroids(nn.Module):
         self.register_buffer("prototypes", torch.empty(*size, channels, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), **count), persistent=needs_count)  # type: ignore[arg-type]
         self.register_buffer("last_counts", torch.zeros(size, **count), persistent=False)  # type: ignore[arg-type]
-        self.register_buffer("idle_updates", torch.zeros(size, **count), persistent=revive_after is not None)  # type: ignore[arg-type]
+        self.register_buffer("idle_updates", torch.zeros(size, **count), persistent=bool(revive_after))  # type: ignore[arg-type]
         self._start_pending = False
         self._updates_before_start = 0
         self.reset_prototypes()
@@ -149,14 +149,15 @@ class SubCentroids(nn.Module):
         labels = labels.reshape(-1).to(torch.int64)
         inside = (labels >= 0) & (labels < self.num_classes) & own_similarity.isfinite().all(1)
         group = torch.where(inside, labels, -1)
-        own, options = own_similarity.detach(), {"epsilon": self.epsilon, "iterations": self.iterations}
+        own, classes = own_similarity.detach(), self.num_classes
         if joint and self.sync != "average" and _sync.ranks(self.sync) > 1:
-            logits = _sync.sinkhorn_over_ranks(own, group, self.num_classes, self.epsilon, self.iterations)
+            logits = _sync.sinkhorn_over_ranks(own, group, classes, self.epsilon, self.iterations)
             sub = logits.argmax(1) if self.assignment == "argmax" else self._draw(logits.softmax(1))
         elif self.assignment == "argmax":
-            sub = ops.sinkhorn_assign(own, group, self.num_classes, **options)
+            sub = ops.sinkhorn_assign(own, group, classes, epsilon=self.epsilon, iterations=self.iterations)
         else:
-            sub = self._draw(ops.sinkhorn_plan(own, group, self.num_classes, **options))
+            plan = ops.sinkhorn_plan(own, group, classes, epsilon=self.epsilon, iterations=self.iterations)
+            sub = self._draw(plan)
         return torch.where(inside, group * self.num_subcentroids + sub, -1)
 
     def _draw(self, plan: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ class SubCentroids(nn.Module):
         self.idle_updates.copy_(torch.where(got, 0, idle))
         self.num_updates.add_(1)
         if self.revive_after is not None and own_similarity is not None and not started:
-            self._revive(x, group, own_similarity, gathered)
+            self._revive(x, group, own_similarity, self.revive_after, gathered)
         return tally
 
     def _move(self, sums: Tensor, counts: Tensor) -> None:
@@ -248,7 +249,7 @@ class SubCentroids(nn.Module):
             return torch.as_tensor(momentum(self.num_updates.to(torch.float32)), device=self.prototypes.device)
         return float(momentum)
 
-    def _revive(self, x: Tensor, group: Tensor, own_similarity: Tensor, gathered: bool) -> None:
+    def _revive(self, x: Tensor, group: Tensor, own_similarity: Tensor, after: int, gathered: bool) -> None:
         nearest = own_similarity.detach().amax(1)
         usable = (group >= 0) & nearest.isfinite()
         pick, best = _starts.first_of_each_class(-nearest, torch.where(usable, group, -1), self.num_classes)
@@ -261,7 +262,7 @@ class SubCentroids(nn.Module):
         if not gathered and _sync.ranks(self.sync) > 1:
             key, pixels = _sync.rows_of_lowest_key(key, pixels)
         longest, which = self.idle_updates.max(1)
-        due = (longest >= self.revive_after) & key.isfinite()
+        due = (longest >= after) & key.isfinite()
         each = torch.arange(self.num_classes, device=which.device)
         self.prototypes[each, which] = torch.where(due[:, None], pixels, self.prototypes[each, which])
         self.idle_updates[each, which] = torch.where(due, 0, longest)
