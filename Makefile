@@ -22,9 +22,10 @@ install: $(STAMP) ## set up .venv with the package (editable) and everything a d
 demo: install ## train a DNC head on scenes of real digits, beside a softmax head; writes demo-out/
 	$(BIN)/python -m dnc_kernels demo
 
+# The workers' OpenMP threads share the cores: a thread that waits must sleep, not spin.
 WORKERS ?= 2
 test: install ## run the whole test suite (marked gpu: skipped without a GPU)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: install ## compare the kernels with their baselines on this machine
 	$(BIN)/python -m benchmarks run
