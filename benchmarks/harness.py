@@ -9,6 +9,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import platform
 import random
 import subprocess
@@ -37,9 +38,8 @@ COLUMNS = (
     "op", "case", "variant", "kind", "backend", "status", "reason", "data", "shape", "dtype", "threads", "device", "cache",
     "rounds", "p50_ms", "p20_ms", "p80_ms", "ratio_to_best_baseline", "ratio_p20", "ratio_p80", "best_baseline",
     "ratio_to_baselines", "gflops", "pct_gemm_probe", "gemm_probe_gflops", "gb_per_s", "pct_copy_probe", "copy_probe_gb_per_s",
-    "error_over_allowed",
-    "peak_delta_mb", "allowed_peak_delta_mb", "goal_ratios", "goals_met", "cpu_isa", "package_version", "torch_version",
-    "python_version", "git_commit", "unix_time_s",
+    "error_over_allowed", "peak_delta_mb", "allowed_peak_delta_mb", "goal_ratios", "goals_met", "cpu_isa", "machine_load_1min",
+    "package_version", "torch_version", "python_version", "git_commit", "unix_time_s",
 )  # fmt: skip
 _GEMM, _COPY = "gemm probe", "copy probe"
 
@@ -241,6 +241,7 @@ def _row(case: Case, variant: Variant, settings: Settings) -> Row:
         "backend": variant.backend, "status": "ok", "data": case.data, "shape": dict(case.shape), "dtype": case.dtype,
         "threads": settings.threads, "cache": "interleaved" if not settings.cuda else "cold" if settings.cold else "warm",
         "allowed_peak_delta_mb": None if variant.baseline or not case.allowed_extra_bytes else case.allowed_extra_bytes / 1e6,
+        "machine_load_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "unix_time_s": int(time.time()), **surroundings(settings.device),
     }  # fmt: skip
 

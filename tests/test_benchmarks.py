@@ -1,0 +1,237 @@
+"""The benchmarks must not lie: wrong results get no time, ratios are taken within rounds, rows say where they come from."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import harness
+from benchmarks.bench_sinkhorn import loop, vectorized, zipf_labels
+from benchmarks.harness import COLUMNS, Case, Settings, Variant, choice_ratio, error_ratio, run_case, summarize
+from dnc_kernels import ops, use_backend
+
+QUICK = Settings(threads=1, rounds=3, quick=True, compile=False, memory=False)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def case(*variants, **options):
+    return Case(
+        op="double", name="toy", shape={"N": 3}, dtype="float32", inputs=lambda: torch.tensor([1.0, 2.0, 3.0]),
+        reference=lambda x: 2 * x.double(), check=lambda got, want: error_ratio(got, want, 1e-6), variants=variants, **options,
+    )  # fmt: skip
+
+
+def good(name="good", **options):
+    return Variant(name, lambda x: lambda: x + x, **options)
+
+
+def row_of(rows, variant):
+    return next(row for row in rows if row["variant"] == variant)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: 2.00001 * x, lambda x: x * math.nan, lambda x: (2 * x)[:2]])
+def test_a_wrong_result_gets_no_time(wrong):
+    rows = run_case(case(good(), Variant("wrong", lambda x: lambda: wrong(x), baseline=False)), QUICK)
+    row = row_of(rows, "wrong")
+    assert row["status"] == "wrong" and "float64" in row["reason"]
+    assert row["p50_ms"] is None and row["ratio_to_best_baseline"] is None and row["gflops"] is None
+    assert row_of(rows, "good")["p50_ms"] > 0
+
+
+def test_a_result_that_goes_wrong_during_the_rounds_gets_no_time():
+    def prepare(x):
+        state = SimpleNamespace(calls=0)
+
+        def call():
+            state.calls += 1
+            return 2 * x if state.calls < 3 else 3 * x
+
+        return call
+
+    row = row_of(run_case(case(good(), Variant("drifts", prepare)), QUICK), "drifts")
+    assert row["status"] == "wrong" and row["p50_ms"] is None
+
+
+def test_a_wrong_baseline_is_not_the_best_baseline():
+    rows = run_case(case(good("ours", baseline=False), good("slow"), Variant("wrong", lambda x: lambda: x)), QUICK)
+    assert row_of(rows, "ours")["best_baseline"] == "slow"
+    assert set(row_of(rows, "ours")["ratio_to_baselines"]) == {"slow"}
+
+
+def test_a_variant_that_raises_keeps_its_row_with_the_reason():
+    def prepare(_):
+        raise RuntimeError("no compiler here")
+
+    row = row_of(run_case(case(good(), Variant("broken", prepare)), QUICK), "broken")
+    assert row["status"] == "failed" and row["reason"] == "RuntimeError: no compiler here" and row["p50_ms"] is None
+
+
+def test_compiled_baselines_can_be_left_out():
+    row = row_of(run_case(case(good(), good("compiled", compiled=True)), QUICK), "compiled")
+    assert row["status"] == "skipped" and row["p50_ms"] is None
+
+
+def test_ratio_is_the_median_over_rounds_and_survives_a_slow_second():
+    # rounds 2 and 3 were ten times slower for everybody; the ratio of medians would be 4 / 10
+    rows = summarize({"ours": [1, 1, 10, 10, 1], "slow": [9, 9, 90, 90, 9], "fast": [4, 4, 40, 40, 4]}, ["slow", "fast"])
+    assert rows["ours"]["best_baseline"] == "fast"
+    assert rows["ours"]["ratio_to_best_baseline"] == rows["ours"]["ratio_p20"] == rows["ours"]["ratio_p80"] == 4
+    assert rows["ours"]["ratio_to_baselines"] == {"slow": 9, "fast": 4}
+    assert rows["slow"]["ratio_to_best_baseline"] == pytest.approx(4 / 9)
+    assert rows["ours"]["p50_ms"] == 1 and rows["ours"]["p80_ms"] == 10 and rows["ours"]["rounds"] == 5
+
+
+def test_no_baseline_gives_times_without_ratio():
+    rows = summarize({"ours": [3.0, 1.0, 2.0]}, [])
+    assert (
+        rows["ours"]["p50_ms"] == 2 and rows["ours"]["best_baseline"] is None and "ratio_to_best_baseline" not in rows["ours"]
+    )
+
+
+def test_every_variant_runs_once_a_round():
+    calls = []
+    variants = [Variant(n, lambda x, n=n: lambda: (calls.append(n), 2 * x)[1]) for n in "abc"]
+    run_case(case(*variants), QUICK)
+    timed = calls[3:-3]  # a check before and after the rounds
+    assert len(timed) == 9 and all(set(timed[i : i + 3]) == set("abc") for i in (0, 3, 6))
+
+
+def test_inputs_are_reset_before_every_call():
+    def double_(x):
+        return lambda: x.mul_(2)
+
+    rows = run_case(case(Variant("in_place", double_), reset=lambda x: x.copy_(torch.tensor([1.0, 2.0, 3.0]))), QUICK)
+    assert row_of(rows, "in_place")["status"] == "ok"
+
+
+def test_goals_are_judged_by_the_named_baseline():
+    slow = Variant("slow", lambda x: lambda: (sum(torch.sin(x).sum() for _ in range(200)), 2 * x)[1])
+    ours = good("ours", baseline=False)
+    assert row_of(run_case(case(ours, slow, goals={"slow": 2.0}), QUICK), "ours")["goals_met"] is True
+    assert row_of(run_case(case(ours, slow, goals={"slow": 1e9}), QUICK), "ours")["goals_met"] is False
+    assert row_of(run_case(case(ours, slow, goals={"absent": 2.0}), QUICK), "ours")["goals_met"] is None
+
+
+def test_rates_are_shares_of_probes_in_the_same_rounds():
+    row = row_of(run_case(case(good(), flops=3e6, bytes=24e6), QUICK), "good")
+    assert row["gflops"] == pytest.approx(3e6 / row["p50_ms"] / 1e6)
+    assert row["gb_per_s"] == pytest.approx(24e6 / row["p50_ms"] / 1e6)
+    assert row["gemm_probe_gflops"] > 0 and row["copy_probe_gb_per_s"] > 0 and row["pct_gemm_probe"] > 0 < row["pct_copy_probe"]
+
+
+def test_row_schema():
+    rows = run_case(case(good(), good("ours", baseline=False), flops=1.0), QUICK)
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        assert json.loads(json.dumps(row)) == row
+        for column in (
+            "device",
+            "torch_version",
+            "package_version",
+            "python_version",
+            "git_commit",
+            "shape",
+            "dtype",
+            "threads",
+        ):
+            assert row[column], column
+    assert [row["kind"] for row in rows] == ["baseline", "kernel"]
+
+
+def test_rows_name_the_device_and_no_host():
+    import platform
+
+    assert platform.node() not in json.dumps(run_case(case(good()), QUICK))
+
+
+def test_choice_may_flip_inside_the_margin_only():
+    scores = torch.tensor([[1.0, 1.0 - 1e-7, 0.5]], dtype=torch.float64)
+    assert choice_ratio(torch.tensor([0]), scores, 1e-6) == 0
+    assert choice_ratio(torch.tensor([1]), scores, 1e-6) < 1
+    assert choice_ratio(torch.tensor([2]), scores, 1e-6) > 1
+    assert choice_ratio(torch.tensor([3]), scores, 1e-6) == math.inf
+    assert choice_ratio(torch.tensor([-1]), scores, 1e-6) == math.inf
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bench", command.BENCHES)
+def test_quick_run(bench, dtype, tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    assert command.main(["run", "--quick", "--threads", "1", "--op", bench, "--dtype", dtype, "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(tuple(row) == COLUMNS for row in rows)
+    assert {row["status"] for row in rows if "compiled" not in row["variant"]} == {"ok"}
+    assert all(row["p50_ms"] > 0 for row in rows if row["status"] == "ok")
+    assert all(row["error_over_allowed"] <= 1 for row in rows if row["status"] == "ok")
+    capsys.readouterr()
+    assert command.main(["report", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert all(row["variant"] in printed for row in rows), "rows we lose, and rows without a time, stay"
+
+
+def test_quick_run_without_kernels(monkeypatch):
+    monkeypatch.setattr(harness.backends, "resolve", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
+    for quick in command.select(QUICK):
+        assert [v.backend for v in quick.variants if not v.baseline] == ["reference"]
+
+
+@pytest.mark.parametrize("bench", command.BENCHES)
+def test_checks_catch_a_small_fault(bench):
+    """A result that is off in one place by a little more than rounding must not pass: all checks of all cases."""
+    for quick in command.select(QUICK, [bench]):
+        inputs = quick.inputs()
+        reference, baseline = quick.reference(inputs), next(v for v in quick.variants if v.baseline and not v.compiled)
+        result = baseline.prepare(inputs)()
+        assert quick.check(result, reference) <= 1
+        if quick.op == "centroid_cross_entropy":
+            dx = result[1]
+            dx[(1, 2, 0, 0)[: dx.ndim]] += 2e-4 * dx.abs().max()
+        elif isinstance(result, torch.Tensor):
+            kept = result[result >= 0]
+            result[int((result >= 0).nonzero()[0])] = (kept[0] + 1) % quick.shape["K"]
+        else:
+            inputs.centroids[1, 1, 3] += 2e-6
+        assert quick.check(result, reference) > 1, quick.name
+
+
+def test_baselines_agree_with_the_reference_on_groups_of_all_sizes():
+    labels = zipf_labels(400, 6, torch.Generator().manual_seed(1))
+    similarity = torch.randn(400, 4, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
+    with use_backend("reference"):
+        plan = ops.sinkhorn_assign(similarity.double(), labels, 6)
+    assert (labels == -1).any() and not (labels == 5).any(), "ignored pixels and an absent class"
+    assert torch.equal(vectorized(similarity, labels, 6), plan) and torch.equal(loop(similarity, labels, 6), plan)
+
+
+@pytest.mark.slow
+def test_peak_memory_is_measured_in_a_fresh_process():
+    """mm + amax holds [N,C,K] more than once; the whole of it fits neither into the result nor into the noise."""
+    settings = Settings(threads=1)
+    big = command.select(settings, ["nearest_centroid"])[0]
+    row = harness._memory(big, next(v for v in big.variants if v.name == "mm_argmax"), settings)
+    scores_mb = 4e-6 * big.shape["N"] * big.shape["C"] * big.shape["K"]
+    assert scores_mb <= row["peak_delta_mb"] < 1.5 * scores_mb
+
+
+def test_every_column_is_documented():
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    assert [column for column in COLUMNS if f"`{column}`" not in page] == []
+
+
+def test_tables_without_rich(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    command.print_rows(run_case(case(good(), good("ours", baseline=False)), QUICK))
+    lines = capsys.readouterr().out.splitlines()
+    assert "double toy: N=3 float32" in lines[1]
+    assert lines[2].split()[:2] == ["variant", "p50_ms"] and len({len(line) for line in lines[2:5]}) == 1, "aligned columns"
