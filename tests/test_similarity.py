@@ -107,7 +107,10 @@ def test_distance_equals_reference(isa, metric, name):
 
 @pytest.mark.parametrize("metric", METRICS[1:])
 def test_distance_gradients(metric):
-    x, p = torch.randn(5, 6, dtype=torch.float64, requires_grad=True), torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    x, p = (
+        torch.randn(5, 6, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(lambda a, b: ops.centroid_distance(a, b, metric=metric, backend="cpu"), (x, p))
     image = torch.randn(2, 6, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: ops.centroid_distance(a, b, metric=metric, backend="cpu"), (image, p))
@@ -434,7 +437,9 @@ def test_a_nonfinite_pixel_is_nan_alone(isa, bad):
         out = ops.centroid_cross_entropy(x, p, y, reduction="none", backend="cpu")
         others = torch.arange(30) != 7
         assert out.loss[7].isnan() and out.prediction[7] == -1
-        assert torch.equal(out.loss[others], clean.loss[others]) and torch.equal(out.prediction[others], clean.prediction[others])
+        assert torch.equal(out.loss[others], clean.loss[others]) and torch.equal(
+            out.prediction[others], clean.prediction[others]
+        )
         assert ops.centroid_cross_entropy(x, p, y, backend="cpu").loss.isnan()
         scores = ops.class_scores(x, p, backend="cpu").scores
         assert scores[7].isnan().all() and scores[others].isfinite().all()
@@ -576,7 +581,9 @@ def test_opcheck_of_images():
     x = torch.randn(2, 4, 2, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
     p, y = torch.randn(3, 2, 4), torch.randint(0, 3, (12,))
     torch.library.opcheck(native.class_scores._opoverload, (x, p, y, "dot"))
-    torch.library.opcheck(native._loss_op._opoverload, (x, p, y, *(None,) * 4, "dot", 1e-5, 1.0, -100, 0.0, "mean", [True, *[False] * 3]))
+    torch.library.opcheck(
+        native._loss_op._opoverload, (x, p, y, *(None,) * 4, "dot", 1e-5, 1.0, -100, 0.0, "mean", [True, *[False] * 3])
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -682,10 +689,13 @@ def test_bad_input_is_named(call, error, text):
 
 @pytest.mark.parametrize("name", ["cityscapes_f32", "cityscapes_f64", "hard_f64", "missing_classes_f64"])
 def test_golden(name):
-    import numpy as np
     from pathlib import Path
 
-    data = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(Path(__file__).parent / "data" / f"golden_{name}.npz").items()}
+    import numpy as np
+
+    data = {
+        k: torch.from_numpy(np.asarray(v)) for k, v in np.load(Path(__file__).parent / "data" / f"golden_{name}.npz").items()
+    }
     dtype = data["x"].dtype
     p = F.normalize(data["prototypes"], dim=-1)
     x = data["x"].clone().requires_grad_()
@@ -696,7 +706,13 @@ def test_golden(name):
     out = ops.centroid_cross_entropy(e, p, data["labels"], norm_weight=mw, norm_bias=mb, ignore_index=int(data["ignore_index"]))
     assert abs(out.loss.item() - data["cross_entropy"].item()) < 1e-4
     out.loss.backward()
-    for leaf, key in ((x, "grad_x"), (fw, "grad_feat_norm_weight"), (fb, "grad_feat_norm_bias"), (mw, "grad_mask_norm_weight"), (mb, "grad_mask_norm_bias")):
+    for leaf, key in (
+        (x, "grad_x"),
+        (fw, "grad_feat_norm_weight"),
+        (fb, "grad_feat_norm_bias"),
+        (mw, "grad_mask_norm_weight"),
+        (mb, "grad_mask_norm_bias"),
+    ):
         assert (leaf.grad - data[key]).norm() <= 5e-4 * data[key].norm(), key
     scores = ops.class_scores(e.detach(), p).scores
     assert (scores - data["raw_scores"]).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)

@@ -29,7 +29,6 @@ FACTORS = {
     "embedding_grad": 8.0,  # five sums of D terms combined; scale: |grad_y * weight| * inverse_norm * rstd of the worst pixel
     "embedding_param_grad": 4.0,  # sums of N products of a gradient (8 of them rounded alike) and xhat
     "interpolated_loss": 8.0,  # four products, log-sum-exp of C terms, then a sum over pixels
-    "plan_gradient": 2.0,
     "head": 16.0,  # embedding, similarity, softmax and mean: four sums in a row
 }
 
@@ -57,6 +56,7 @@ def assert_close(actual: Tensor, expected: Tensor, rule: str, *, terms: int, sca
         f"{rule}: element {worst} is {actual.flatten()[worst].item():.9g}, expected {expected.flatten()[worst].item():.9g}; "
         f"error {error.flatten()[worst].item():.3g} > {allowed.flatten()[worst].item():.3g}"
     )
+
 
 #: Against the released code's outputs (tests/data/golden_*.npz), relative to the largest element: in float64 what two orders of summation
 #: may differ by; in float32 what the released code's own float32 rounding amounts to.

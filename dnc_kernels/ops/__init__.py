@@ -1,5 +1,7 @@
-"""The ops, autograd-aware and traceable by torch.compile. A folder per family: public functions and their checks in ``__init__``,
-plain torch in ``reference``, the C++ kernels as torch ops in ``native``.
+"""The ops, autograd-aware and traceable by torch.compile.
+
+A folder per family: public functions and their checks in ``__init__``, plain torch in ``reference``, the C++ kernels as torch
+ops in ``native``.
 """
 
 from .embedding import normalize_embedding

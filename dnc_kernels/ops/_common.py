@@ -42,7 +42,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def keep_dtypes_under_autocast(op: Any) -> None:
-    """Register for autocast: inputs stay as they are, so bfloat16 features are read in place and fp32 ones keep their precision.
+    """Register for autocast: inputs stay as they are; bfloat16 features are read in place, fp32 ones keep their precision.
 
     The kernels accumulate in fp32 whatever the input dtype, so a cast could only lose bits or copy a feature map.
     """
@@ -91,7 +91,8 @@ def check_ignore_index(op: str, ignore_index: int, num_classes: int) -> None:
     """An ignore_index that is a class would drop that class without a word."""
     check_value(
         not 0 <= ignore_index < num_classes,
-        op, "ignore_index", f"outside the {num_classes} classes [0,{num_classes})", ignore_index, "use -100 or 255 beyond the classes",
+        op, "ignore_index", f"outside the {num_classes} classes [0,{num_classes})", ignore_index,
+        "use -100 or 255 beyond the classes",
     )  # fmt: skip
 
 
@@ -102,7 +103,10 @@ def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -
 
 
 def check_label_range(op: str, labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
-    """Raise ValueError for a label outside [0,C) other than `ignore_index`. For reference code on CPU; the kernels check by themselves."""
+    """Raise ValueError for a label outside [0,C) other than `ignore_index`.
+
+    For reference code on CPU; the kernels check by themselves.
+    """
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or type(labels) is not Tensor:
         return
     bad = (labels < 0) | (labels >= num_classes)

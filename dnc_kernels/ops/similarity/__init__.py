@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-
 from torch import Tensor
 
 from ...backends import pick
@@ -89,9 +88,9 @@ def class_scores(
         backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
 
     Returns:
-        scores [N,C] or [B,C,H,W] (in x's memory format), float64 if an input is float64, else float32; winner uint8 of the same shape,
-        the k that gave each score, lowest on ties; own_similarity [N,K], the similarities to the sub-centroids of the pixel's label
-        (zero rows without one), None without `labels`. A pixel with a non-finite feature has NaN scores.
+        scores [N,C] or [B,C,H,W] (in x's memory format), float64 if an input is float64, else float32; winner uint8 of the
+        same shape, the k that gave each score, lowest on ties; own_similarity [N,K], the similarities to the sub-centroids of
+        the pixel's label (zero rows without one), None without `labels`. A pixel with a non-finite feature has NaN scores.
         Scores and own_similarity are differentiable in `x` and `centroids`; a class sends its gradient to its winner alone
         (deviation from amax, which splits ties). [N,C,K] is never in memory; backward keeps `x` only where it needs it.
 
@@ -124,8 +123,9 @@ def nearest_centroid(x: Tensor, centroids: Tensor, *, metric: str = "dot", backe
         backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
 
     Returns:
-        label, sub, score, each [N] or [B,H,W]: class and sub-centroid (int64; the lowest c*K+k on ties) and the similarity, float64 if an
-        input is float64, else float32 (for sqeuclidean -|x-p|^2). -1, -1, NaN for a pixel with a non-finite feature. Not differentiable.
+        label, sub, score, each [N] or [B,H,W]: class and sub-centroid (int64; the lowest c*K+k on ties) and the similarity,
+        float64 if an input is float64, else float32 (for sqeuclidean -|x-p|^2). -1, -1, NaN for a pixel with a non-finite
+        feature. Not differentiable.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or metric.
@@ -165,7 +165,8 @@ def centroid_cross_entropy(
         centroids: [C,K,D], K <= 256.
         labels: [N] or [B,H,W], any integer dtype, in [0,C) or `ignore_index`.
         metric: ``dot``, ``cosine`` or ``sqeuclidean`` (scores are -|x-p|^2).
-        norm_weight, norm_bias: [C], affine of the LayerNorm over classes; norm_weight None: no norm.
+        norm_weight: [C], gain of the LayerNorm over classes; None: no norm.
+        norm_bias: [C], its shift; None: none.
         norm_eps: added to the variance over classes.
         temperature: positive number, or a one-element tensor that may get a gradient (a learnable scale s is temperature 1/s).
         class_weight: [C] non-negative, as in torch; gets no gradient.
@@ -175,20 +176,24 @@ def centroid_cross_entropy(
         backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
 
     Returns:
-        loss: scalar, or [N] / [B,H,W] for ``none`` (zero where ignored), float64 if an input is float64, else float32. Differentiable in x,
-        centroids, norm_weight, norm_bias and temperature; a class sends its gradient to its nearest sub-centroid, the lowest on ties.
-        prediction: [N] / [B,H,W] int64, argmax over classes, -1 for a pixel with a non-finite feature (whose loss is NaN, as in torch).
+        loss: scalar, or [N] / [B,H,W] for ``none`` (zero where ignored), float64 if an input is float64, else float32.
+            Differentiable in x,
+        centroids, norm_weight, norm_bias and temperature; a class sends its gradient to its nearest sub-centroid, the lowest
+        on ties.
+        prediction: [N] / [B,H,W] int64, argmax over classes, -1 for a pixel with a non-finite feature (whose loss is NaN, as
+            in torch).
         own_similarity: [N,K], similarities to the label's own sub-centroids, zero rows where ignored; carries no gradient.
         Without a pixel that counts, ``mean`` is NaN as in torch, with zero gradients.
 
-        Memory: neither [N,C,K] nor [N,C] exists. With reduction mean or sum and centroids that need no gradient, dX is made in the
+        Memory: neither [N,C,K] nor [N,C] exists. With reduction mean or sum and centroids that need no gradient, dX is made
+            in the
         forward pass: extra memory is dX + [N,K] + O(N). Otherwise backward recomputes from `x`. Not twice differentiable.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or option, or a label outside [0,C) other than `ignore_index`.
     """
     op = "centroid_cross_entropy"
-    pixels, _ = check_pixels(op, x)
+    check_pixels(op, x)
     classes, k = check_centroids(op, x, centroids)
     check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
     flat = check_labels(op, x, labels)

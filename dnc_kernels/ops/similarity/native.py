@@ -233,9 +233,10 @@ def _run_loss(
     # gradients of small tensors are made in the compute type and cast afterwards; grad_x is written in x's own dtype
     wide = (grads[0], *(None if g is None else (g if g.dtype == dtype else g.to(dtype)) for g in grads[1:]))
     native().centroid_cross_entropy(
-        view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), view(small(norm_weight)), view(small(norm_bias)),
-        norm_eps, view(small(scale)), temperature, view(small(class_weight)), ignore_index, label_smoothing,
-        REDUCTIONS.index(reduction), view(small(grad_loss)), view(loss), view(prediction), view(own), *map(view, wide), _threads(),
+        view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), view(small(norm_weight)),
+        view(small(norm_bias)), norm_eps, view(small(scale)), temperature, view(small(class_weight)), ignore_index,
+        label_smoothing, REDUCTIONS.index(reduction), view(small(grad_loss)), view(loss), view(prediction), view(own),
+        *map(view, wide), _threads(),
     )  # fmt: skip
     return tuple(w if g is None or w is None or w.dtype == g.dtype else w.to(g.dtype) for w, g in zip(wide, grads, strict=True))
 
