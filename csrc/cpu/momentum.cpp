@@ -361,16 +361,11 @@ Status cluster_sums(const ClusterSums& a) {
   Problem p{x, a.cluster.as<int64_t>(), x.N(), x.D, a.sums.size[0], a.sums.data, a.counts.as<int64_t>(), a.threads};
   if (p.threads < 1 || p.N * p.D < kSerial) p.threads = 1;
   switch (a.x.dtype) {
-    case DType::float32:
-      return sum_pixels<float, float>(p);
-    case DType::float64:
-      return sum_pixels<double, double>(p);
-    case DType::float16:
-      return sum_pixels<float, Float16>(p);
-    case DType::bfloat16:
-      return sum_pixels<float, BFloat16>(p);
-    default:
-      return bad_argument("x must be float32, float64, float16 or bfloat16");
+    case DType::float32: return sum_pixels<float, float>(p);
+    case DType::float64: return sum_pixels<double, double>(p);
+    case DType::float16: return sum_pixels<float, Float16>(p);
+    case DType::bfloat16: return sum_pixels<float, BFloat16>(p);
+    default: return bad_argument("x must be float32, float64, float16 or bfloat16");
   }
 }
 
