@@ -198,8 +198,7 @@ def _opened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     def squares(values: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return sliding_window_view(np.pad(values, 1), (3, 3))
 
-    covered: NDArray[np.bool_] = squares(np.asarray(squares(mask).all((2, 3)))).any((2, 3))
-    return covered
+    return np.asarray(squares(np.asarray(squares(mask).all((2, 3)))).any((2, 3)))
 
 
 def _mark(axis: Axes) -> None:

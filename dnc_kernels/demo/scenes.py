@@ -198,8 +198,9 @@ def _smooth_noise(rng: np.random.Generator, count: int, height: int, width: int,
 
     rows, columns = weights(height), weights(width)
     lattice = rng.standard_normal((count, rows.shape[1], columns.shape[1]), dtype=np.float32)
-    noise: FloatArray = rows @ lattice @ columns.T
-    return noise * np.float32(1.5)  # 1.5: linear interpolation in 2-D keeps 4/9 of the variance
+    return np.asarray(
+        1.5 * (rows @ lattice @ columns.T), np.float32
+    )  # 1.5: linear interpolation in 2-D keeps 4/9 of the variance
 
 
 def _colour(rng: np.random.Generator, luminance: FloatArray, ink: FloatArray, config: SceneConfig) -> FloatArray:
