@@ -70,54 +70,74 @@ PYBIND11_MODULE(_C, m) {
   });
 #if defined(DNC_WITH_CUDA)
   m.def("momentum_workspace_bytes", &momentum_workspace_bytes);
-  m.def("momentum_update_cuda_", [](View centroids, View x, View cluster, double momentum, uintptr_t workspace, uintptr_t stream) {
-    run("momentum_update_", momentum_update_cuda,
-        MomentumUpdateCuda{centroids, x, cluster, momentum, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)});
-  });
+  m.def("momentum_update_cuda_",
+        [](View centroids, View x, View cluster, double momentum, uintptr_t workspace, uintptr_t stream) {
+          run("momentum_update_", momentum_update_cuda,
+              MomentumUpdateCuda{centroids, x, cluster, momentum, reinterpret_cast<void*>(workspace),
+                                 reinterpret_cast<void*>(stream)});
+        });
 #endif
-  m.def("sinkhorn", [](View similarity, View group, int64_t groups, double epsilon, int iterations, double tolerance, View assignment,
-                       View plan, View history, View steps, int threads) {
+  m.def("sinkhorn", [](View similarity, View group, int64_t groups, double epsilon, int iterations, double tolerance,
+                       View assignment, View plan, View history, View steps, int threads) {
     run(plan ? "sinkhorn_plan" : "sinkhorn_assign", sinkhorn,
         Sinkhorn{similarity, group, groups, epsilon, iterations, tolerance, assignment, plan, history, steps, threads});
   });
-  m.def("sinkhorn_backward", [](View similarity, View group, int64_t groups, double epsilon, View history, View steps, View grad_plan,
-                                View grad_similarity, int threads) {
+  m.def("sinkhorn_backward", [](View similarity, View group, int64_t groups, double epsilon, View history, View steps,
+                                View grad_plan, View grad_similarity, int threads) {
     run("sinkhorn_plan", sinkhorn_backward,
         SinkhornBackward{similarity, group, groups, epsilon, history, steps, grad_plan, grad_similarity, threads});
   });
-  m.def("normalize_embedding", [](View x, View weight, View bias, double eps, View y, View mean, View rstd, View inverse_norm, int threads) {
-    run("normalize_embedding", normalize_embedding, NormalizeEmbedding{x, weight, bias, eps, y, mean, rstd, inverse_norm, threads});
-  });
+  m.def("normalize_embedding",
+        [](View x, View weight, View bias, double eps, View y, View mean, View rstd, View inverse_norm, int threads) {
+          run("normalize_embedding", normalize_embedding,
+              NormalizeEmbedding{x, weight, bias, eps, y, mean, rstd, inverse_norm, threads});
+        });
   m.def("normalize_embedding_backward", [](View x, View weight, View bias, View mean, View rstd, View inverse_norm, View grad_y,
                                            View grad_x, View grad_weight, View grad_bias, int threads) {
     run("normalize_embedding", normalize_embedding_backward,
         NormalizeEmbeddingBackward{x, weight, bias, mean, rstd, inverse_norm, grad_y, grad_x, grad_weight, grad_bias, threads});
   });
-  m.def("class_scores", [](const char* op, View x, View centroids, View labels, int metric, bool distance, View scores, View winner,
-                           View own_similarity, int threads) {
+  m.def("class_scores", [](const char* op, View x, View centroids, View labels, int metric, bool distance, View scores,
+                           View winner, View own_similarity, int threads) {
     run(op, class_scores, ClassScores{x, centroids, labels, Metric(metric), distance, scores, winner, own_similarity, threads});
   });
   m.def("class_scores_backward", [](View x, View centroids, View labels, int metric, View winner, View grad_scores,
                                     View grad_own_similarity, View grad_x, View grad_centroids, int threads) {
     run("class_scores", class_scores_backward,
-        ClassScoresBackward{x, centroids, labels, Metric(metric), winner, grad_scores, grad_own_similarity,
-                            grad_x, grad_centroids, threads});
+        ClassScoresBackward{x, centroids, labels, Metric(metric), winner, grad_scores, grad_own_similarity, grad_x,
+                            grad_centroids, threads});
   });
   m.def("nearest_centroid", [](View x, View centroids, int metric, View label, View sub, View score, int threads) {
     run("nearest_centroid", nearest_centroid, NearestCentroid{x, centroids, Metric(metric), label, sub, score, threads});
   });
   m.def("centroid_cross_entropy",
         [](View x, View centroids, View labels, int metric, View norm_weight, View norm_bias, double norm_eps, View scale,
-           double temperature, View class_weight, int64_t ignore_index, double label_smoothing, int reduction, View grad_loss, View loss,
-           View prediction, View own_similarity, View grad_x, View grad_centroids, View grad_norm_weight, View grad_norm_bias,
-           View grad_scale, int threads) {
-          CentroidCrossEntropy a{.x = x, .centroids = centroids, .labels = labels, .metric = Metric(metric), .norm_weight = norm_weight,
-                                 .norm_bias = norm_bias, .norm_eps = norm_eps, .scale = scale, .temperature = temperature,
-                                 .class_weight = class_weight, .ignore_index = ignore_index, .label_smoothing = label_smoothing,
-                                 .reduction = CentroidCrossEntropy::Reduction(reduction), .grad_loss = grad_loss, .loss = loss,
-                                 .prediction = prediction, .own_similarity = own_similarity, .grad_x = grad_x,
-                                 .grad_centroids = grad_centroids, .grad_norm_weight = grad_norm_weight,
-                                 .grad_norm_bias = grad_norm_bias, .grad_scale = grad_scale, .threads = threads};
+           double temperature, View class_weight, int64_t ignore_index, double label_smoothing, int reduction, View grad_loss,
+           View loss, View prediction, View own_similarity, View grad_x, View grad_centroids, View grad_norm_weight,
+           View grad_norm_bias, View grad_scale, int threads) {
+          CentroidCrossEntropy a{.x = x,
+                                 .centroids = centroids,
+                                 .labels = labels,
+                                 .metric = Metric(metric),
+                                 .norm_weight = norm_weight,
+                                 .norm_bias = norm_bias,
+                                 .norm_eps = norm_eps,
+                                 .scale = scale,
+                                 .temperature = temperature,
+                                 .class_weight = class_weight,
+                                 .ignore_index = ignore_index,
+                                 .label_smoothing = label_smoothing,
+                                 .reduction = CentroidCrossEntropy::Reduction(reduction),
+                                 .grad_loss = grad_loss,
+                                 .loss = loss,
+                                 .prediction = prediction,
+                                 .own_similarity = own_similarity,
+                                 .grad_x = grad_x,
+                                 .grad_centroids = grad_centroids,
+                                 .grad_norm_weight = grad_norm_weight,
+                                 .grad_norm_bias = grad_norm_bias,
+                                 .grad_scale = grad_scale,
+                                 .threads = threads};
           run("centroid_cross_entropy", centroid_cross_entropy, a);
         });
 }

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,13 +22,11 @@ from .errors import FLOATS
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 ISAS = ("portable", "avx2", "avx512")
 
-_native: Any
+_native: Any = None
+NATIVE_ERROR = ""
 try:
-    from . import _C as _native
-
-    NATIVE_ERROR = ""
+    _native = import_module("._C", __package__)
 except ImportError as error:  # pure-Python checkout, or a binary for another Python
-    _native = None
     NATIVE_ERROR = f"the extension dnc_kernels._C cannot be imported: {error}"
 
 
@@ -125,13 +124,13 @@ def resolve(op: str, device: str, dtype: torch.dtype, choice: str = "auto") -> R
     return Resolution("reference", "; ".join(reasons) or f"{op} has only its reference")
 
 
-def _checked(choice: str) -> str:
+def _checked(choice: str, name: str = "backend") -> str:
     if choice not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {choice!r}")
+        raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}; got {choice!r}")
     return choice
 
 
-_choice = _checked(os.environ.get("DNC_KERNELS_BACKEND", "auto") or "auto")
+_choice = _checked(os.environ.get("DNC_KERNELS_BACKEND", "auto") or "auto", "DNC_KERNELS_BACKEND")
 
 
 def chosen() -> str:

@@ -39,21 +39,21 @@ bool set_isa(Isa wanted) {
 }
 
 #if defined(__x86_64__)
-#define DNC_FORWARD(function, Args)                                                \
-  namespace cpu {                                                                  \
-  namespace portable { Status function(const Args&); }                             \
-  namespace avx2 { Status function(const Args&); }                                 \
-  namespace avx512 { Status function(const Args&); }                               \
-  }                                                                                \
-  Status function(const Args& a) {                                                 \
-    switch (current_isa()) {                                                       \
-      case Isa::avx512: return cpu::avx512::function(a);                           \
-      case Isa::avx2: return cpu::avx2::function(a);                               \
-      default: return cpu::portable::function(a);                                  \
-    }                                                                              \
+#define DNC_FORWARD(function, Args)                      \
+  namespace cpu {                                        \
+  namespace portable { Status function(const Args&); }   \
+  namespace avx2 { Status function(const Args&); }       \
+  namespace avx512 { Status function(const Args&); }     \
+  }                                                      \
+  Status function(const Args& a) {                       \
+    switch (current_isa()) {                             \
+      case Isa::avx512: return cpu::avx512::function(a); \
+      case Isa::avx2: return cpu::avx2::function(a);     \
+      default: return cpu::portable::function(a);        \
+    }                                                    \
   }
 #else
-#define DNC_FORWARD(function, Args)                     \
+#define DNC_FORWARD(function, Args)                         \
   namespace cpu::portable { Status function(const Args&); } \
   Status function(const Args& a) { return cpu::portable::function(a); }
 #endif

@@ -128,7 +128,8 @@ struct Vec<float> {
   }
   static DNC_INLINE unsigned bits(Mask m) { return (unsigned)_mm256_movemask_ps(m); }
   static DNC_INLINE void store_index(uint8_t* p, Mask m, uint8_t k) {
-    const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(_mm256_castps_si256(m)), _mm256_extracti128_si256(_mm256_castps_si256(m), 1));
+    const __m128i w =
+        _mm_packs_epi32(_mm256_castsi256_si128(_mm256_castps_si256(m)), _mm256_extracti128_si256(_mm256_castps_si256(m), 1));
     const __m128i byte = _mm_packs_epi16(w, w), old = _mm_loadl_epi64((const __m128i*)p);
     _mm_storel_epi64((__m128i*)p, _mm_blendv_epi8(old, _mm_set1_epi8((char)k), byte));
   }
@@ -202,26 +203,54 @@ struct PortableVec {
     for (int i = 0; i < lanes; i++) r.b[i] = f(i);
     return r;
   }
-  static DNC_INLINE V splat(T a) { return make([&](int) { return a; }); }
-  static DNC_INLINE V load(const T* p) { return make([&](int i) { return p[i]; }); }
-  static DNC_INLINE V load_n(const T* p, int n) { return make([&](int i) { return i < n ? p[i] : T(0); }); }
+  static DNC_INLINE V splat(T a) {
+    return make([&](int) { return a; });
+  }
+  static DNC_INLINE V load(const T* p) {
+    return make([&](int i) { return p[i]; });
+  }
+  static DNC_INLINE V load_n(const T* p, int n) {
+    return make([&](int i) { return i < n ? p[i] : T(0); });
+  }
   DNC_INLINE void store(T* p) const {
     for (int i = 0; i < lanes; i++) p[i] = v[i];
   }
   DNC_INLINE void store_n(T* p, int n) const {
     for (int i = 0; i < lanes && i < n; i++) p[i] = v[i];
   }
-  static DNC_INLINE Mask first(int n) { return mask([&](int i) { return i < n; }); }
-  friend DNC_INLINE V operator+(V a, V b) { return make([&](int i) { return a.v[i] + b.v[i]; }); }
-  friend DNC_INLINE V operator-(V a, V b) { return make([&](int i) { return a.v[i] - b.v[i]; }); }
-  friend DNC_INLINE V operator*(V a, V b) { return make([&](int i) { return a.v[i] * b.v[i]; }); }
-  friend DNC_INLINE V operator/(V a, V b) { return make([&](int i) { return a.v[i] / b.v[i]; }); }
-  friend DNC_INLINE V fma(V a, V b, V c) { return make([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-  friend DNC_INLINE V max(V a, V b) { return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-  friend DNC_INLINE V min(V a, V b) { return make([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
-  friend DNC_INLINE Mask gt(V a, V b) { return mask([&](int i) { return a.v[i] > b.v[i]; }); }
-  friend DNC_INLINE Mask eq(V a, V b) { return mask([&](int i) { return a.v[i] == b.v[i]; }); }
-  static DNC_INLINE V select(Mask m, V yes, V no) { return make([&](int i) { return m.b[i] ? yes.v[i] : no.v[i]; }); }
+  static DNC_INLINE Mask first(int n) {
+    return mask([&](int i) { return i < n; });
+  }
+  friend DNC_INLINE V operator+(V a, V b) {
+    return make([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  friend DNC_INLINE V operator-(V a, V b) {
+    return make([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  friend DNC_INLINE V operator*(V a, V b) {
+    return make([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  friend DNC_INLINE V operator/(V a, V b) {
+    return make([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  friend DNC_INLINE V fma(V a, V b, V c) {
+    return make([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  friend DNC_INLINE V max(V a, V b) {
+    return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  friend DNC_INLINE V min(V a, V b) {
+    return make([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  friend DNC_INLINE Mask gt(V a, V b) {
+    return mask([&](int i) { return a.v[i] > b.v[i]; });
+  }
+  friend DNC_INLINE Mask eq(V a, V b) {
+    return mask([&](int i) { return a.v[i] == b.v[i]; });
+  }
+  static DNC_INLINE V select(Mask m, V yes, V no) {
+    return make([&](int i) { return m.b[i] ? yes.v[i] : no.v[i]; });
+  }
   DNC_INLINE T sum() const {
     T s = 0;
     for (int i = 0; i < lanes; i++) s += v[i];
@@ -240,7 +269,9 @@ struct PortableVec {
   static DNC_INLINE void store_index(uint8_t* p, Mask m, uint8_t k) {
     for (int i = 0; i < lanes; i++) p[i] = m.b[i] ? k : p[i];
   }
-  static DNC_INLINE V round(V a) { return make([&](int i) { return std::nearbyint(a.v[i]); }); }
+  static DNC_INLINE V round(V a) {
+    return make([&](int i) { return std::nearbyint(a.v[i]); });
+  }
   // a * 2^n in two steps, so that n = 128 (a just below 1) and n = -126 stay exact; a NaN in n means a NaN in a
   static DNC_INLINE V scale2(V a, V n) {
     return make([&](int i) {
@@ -370,7 +401,8 @@ DNC_INLINE void read_n<float, Float16>(float* out, const Float16* in, int64_t n)
 template <>
 DNC_INLINE void write_n<float, Float16>(Float16* out, const float* in, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
   for (; i < n; i++) out[i] = to_float16(in[i]);
 }
 #endif

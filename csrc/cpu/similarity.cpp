@@ -3,8 +3,8 @@
 //   scores[n,c] = max_k <x_n, p_ck> (or cosine, or -|x-p|^2); nearest = argmax over c and k
 //   reads x once [N,D], packed centroids once a tile from L2/L3; writes scores [N,C], winner u8 [N,C], own similarities [N,K]
 //   floors: 2*N*C*K*D flop at FMA peak; N*(D + C)*4 bytes. Compute-bound from D = 32 on.
-// Plan: similarity_panels.h. Threads take chunks of tiles. Deterministic for any thread count. Ties: the lowest k, the lowest c*K+k.
-// Reference: dnc_kernels/ops/similarity/reference.py.
+// Plan: similarity_panels.h. Threads take chunks of tiles. Deterministic for any thread count. Ties: the lowest k, the lowest
+// c*K+k. Reference: dnc_kernels/ops/similarity/reference.py.
 #include "dnc/similarity.h"
 
 #include <omp.h>
@@ -33,7 +33,8 @@ Status scores(const ClassScores& a) {
 #pragma omp parallel num_threads(a.threads) reduction(| : failed)
   {
     const size_t partial = partial_size(lay, blocks);
-    Scratch memory((size_t(rows) * (x.D + lay.width + 1 + lay.K) + partial) * sizeof(T) + size_t(rows) * (lay.width + sizeof(int64_t)));
+    Scratch memory((size_t(rows) * (x.D + lay.width + 1 + lay.K) + partial) * sizeof(T) +
+                   size_t(rows) * (lay.width + sizeof(int64_t)));
     failed = !memory.data;
     T* tile = memory.as<T>();
     T* best = tile + rows * x.D;

@@ -1,5 +1,5 @@
-// The backward half that class_scores and centroid_cross_entropy share. Only the winner of a class carries its gradient, so a pixel
-// gathers C rows of centroids and not C*K, and scatters C rows into their gradient.
+// The backward half that class_scores and centroid_cross_entropy share. Only the winner of a class carries its gradient, so a
+// pixel gathers C rows of centroids and not C*K, and scatters C rows into their gradient.
 #pragma once
 #include "similarity_panels.h"
 
@@ -12,7 +12,8 @@ struct CentroidRows {
   Scratch copy;
   const T* rows;
   CentroidRows(const View& centroids, Metric metric, int threads)
-      : copy(metric == Metric::dot && centroids.dtype == own_dtype() ? 0 : size_t(centroids.numel()) * sizeof(T)), rows(nullptr) {
+      : copy(metric == Metric::dot && centroids.dtype == own_dtype() ? 0 : size_t(centroids.numel()) * sizeof(T)),
+        rows(nullptr) {
     if (!copy.data) return;
     const int64_t M = centroids.size[0] * centroids.size[1], D = centroids.size[2];
     if (metric == Metric::dot && centroids.dtype == own_dtype()) {
@@ -43,15 +44,16 @@ struct CentroidRows {
   }
 };
 
-// Gradients of a tile's scores: g[rows][width], winner[rows][width] (nullptr: K = 1), and optionally own_g[rows][K] for rows with a label.
+// Gradients of a tile's scores: g[rows][width], winner[rows][width] (nullptr: K = 1), and optionally own_g[rows][K] for rows
+// with a label.
 template <class T>
 struct TileGradient {
   const PanelLayout<T>& lay;
   int rows;
   const T* g;
   const uint8_t* winner;
-  const T* own_g;         // optional
-  const int64_t* label;   // with own_g
+  const T* own_g;        // optional
+  const int64_t* label;  // with own_g
   DNC_INLINE int64_t centroid(int64_t r, int64_t c) const { return c * lay.K + (winner ? winner[r * lay.width + c] : 0); }
 };
 
@@ -76,8 +78,8 @@ DNC_INLINE void gather_block(const TileGradient<T>& t, const T* rows, int64_t c0
   }
 }
 
-// out[rows][D] = sum over classes of g * winning centroid (+ own_g * own centroids). Classes go in blocks whose sub-centroids' channels
-// fit in L1, since every pixel of the tile picks among them.
+// out[rows][D] = sum over classes of g * winning centroid (+ own_g * own centroids). Classes go in blocks whose sub-centroids'
+// channels fit in L1, since every pixel of the tile picks among them.
 template <class T>
 void gather(const TileGradient<T>& t, const T* rows, T* out) {
   using V = Vec<T>;
@@ -177,7 +179,8 @@ struct CentroidGradient {
 
   // Sums `parts` partial gradients in order into out [M][D] and applies what depends on the centroid alone.
   // cosine: (s - pn <pn,s>) / |p|; sqeuclidean: s - 2 p sum(g) (`total` there counts 2g).
-  static void reduce(const PanelLayout<T>& lay, const T* memory, int64_t parts, const View& centroids, Metric metric, T* out, int threads) {
+  static void reduce(const PanelLayout<T>& lay, const T* memory, int64_t parts, const View& centroids, Metric metric, T* out,
+                     int threads) {
     const int64_t M = lay.C * lay.K, D = lay.D;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t m = 0; m < M; m++) {
@@ -208,8 +211,8 @@ struct CentroidGradient {
   }
 };
 
-// Pixels are handled in a fixed number of chunks, whatever the number of threads, and partial sums are added in chunk order: results are
-// bit-equal for any thread count. Gradients of centroids need [M,D] a chunk, so there are fewer chunks then.
+// Pixels are handled in a fixed number of chunks, whatever the number of threads, and partial sums are added in chunk order:
+// results are bit-equal for any thread count. Gradients of centroids need [M,D] a chunk, so there are fewer chunks then.
 constexpr int64_t kChunks = 64;
 DNC_INLINE int64_t chunk_count(int64_t tiles, size_t bytes_per_chunk) {
   int64_t most = kChunks;

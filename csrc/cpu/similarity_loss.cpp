@@ -1,10 +1,13 @@
-// centroid_cross_entropy on the CPU: max over K, LayerNorm over C, cross-entropy and all gradients in one pass over tiles of pixels.
+// centroid_cross_entropy on the CPU: max over K, LayerNorm over C, cross-entropy and all gradients in one pass over tiles of
+// pixels.
 //
 //   r[c] = max_k similarity(x, p_ck);  o = (r - mean r) * rstd * w + b, or r;  z = o * scale / temperature
 //   loss = (1-s) w_y (lse z - z_y) + s/C sum_c w_c (lse z - z_c)        (s: label smoothing; w: class weights)
-//   reads x once, packed centroids once a tile; writes dX [N,D], own similarities [N,K], prediction [N]. [N,C] lives a tile at a time in L2.
-//   floors: 2*N*C*K*D (forward) + 2*N*C*D (gather of winners) flop at FMA peak; 2*N*D*4 bytes. Compute-bound from D = 32 on.
-// Plan: similarity_panels.h, similarity_gradient.h. Deterministic for any thread count. Reference: dnc_kernels/ops/similarity/reference.py.
+//   reads x once, packed centroids once a tile; writes dX [N,D], own similarities [N,K], prediction [N]. [N,C] lives a tile at
+//   a time in L2. floors: 2*N*C*K*D (forward) + 2*N*C*D (gather of winners) flop at FMA peak; 2*N*D*4 bytes. Compute-bound from
+//   D = 32 on.
+// Plan: similarity_panels.h, similarity_gradient.h. Deterministic for any thread count. Reference:
+// dnc_kernels/ops/similarity/reference.py.
 #include <omp.h>
 
 #include "dnc/similarity.h"
@@ -91,19 +94,21 @@ struct LossRow {
         weighted = weighted + V::select(V::first(valid(c)), class_weight ? logit * V::load(class_weight + c) : logit, zero);
     }
     const double sum_exp = double(exps.sum()), lse = double(most) + std::log(sum_exp);
-    const double smooth = a.label_smoothing / double(C), wy = (1 - a.label_smoothing) * (class_weight ? double(class_weight[y]) : 1.0);
+    const double smooth = a.label_smoothing / double(C),
+                 wy = (1 - a.label_smoothing) * (class_weight ? double(class_weight[y]) : 1.0);
     double loss = wy * (lse - double(z[y]));
     if (a.label_smoothing > 0) loss += smooth * (class_weight_sum * lse - double(weighted.sum()));
     if (!finite) loss = NAN;
     if (!want) return loss;
     if (!finite) coefficient = NAN;
-    gradient(r, y, V::splat(most), coefficient / sum_exp * (wy + smooth * class_weight_sum), coefficient * smooth, coefficient * wy,
-             mean, rstd, sums);
+    gradient(r, y, V::splat(most), coefficient / sum_exp * (wy + smooth * class_weight_sum), coefficient * smooth,
+             coefficient * wy, mean, rstd, sums);
     return loss;
   }
 
   // g_z[c] = on_p * exp(z - max) - on_w * w_c - [c == y] * on_y, carried back through factor and norm into r.
-  DNC_INLINE void gradient(T* r, int64_t y, V high, double on_p, double on_w, double on_y, T mean, T rstd, LossSums<T>& sums) const {
+  DNC_INLINE void gradient(T* r, int64_t y, V high, double on_p, double on_w, double on_y, T mean, T rstd,
+                           LossSums<T>& sums) const {
     const int64_t C = lay.C, W = lay.width;
     const V p = V::splat(T(on_p)), w = V::splat(T(on_w)), f = V::splat(factor), m = V::splat(mean), s = V::splat(rstd);
     const V zero = V::splat(0);
@@ -183,11 +188,14 @@ Status loss(const CentroidCrossEntropy& a) {
   const int64_t W = lay.width;
   Scratch vectors(3 * W * sizeof(T)), panels(lay.bytes());
   CentroidRows<T> centroids(a.centroids, a.metric, a.threads);
-  const int rows = tile_rows((1 + (a.metric != Metric::dot)) * x.D, W * (sizeof(T) + 1), max64(N, 1), sizeof(T)), blocks = rows / kRows;
+  const int rows = tile_rows((1 + (a.metric != Metric::dot)) * x.D, W * (sizeof(T) + 1), max64(N, 1), sizeof(T)),
+            blocks = rows / kRows;
   const int64_t tiles = (N + rows - 1) / rows, part = to_centroids ? CentroidGradient<T>::size(lay) : 0;
   const int64_t chunks = chunk_count(tiles, part * sizeof(T));
-  Scratch parts(part * chunks * sizeof(T)), row_sums(size_t(chunks) * 2 * W * sizeof(T)), scalar_sums(size_t(chunks) * 2 * sizeof(double));
-  if (!vectors.data || !panels.data || !centroids.rows || !parts.data || !row_sums.data || !scalar_sums.data) return out_of_memory;
+  Scratch parts(part * chunks * sizeof(T)), row_sums(size_t(chunks) * 2 * W * sizeof(T)),
+      scalar_sums(size_t(chunks) * 2 * sizeof(double));
+  if (!vectors.data || !panels.data || !centroids.rows || !parts.data || !row_sums.data || !scalar_sums.data)
+    return out_of_memory;
   T* padded = vectors.as<T>();
   const View* sources[3] = {&a.class_weight, &a.norm_weight, &a.norm_bias};
   double class_weight_sum = double(lay.C);
@@ -205,7 +213,8 @@ Status loss(const CentroidCrossEntropy& a) {
   {
     const bool reread = to_centroids || a.metric != Metric::dot;  // the pixel itself is needed again, as rows
     const size_t partial = partial_size(lay, blocks);
-    Scratch memory((size_t(rows) * (x.D * (1 + reread) + W + 1 + lay.K) + W + partial) * sizeof(T) + size_t(rows) * (W + sizeof(int64_t)));
+    Scratch memory((size_t(rows) * (x.D * (1 + reread) + W + 1 + lay.K) + W + partial) * sizeof(T) +
+                   size_t(rows) * (W + sizeof(int64_t)));
     failed = !memory.data;
     T* tile = memory.as<T>();  // packed pixels, then their gradient
     T* pixels = tile + rows * x.D;
@@ -216,8 +225,14 @@ Status loss(const CentroidCrossEntropy& a) {
     T* partials = z + W;
     int64_t* label = reinterpret_cast<int64_t*>(partials + partial);
     uint8_t* winner = reinterpret_cast<uint8_t*>(label + rows);
-    const LossRow<T> row{a, lay, a.class_weight ? padded : nullptr, norm ? padded + W : nullptr, a.norm_bias ? padded + 2 * W : nullptr,
-                         factor, class_weight_sum, z};
+    const LossRow<T> row{a,
+                         lay,
+                         a.class_weight ? padded : nullptr,
+                         norm ? padded + W : nullptr,
+                         a.norm_bias ? padded + 2 * W : nullptr,
+                         factor,
+                         class_weight_sum,
+                         z};
 #pragma omp for schedule(dynamic, 1)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
       if (failed) continue;
@@ -244,7 +259,8 @@ Status loss(const CentroidCrossEntropy& a) {
           if (a.metric != Metric::dot) {
             for (int64_t c = 0; c < lay.C; c++) maxima[c] = finish_similarity(maxima[c], terms[r], a.metric);
             if (own && label[r] >= 0)
-              for (int64_t k = 0; k < lay.K; k++) own_tile[r * lay.K + k] = finish_similarity(own_tile[r * lay.K + k], terms[r], a.metric);
+              for (int64_t k = 0; k < lay.K; k++)
+                own_tile[r * lay.K + k] = finish_similarity(own_tile[r * lay.K + k], terms[r], a.metric);
           }
           const double coefficient = each && a.grad_loss ? double(a.grad_loss.as<T>()[n0 + r]) : common;
           int64_t prediction;

@@ -1,11 +1,11 @@
-// The product that every similarity kernel shares: a tile of pixels against all sub-centroids, with a functor taking each result
-// while it is in registers.
+// The product that every similarity kernel shares: a tile of pixels against all sub-centroids, with a functor taking each
+// result while it is in registers.
 //
-// Lanes of a vector are classes: centroids are packed once into panels [D][lanes] of 16 classes (AVX-512) for one k, so the max over K is
-// an element-wise max of accumulators. The last group of classes, when at most half full, is folded: a panel holds several k of
-// its few classes (C = 19, K = 10: 12 panels and not 20). A tile is packed [block of R pixels][D][R], so one step reads R
-// neighbouring values for 2 panels: R x 2 accumulators stay in registers. Large D is cut into blocks whose panels fit in L1; the partial
-// sums of a run of panels then wait in L2.
+// Lanes of a vector are classes: centroids are packed once into panels [D][lanes] of 16 classes (AVX-512) for one k, so the max
+// over K is an element-wise max of accumulators. The last group of classes, when at most half full, is folded: a panel holds
+// several k of its few classes (C = 19, K = 10: 12 panels and not 20). A tile is packed [block of R pixels][D][R], so one step
+// reads R neighbouring values for 2 panels: R x 2 accumulators stay in registers. Large D is cut into blocks whose panels fit
+// in L1; the partial sums of a run of panels then wait in L2.
 #pragma once
 #include <type_traits>
 
@@ -100,7 +100,9 @@ void pack_panels(const PanelLayout<T>& lay, const View& centroids, Metric metric
             square += v * v;
           }
         const double length = std::sqrt(square);
-        const T factor = T(metric == Metric::cosine ? 1 / (length > 1e-12 ? length : 1e-12) : metric == Metric::sqeuclidean ? 2 : 1);
+        const T factor = T(metric == Metric::cosine        ? 1 / (length > 1e-12 ? length : 1e-12)
+                           : metric == Metric::sqeuclidean ? 2
+                                                           : 1);
         for (int64_t d = 0; d < lay.D; d++) q[d * L + lane] = factor * read<T>(row + d);
         bias[j * L + lane] = metric == Metric::sqeuclidean ? T(-square) : T(0);
       });
@@ -199,9 +201,11 @@ DNC_INLINE void multiply(const T* x, const T* const* q, int64_t depth, Vec<T> (&
   }
 }
 
-// One block of R pixels against NP panels, channels [d0, d0+depth): from the bias or the waiting partial sums, to partial sums or `take`.
+// One block of R pixels against NP panels, channels [d0, d0+depth): from the bias or the waiting partial sums, to partial sums
+// or `take`.
 template <class T, int NP, class Take>
-DNC_INLINE void block(const PanelLayout<T>& lay, const T* panels, const T* x, int64_t j, int64_t d0, int64_t depth, T* partial, int b, Take& take) {
+DNC_INLINE void block(const PanelLayout<T>& lay, const T* panels, const T* x, int64_t j, int64_t d0, int64_t depth, T* partial,
+                      int b, Take& take) {
   using V = Vec<T>;
   constexpr int R = kRows, L = V::lanes;
   const T* q[NP];
@@ -225,8 +229,8 @@ DNC_INLINE void block(const PanelLayout<T>& lay, const T* panels, const T* x, in
   }
 }
 
-constexpr int64_t kDeep = 1024;      // more channels than this are cut into blocks of
-constexpr int64_t kDepth = 256;      // these: 2 panels x 256 x 64 B = 32 KB, the L1 of a small core
+constexpr int64_t kDeep = 1024;       // more channels than this are cut into blocks of
+constexpr int64_t kDepth = 256;       // these: 2 panels x 256 x 64 B = 32 KB, the L1 of a small core
 constexpr int64_t kPanelsInRun = 16;  // panels whose partial sums wait together
 
 // Every panel against every block of a packed tile. partial: partial_size(blocks) elements, unused for D <= kDeep.
@@ -241,7 +245,8 @@ void sweep(const PanelLayout<T>& lay, const T* panels, const T* tile, int blocks
       int64_t j = j0;
       for (; j + kPanels <= j1; j += kPanels)
         for (int b = 0; b < blocks; b++)
-          block<T, kPanels>(lay, panels, tile + b * lay.D * R, j, d0, n, partial + ((j - j0) * blocks + b * kPanels) * R * L, b, take);
+          block<T, kPanels>(lay, panels, tile + b * lay.D * R, j, d0, n, partial + ((j - j0) * blocks + b * kPanels) * R * L, b,
+                            take);
       for (; j < j1; j++)
         for (int b = 0; b < blocks; b++)
           block<T, 1>(lay, panels, tile + b * lay.D * R, j, d0, n, partial + ((j - j0) * blocks + b) * R * L, b, take);
@@ -260,9 +265,9 @@ struct ClassMax {
   static constexpr int L = V::lanes;
   const PanelLayout<T>& lay;
   T* best;
-  uint8_t* winner;      // nullptr where K == 1
+  uint8_t* winner;       // nullptr where K == 1
   const int64_t* label;  // of the tile's rows, -1 for none; nullptr: no own similarities wanted
-  T* own;               // [rows][K]
+  T* own;                // [rows][K]
   DNC_INLINE void operator()(int b, int64_t j, const Vec<T> (&acc)[kRows]) {
     const auto p = lay.panel(j);
     const int64_t at = p.group * L;

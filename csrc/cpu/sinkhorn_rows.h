@@ -50,14 +50,10 @@ struct Rows {
   // Row n: in place where it lies as K contiguous values of T, else a copy in buffer [K].
   DNC_INLINE const T* row(int64_t n, T* buffer) const {
     switch (dtype) {
-      case DType::float32:
-        return read_row<float>(n, buffer);
-      case DType::float64:
-        return read_row<double>(n, buffer);
-      case DType::float16:
-        return read_row<Float16>(n, buffer);
-      default:
-        return read_row<BFloat16>(n, buffer);
+      case DType::float32: return read_row<float>(n, buffer);
+      case DType::float64: return read_row<double>(n, buffer);
+      case DType::float16: return read_row<Float16>(n, buffer);
+      default: return read_row<BFloat16>(n, buffer);
     }
   }
 

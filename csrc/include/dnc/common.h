@@ -14,7 +14,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// A strided array that the caller owns. Strides count elements and may be zero. ndim == 0: absent (a scalar is a view of one element).
+// A strided array that the caller owns. Strides count elements and may be zero. ndim == 0: absent (a scalar is a view of one
+// element).
 struct View {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -40,8 +41,7 @@ struct Pixels {
   char* data;
   DType dtype;
   int64_t B, H, W, D, sb, sh, sw, sd;
-  explicit Pixels(const View& v)
-      : data(static_cast<char*>(v.data)), dtype(v.dtype) {
+  explicit Pixels(const View& v) : data(static_cast<char*>(v.data)), dtype(v.dtype) {
     if (v.ndim == 4) {
       B = v.size[0], D = v.size[1], H = v.size[2], W = v.size[3];
       sb = v.stride[0], sd = v.stride[1], sh = v.stride[2], sw = v.stride[3];
@@ -79,9 +79,9 @@ enum class Metric : int32_t { dot, cosine, sqeuclidean };
 
 // The instruction sets this processor can run, best last.
 enum class Isa : int32_t { portable, avx2, avx512 };
-Isa best_isa();           // what the processor supports
-Isa current_isa();        // what kernels run with
-bool set_isa(Isa isa);    // false: not supported here, nothing changed
+Isa best_isa();         // what the processor supports
+Isa current_isa();      // what kernels run with
+bool set_isa(Isa isa);  // false: not supported here, nothing changed
 
 // 64-byte aligned memory, freed with the object. Not initialised. data == nullptr after a failed allocation.
 struct Scratch {

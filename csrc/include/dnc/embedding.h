@@ -9,7 +9,7 @@ struct NormalizeEmbedding {
   View x;             // [N,D] or [B,D,H,W], float32/float64/float16/bfloat16, any strides
   View weight, bias;  // optional [D], the dtype of the statistics
   double eps = 1e-5;
-  View y;                        // out, x's shape and dtype, any strides
+  View y;                         // out, x's shape and dtype, any strides
   View mean, rstd, inverse_norm;  // out [N]: float64 for float64 x, else float32
   int threads = 1;
 };
@@ -17,9 +17,9 @@ Status normalize_embedding(const NormalizeEmbedding&);
 
 struct NormalizeEmbeddingBackward {
   View x, weight, bias, mean, rstd, inverse_norm;
-  View grad_y;                    // x's shape, any strides (expanded too)
-  View grad_x;                    // out, optional, x's shape and dtype, any strides
-  View grad_weight, grad_bias;    // out, optional [D], the dtype of the statistics
+  View grad_y;                  // x's shape, any strides (expanded too)
+  View grad_x;                  // out, optional, x's shape and dtype, any strides
+  View grad_weight, grad_bias;  // out, optional [D], the dtype of the statistics
   int threads = 1;
 };
 Status normalize_embedding_backward(const NormalizeEmbeddingBackward&);

@@ -4,7 +4,8 @@
 
 namespace dnc {
 
-// sums[m] = sum of x[n] over cluster[n] == m; counts[m] = how many. Pixels with cluster -1 or a non-finite feature are left out.
+// sums[m] = sum of x[n] over cluster[n] == m; counts[m] = how many. Pixels with cluster -1 or a non-finite feature are left
+// out.
 struct ClusterSums {
   View x;        // [N,D] or [B,D,H,W], float32/float64/float16/bfloat16
   View cluster;  // [N] int64, -1 or in [0,M)
@@ -14,8 +15,8 @@ struct ClusterSums {
 };
 Status cluster_sums(const ClusterSums&);
 
-// centroids[m] <- normalise(momentum * centroids[m] + (1 - momentum) * normalise(sums[m])) where counts[m] > 0; the others keep every
-// bit. A sum or a result that is zero or not finite leaves its sub-centroid as it was.
+// centroids[m] <- normalise(momentum * centroids[m] + (1 - momentum) * normalise(sums[m])) where counts[m] > 0; the others keep
+// every bit. A sum or a result that is zero or not finite leaves its sub-centroid as it was.
 struct ApplyMomentum {
   View centroids;  // in and out [M,D], float32 or float64, contiguous
   View sums;       // [M,D] float32 or float64, contiguous

@@ -23,11 +23,11 @@ Status class_scores(const ClassScores&);
 struct ClassScoresBackward {
   View x, centroids, labels;
   Metric metric = Metric::dot;
-  View winner;                 // as written by class_scores
-  View grad_scores;            // optional, the shape of scores, any strides
-  View grad_own_similarity;    // optional [N,K] contiguous
-  View grad_x;                 // out, optional, x's shape and dtype, any strides
-  View grad_centroids;         // out, optional [C,K,D] of the compute type, contiguous
+  View winner;               // as written by class_scores
+  View grad_scores;          // optional, the shape of scores, any strides
+  View grad_own_similarity;  // optional [N,K] contiguous
+  View grad_x;               // out, optional, x's shape and dtype, any strides
+  View grad_centroids;       // out, optional [C,K,D] of the compute type, contiguous
   int threads = 1;
 };
 Status class_scores_backward(const ClassScoresBackward&);
@@ -56,7 +56,7 @@ struct CentroidCrossEntropy {
   int64_t ignore_index = -100;
   double label_smoothing = 0.0;
   enum class Reduction : int32_t { none, mean, sum } reduction = Reduction::mean;
-  View grad_loss;  // optional: gradients are multiplied by it; [N] for none, one element otherwise; absent: 1
+  View grad_loss;       // optional: gradients are multiplied by it; [N] for none, one element otherwise; absent: 1
   View loss;            // out, optional: [N] for none, one element otherwise, of the compute type
   View prediction;      // out, optional [N] int64; -1 for a pixel with a non-finite feature
   View own_similarity;  // out, optional [N,K] of the compute type; zero rows where ignored
