@@ -30,6 +30,7 @@ HEAD_OPS = (
     "upsample_cross_entropy",
 )
 MEANING = {
+    "held-out scenes": "of digit images that no training scene has; the recipes were compared on other scenes of these images",
     "miou": "mean over the classes of intersection over union, all held-out scenes together",
     "pixel_accuracy": "share of the pixels of the held-out scenes that are right",
     "learnable_head": "parameters of the head that gradients train",

@@ -22,7 +22,8 @@ from .scenes import NUM_CLASSES, SceneConfig, Split, make_scenes
 
 HeadName = Literal["dnc", "softmax"]
 HEADS: tuple[HeadName, ...] = ("dnc", "softmax")
-TEST_SEED = 0  # the held-out scenes are the same for every training seed
+# The held-out scenes are the same for every training seed, and are not those that the recipes were compared on.
+TEST_SEED = 1000
 EVALUATION_BATCH = 16
 
 
