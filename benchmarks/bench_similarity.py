@@ -32,8 +32,9 @@ _LOSS: dict[str, tuple[dict[str, int], float, dict[str, Any]]] = {
 }
 _QUICK = {"N": 64, "C": 5, "K": 3, "D": 16}
 # Allowed error in units of the dtype's epsilon, relative to the largest gradient. The LayerNorm over C multiplies the rounding
-# of a score by 1/std of the scores (about 16 at D = 256), and torch rounds the scores themselves to bfloat16.
-_GRADIENT = 100.0
+# of a score by 1/std of the scores (about 16 at D = 256), gradients of the norm are float32 sums over N rows, and torch rounds
+# the scores themselves to bfloat16. torch itself reached 70 units (ade20k_nchw, float32).
+_GRADIENT = 200.0
 
 
 def cases(settings: Settings) -> list[Case]:
