@@ -32,8 +32,9 @@ _LOSS: dict[str, tuple[dict[str, int], float, dict[str, Any]]] = {
 }
 _QUICK = {"N": 64, "C": 5, "K": 3, "D": 16}
 # Allowed error in units of the dtype's epsilon, relative to the largest gradient. The LayerNorm over C multiplies the rounding
-# of a score by 1/std of the scores (about 16 at D = 256), and torch rounds the scores themselves to bfloat16.
-_GRADIENT = 100.0
+# of a score by 1/std of the scores (about 16 at D = 256), gradients of the norm are float32 sums over N rows, and torch rounds
+# the scores themselves to bfloat16. torch itself reached 70 units (ade20k_nchw, float32).
+_GRADIENT = 200.0
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -53,7 +54,8 @@ def _inputs(sizes: dict[str, int], dtype: str, device: str, nchw: bool = False) 
     centroids = F.normalize(torch.randn(c, k, d, generator=seed), dim=2)
     labels = torch.randint(c, (n,), generator=seed)
     own = centroids[labels, torch.randint(k, (n,), generator=seed)]
-    x = F.normalize(0.5 * own + torch.randn(n, d, generator=seed) / math.sqrt(d), dim=1)
+    # own similarity four standard deviations above the others: losses and gradients of every size, few of them vanishing
+    x = F.normalize((4 * own + torch.randn(n, d, generator=seed)) / math.sqrt(d), dim=1)
     if nchw:
         x, labels = x.view(4, n // 64, 16, d).permute(0, 3, 1, 2).contiguous(), labels.view(4, n // 64, 16)
     return SimpleNamespace(
@@ -62,7 +64,7 @@ def _inputs(sizes: dict[str, int], dtype: str, device: str, nchw: bool = False) 
         weight=torch.linspace(0.5, 1.5, c, device=device).requires_grad_(),
         bias=torch.linspace(-0.1, 0.1, c, device=device).requires_grad_(),
         # two scores closer than this may change places: sums of D products in float32, or scores rounded to 16 bits
-        margin=8 * torch.finfo(dtype_of(dtype)).eps * (math.sqrt(d) if dtype == "float32" else 1),
+        margin=torch.finfo(dtype_of(dtype)).eps * (math.sqrt(d) if dtype == "float32" else 1),
     )  # fmt: skip
 
 
@@ -147,7 +149,7 @@ def _check(result: Any, want: Any, eps: float) -> float:
     loss, dx, dw, db = result
     rows = (_flat(dx).double() - want.dx).norm(dim=1)
     return max(
-        error_ratio(loss, want.loss, 8 * eps * want.loss.item()),
+        error_ratio(loss, want.loss, 8 * eps * (1 + want.loss.item())),
         error_ratio(rows, torch.zeros_like(rows), _GRADIENT * eps * want.dx.norm(dim=1).max() + want.slack),
         error_ratio(dw, want.dw, _GRADIENT * eps * want.dw.abs().max()),
         error_ratio(db, want.db, _GRADIENT * eps * want.db.abs().max()),
