@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,10 +24,13 @@ def message(op: str, argument: str, expected: str, got: Any, fix: str = "") -> s
     return f"{op}: {argument} must be {expected}; got {text}" + (f" ({fix})" if fix else "")
 
 
-def check_value(ok: bool, op: str, argument: str, expected: str, got: Any, fix: str = "") -> None:
-    """Raise ValueError unless `ok`."""
+def check_value(ok: bool, op: str, argument: str, expected: str | Callable[[], str], got: Any, fix: str = "") -> None:
+    """Raise ValueError unless `ok`.
+
+    A function as `expected` is called on failure alone: text made of sizes would pin them under torch.compile.
+    """
     if not ok:
-        raise ValueError(message(op, argument, expected, got, fix))
+        raise ValueError(message(op, argument, expected if isinstance(expected, str) else expected(), got, fix))
 
 
 def check_dtype(ok: bool, op: str, argument: str, expected: str, got: Any, fix: str = "") -> None:

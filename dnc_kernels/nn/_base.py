@@ -16,6 +16,7 @@ from .recipes import recipe_options
 from .subcentroids import SubCentroids
 
 SCORES = ("norm", "temperature", "scale")
+CONFIDENCES = ("none", "length")
 
 
 class DNCLoss(NamedTuple):
@@ -60,6 +61,7 @@ class CentroidModel(SubCentroids):
         super().__init__(num_classes, num_subcentroids, channels, **chosen, **fixed, device=device, dtype=dtype)
         check_ignore_index(op, ignore_index, num_classes)
         check_choice(op, "scores", own["scores"], SCORES)
+        check_choice(op, "confidence", own["confidence"], CONFIDENCES)
         for name in ("temperature", "scale", "ppc_temperature"):
             check_value(0 < own[name] < math.inf, op, name, "positive and finite", own[name])
         for name in ("ppc_weight", "ppd_weight"):
@@ -67,7 +69,7 @@ class CentroidModel(SubCentroids):
         check_value(0 <= own["label_smoothing"] <= 1, op, "label_smoothing", "in [0,1]", own["label_smoothing"])
         self.ignore_index, self.recipe, self.scores, self.temperature = ignore_index, recipe, own["scores"], own["temperature"]
         self.ppc_weight, self.ppd_weight, self.ppc_temperature = own["ppc_weight"], own["ppd_weight"], own["ppc_temperature"]
-        self.label_smoothing = own["label_smoothing"]
+        self.label_smoothing, self.confidence = own["label_smoothing"], own["confidence"]
         self.feat_norm = nn.LayerNorm(channels, device=device, dtype=dtype)
         if self.scores == "norm":
             self.mask_norm = nn.LayerNorm(num_classes, device=device, dtype=dtype)
@@ -87,9 +89,20 @@ class CentroidModel(SubCentroids):
         """Unit-length embedding ``l2_normalize(LayerNorm(features))``, in the shape and dtype of the features."""
         return ops.normalize_embedding(features, self.feat_norm.weight, self.feat_norm.bias, eps=self.feat_norm.eps)
 
-    def logits(self, scores: Tensor) -> Tensor:
-        """Logits of class scores [N,C] or [B,C,h,w]: LayerNorm over the classes, or scores over a temperature."""
+    def gain(self, features: Tensor) -> Tensor | None:
+        """What a pixel's logits are multiplied by, [N,1] or [B,1,h,w]: the standard deviation that LayerNorm divides out.
+
+        None without confidence. It has no say in which sub-centroid is nearest, only in how sure the pixel is.
+        """
+        if self.confidence == "none" or self.scores == "norm":  # LayerNorm over the classes would divide it out again
+            return None
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))
+        return (wide.var(1, correction=0, keepdim=True) + self.feat_norm.eps).sqrt()
+
+    def logits(self, scores: Tensor, gain: Tensor | None = None) -> Tensor:
+        """Logits of class scores [N,C] or [B,C,h,w]: LayerNorm over the classes, or scores over a temperature times `gain`."""
         if self.scores != "norm":
+            scores = scores if gain is None else scores * gain
             temperature = self.logit_temperature()
             return scores / (temperature.to(scores.dtype) if isinstance(temperature, Tensor) else temperature)
         norm = self.mask_norm
@@ -103,15 +116,17 @@ class CentroidModel(SubCentroids):
             return (-self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))).exp()
         return self.temperature if self.scores == "temperature" else 1.0
 
-    def _fused_cross_entropy(self, e: Tensor, p: Tensor, labels: Tensor) -> ops.CentroidLoss:
+    def _fused_cross_entropy(self, e: Tensor, p: Tensor, labels: Tensor, gain: Tensor | None) -> ops.CentroidLoss:
         """Sum of the cross-entropies at the pixels of `e`; labels of -1 left out."""
         norm: dict[str, Any] = {}
         if self.scores == "norm":
             norm = {"norm_weight": self.mask_norm.weight, "norm_bias": self.mask_norm.bias, "norm_eps": self.mask_norm.eps}
-        return ops.centroid_cross_entropy(
-            e, p, labels, **norm, temperature=self.logit_temperature(), class_weight=self.class_weight, ignore_index=-1,
-            label_smoothing=self.label_smoothing, reduction="sum",
+        result = ops.centroid_cross_entropy(
+            e if gain is None else e * gain, p, labels, **norm, temperature=self.logit_temperature(),
+            class_weight=self.class_weight, ignore_index=-1, label_smoothing=self.label_smoothing, reduction="sum",
         )  # fmt: skip
+        # <gain * e, p> = gain * <e, p>: clustering and contrast want the cosines back
+        return result if gain is None else result._replace(own_similarity=result.own_similarity / gain.detach().reshape(-1, 1))
 
     def _mean(self, total: Tensor, labels: Tensor) -> Tensor:
         """`total` over the class weights of the labelled pixels; zero, not NaN, without any."""
@@ -154,7 +169,16 @@ class CentroidModel(SubCentroids):
         self.bad_labels.add_(tally[self.num_classes + 1])
 
 
-_OWN_OPTIONS = ("scores", "temperature", "scale", "ppc_weight", "ppc_temperature", "ppd_weight", "label_smoothing")
+_OWN_OPTIONS = (
+    "scores",
+    "temperature",
+    "scale",
+    "confidence",
+    "ppc_weight",
+    "ppc_temperature",
+    "ppd_weight",
+    "label_smoothing",
+)
 
 
 def check_labels(op: str, labels: Tensor, features: Tensor) -> None:

@@ -33,8 +33,8 @@ class DNCClassifier(CentroidModel):
         sync: data parallel, see `SubCentroids`. With ``auto`` and ``sums`` the embedded batches of all ranks are gathered:
             clustering, update and memory are those of one process with all the data (one host sync a step, for the batch
             sizes).
-        scores, temperature, scale, ppc_weight, ppc_temperature, ppd_weight, class_weight, label_smoothing, recipe, generator,
-        device, dtype:
+        scores, temperature, scale, confidence, ppc_weight, ppc_temperature, ppd_weight, class_weight, label_smoothing, recipe,
+        generator, device, dtype:
             see `DNCHead`.
 
     Attributes:
@@ -62,6 +62,7 @@ class DNCClassifier(CentroidModel):
         scores: str | None = None,
         temperature: float | None = None,
         scale: float | None = None,
+        confidence: str | None = None,
         ppc_temperature: float | None = None,
         update_from: str | None = None,
         init: str | None = None,
@@ -85,9 +86,9 @@ class DNCClassifier(CentroidModel):
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
-                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init,
-                "init_step": init_step, "warmup_steps": warmup_steps, "revive_after": revive_after,
-                "label_smoothing": label_smoothing,
+                "scores": scores, "temperature": temperature, "scale": scale, "confidence": confidence,
+                "update_from": update_from, "init": init, "init_step": init_step, "warmup_steps": warmup_steps,
+                "revive_after": revive_after, "label_smoothing": label_smoothing,
             },
         )  # fmt: skip
         self.memory = FeatureMemory(num_classes, memory_size, in_features, device=device) if memory_size else None
@@ -99,7 +100,7 @@ class DNCClassifier(CentroidModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N,C] of features [N,D]; float32, or float64 for float64 features."""
-        return self.logits(ops.class_scores(self.embed(x), self.snapshot()).scores)
+        return self.logits(ops.class_scores(self.embed(x), self.snapshot()).scores, self.gain(x))
 
     def loss(self, x: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss:
         """Training loss; afterwards the sub-centroids move and the memory takes the batch.
@@ -121,7 +122,7 @@ class DNCClassifier(CentroidModel):
         update = self.training if update is None else update
         labels, wrong = sort_out_labels("DNCClassifier", labels, self.num_classes, self.ignore_index)
         e, p = self.embed(x), self.snapshot(update)
-        total, prediction, own = self._fused_cross_entropy(e, p, labels)
+        total, prediction, own = self._fused_cross_entropy(e, p, labels, self.gain(x))
         cross_entropy = self._mean(total, labels)
         finite = prediction >= 0
         group = torch.where(finite, labels, -1)

@@ -63,11 +63,11 @@ class NearestSamples:
         classes, k, _ = self.prototypes.shape
         pixels, _ = check_pixels(op, embedding, "embedding")
         check_integer(op, "labels", labels)
-        check_value(labels.numel() == pixels, op, "labels", f"[N]=[{pixels}] to match embedding", labels)
+        check_value(labels.numel() == pixels, op, "labels", lambda: f"[N]=[{pixels}] to match embedding", labels)
         batch = embedding.shape[0]
         if samples is None:
             samples = torch.arange(self._seen, self._seen + batch, device=embedding.device)
-        check_value(list(samples.shape) == [batch], op, "samples", f"[{batch}]", samples)
+        check_value(list(samples.shape) == [batch], op, "samples", lambda: f"[{batch}]", samples)
         self._seen += batch
         if pixels == 0:
             return

@@ -35,6 +35,9 @@ class DNCHead(CentroidModel):
             learnable.
         temperature: of ``scores="temperature"``.
         scale: what ``scores="scale"`` begins with.
+        confidence: ``length``: a pixel's logits are also multiplied by the length (standard deviation over the channels) that
+            LayerNorm takes from its feature, so that it can say how sure it is; the nearest sub-centroid stays the same.
+            ``none``: as released. Without effect with ``scores="norm"``.
         ppc_temperature: divides the similarities of the contrast loss.
         class_weight: [C] weights of the cross-entropy.
         label_smoothing: of the cross-entropy, in [0,1].
@@ -71,6 +74,7 @@ class DNCHead(CentroidModel):
         scores: str | None = None,
         temperature: float | None = None,
         scale: float | None = None,
+        confidence: str | None = None,
         ppc_temperature: float | None = None,
         update_from: str | None = None,
         init: str | None = None,
@@ -95,9 +99,9 @@ class DNCHead(CentroidModel):
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
-                "scores": scores, "temperature": temperature, "scale": scale, "update_from": update_from, "init": init,
-                "init_step": init_step, "warmup_steps": warmup_steps, "revive_after": revive_after,
-                "label_smoothing": label_smoothing,
+                "scores": scores, "temperature": temperature, "scale": scale, "confidence": confidence,
+                "update_from": update_from, "init": init, "init_step": init_step, "warmup_steps": warmup_steps,
+                "revive_after": revive_after, "label_smoothing": label_smoothing,
             },
         )  # fmt: skip
         self.in_channels, self.align_corners, self.loss_size = in_channels, align_corners, loss_size
@@ -105,12 +109,16 @@ class DNCHead(CentroidModel):
 
     def embed(self, features: Tensor) -> Tensor:
         """Unit-length embedding [B,D,h,w] of features [B,in_channels,h,w], after the projection if there is one."""
+        return super().embed(self._projected(features))
+
+    def _projected(self, features: Tensor) -> Tensor:
         check_features("DNCHead", features, 4, self.in_channels)
-        return super().embed(features if self.projection is None else self.projection(features))
+        return features if self.projection is None else self.projection(features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [B,C,h,w] of features [B,in_channels,h,w]; float32, or float64 for float64 features."""
-        return self.logits(ops.class_scores(self.embed(features), self.snapshot()).scores)
+        x = self._projected(features)
+        return self.logits(ops.class_scores(super().embed(x), self.snapshot()).scores, self.gain(x))
 
     def loss(self, features: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss:
         """Training loss; afterwards the sub-centroids move.
@@ -137,11 +145,12 @@ class DNCHead(CentroidModel):
         update = self.training if update is None else update
         labels, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
         small = resize_labels(labels, (features.shape[2], features.shape[3]))
-        e, p = self.embed(features), self.snapshot(update)
+        x, p = self._projected(features), self.snapshot(update)
+        e, gain = super().embed(x), self.gain(x)
         if self.loss_size == "labels":
             scores, _, own = ops.class_scores(e, p, small)
             assert own is not None
-            logits = self.logits(scores)
+            logits = self.logits(scores, gain)
             total = ops.upsample_cross_entropy(
                 logits, labels, align_corners=self.align_corners, class_weight=self.class_weight, ignore_index=-1,
                 label_smoothing=self.label_smoothing, reduction="sum",
@@ -150,7 +159,7 @@ class DNCHead(CentroidModel):
             # a pixel with a non-finite feature has NaN scores in every class
             finite, prediction = scores.detach()[:, 0].isfinite().reshape(-1), logits.detach().argmax(1).reshape(-1)
         else:
-            total, prediction, own = self._fused_cross_entropy(e, p, small)
+            total, prediction, own = self._fused_cross_entropy(e, p, small, gain)
             cross_entropy = self._mean(total, small)
             finite, prediction = (prediction >= 0).reshape(-1), prediction.reshape(-1)
         flat = small.reshape(-1)

@@ -66,7 +66,7 @@ class FeatureMemory(nn.Module):
         op = "FeatureMemory"
         check_value(features.ndim == 2 and features.shape[1] == self.channels, op, "features", f"[N,{self.channels}]", features)
         check_integer(op, "labels", labels)
-        check_value(list(labels.shape) == [len(features)], op, "labels", f"[{len(features)}] to match features", labels)
+        check_value(list(labels.shape) == [len(features)], op, "labels", lambda: f"[{len(features)}] to match features", labels)
         classes = self.num_classes
         labels, features = labels.to(torch.int64), features.detach()
         keep = (labels >= 0) & (labels < classes) & features.isfinite().all(1)

@@ -22,13 +22,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "scores": "norm",
         "temperature": 0.1,
         "scale": 10.0,
+        "confidence": "none",
         "ppc_weight": 0.01,
         "ppc_temperature": 1.0,
         "ppd_weight": 0.001,
         "label_smoothing": 0.0,
     },
 }
-RECIPES["default"] = {**RECIPES["released"], "scores": "temperature", "temperature": 0.1, "init": "orthogonal"}
+# What matched a softmax head on digit scenes: cosines times a learnable scale and the pixel's own length, orthogonal start.
+RECIPES["default"] = {**RECIPES["released"], "scores": "scale", "confidence": "length", "init": "orthogonal"}
 
 
 def recipe_options(op: str, recipe: str | None, **explicit: Any) -> dict[str, Any]:

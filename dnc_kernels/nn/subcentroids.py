@@ -287,7 +287,7 @@ class SubCentroids(nn.Module):
                     f"[N,D] or [B,D,H,W] with D={self.channels}", features)  # fmt: skip
         labels = labels.reshape(-1).to(torch.int64)
         pixels = features.numel() // self.channels
-        check_value(len(labels) == pixels, op, "labels", f"[N]=[{pixels}] to match features", labels)
+        check_value(len(labels) == pixels, op, "labels", lambda: f"[N]=[{pixels}] to match features", labels)
         return self._start_from_(features, labels, refinements)
 
     def _start_from_(self, x: Tensor, labels: Tensor, refinements: int = 5) -> Tensor:

@@ -72,7 +72,7 @@ def check_centroids(op: str, x: Tensor, centroids: Tensor) -> tuple[int, int]:
     check_float(op, "centroids", centroids)
     check_value(
         centroids.ndim == 3 and centroids.shape[2] == x.shape[1] and centroids.shape[0] > 0 and centroids.shape[1] > 0,
-        op, "centroids", f"[C,K,D] with D={x.shape[1]} to match x", centroids,
+        op, "centroids", lambda: f"[C,K,D] with D={x.shape[1]} to match x", centroids,
     )  # fmt: skip
     check_device(op, "centroids", centroids, x)
     return centroids.shape[0], centroids.shape[1]
@@ -82,7 +82,7 @@ def check_labels(op: str, x: Tensor, labels: Tensor, argument: str = "labels") -
     """Check labels [N] (x [N,D]) or [B,H,W] (x [B,D,H,W]), any integer dtype; return them flat, int64 and contiguous."""
     check_integer(op, argument, labels)
     expected = [x.shape[0]] if x.ndim == 2 else [x.shape[0], x.shape[2], x.shape[3]]
-    check_value(list(labels.shape) == expected, op, argument, f"{expected} to match x", labels)
+    check_value(list(labels.shape) == expected, op, argument, lambda: f"{expected} to match x", labels)
     check_device(op, argument, labels, x)
     return labels.reshape(-1).to(torch.int64).contiguous()
 
@@ -91,7 +91,7 @@ def check_ignore_index(op: str, ignore_index: int, num_classes: int) -> None:
     """An ignore_index that is a class would drop that class without a word."""
     check_value(
         not 0 <= ignore_index < num_classes,
-        op, "ignore_index", f"outside the {num_classes} classes [0,{num_classes})", ignore_index,
+        op, "ignore_index", lambda: f"outside the {num_classes} classes [0,{num_classes})", ignore_index,
         "use -100 or 255 beyond the classes",
     )  # fmt: skip
 

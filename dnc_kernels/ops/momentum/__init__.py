@@ -67,9 +67,9 @@ def apply_momentum_(
     _check_centroids(op, centroids, momentum)
     rows, channels = centroids[..., 0].numel(), centroids.shape[-1]
     check_float(op, "sums", sums)
-    check_value(list(sums.shape) == [rows, channels], op, "sums", f"[M,D]=[{rows},{channels}] to match centroids", sums)
+    check_value(list(sums.shape) == [rows, channels], op, "sums", lambda: f"[M,D]=[{rows},{channels}] to match centroids", sums)
     check_integer(op, "counts", counts)
-    check_value(list(counts.shape) == [rows], op, "counts", f"[M]=[{rows}] to match centroids", counts)
+    check_value(list(counts.shape) == [rows], op, "counts", lambda: f"[M]=[{rows}] to match centroids", counts)
     check_device(op, "sums", sums, centroids, "centroids")
     check_device(op, "counts", counts, centroids, "centroids")
     if pick(op, centroids, backend) == "reference":
@@ -107,7 +107,7 @@ def momentum_update_(
     check_value(centroids.ndim == 3, op, "centroids", "[C,K,D]", centroids)
     clusters = centroids.shape[0] * centroids.shape[1]
     cluster = _check_cluster(op, x, cluster, clusters)
-    check_value(centroids.shape[2] == x.shape[1], op, "centroids", f"[C,K,D] with D={x.shape[1]} to match x", centroids)
+    check_value(centroids.shape[2] == x.shape[1], op, "centroids", lambda: f"[C,K,D] with D={x.shape[1]} to match x", centroids)
     check_device(op, "centroids", centroids, x)
     # no kernel mixes types on CUDA: float64 sub-centroids choose as a float64 input does
     if pick(op, centroids if centroids.dtype == torch.float64 else x, backend) == "reference":
@@ -136,8 +136,12 @@ def _check_cluster(op: str, x: Tensor, cluster: Tensor, num_clusters: int) -> Te
     check_value(num_clusters > 0, op, "num_clusters", "positive", num_clusters)
     check_integer(op, "cluster", cluster)
     expected = [pixels] if x.ndim == 2 else [x.shape[0], x.shape[2], x.shape[3]]
-    shapes = f"[N]=[{pixels}]" + (f" or [B,H,W]={expected}" if x.ndim == 4 else "")
-    check_value(list(cluster.shape) in ([pixels], expected), op, "cluster", f"{shapes} to match x", cluster)
+    if x.ndim == 2:
+        check_value(list(cluster.shape) == expected, op, "cluster", lambda: f"[N]={expected} to match x", cluster)
+    elif cluster.ndim != 1 or cluster.shape[0] != pixels:
+        check_value(
+            list(cluster.shape) == expected, op, "cluster", lambda: f"[N]=[{pixels}] or [B,H,W]={expected} to match x", cluster
+        )
     check_device(op, "cluster", cluster, x)
     return cluster.reshape(-1).to(torch.int64).contiguous()
 

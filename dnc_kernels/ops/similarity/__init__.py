@@ -206,7 +206,7 @@ def centroid_cross_entropy(
     for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("class_weight", class_weight)):
         if vector is not None:
             check_float(op, name, vector)
-            check_value(list(vector.shape) == [classes], op, name, f"[C]=[{classes}] to match centroids", vector)
+            check_value(list(vector.shape) == [classes], op, name, lambda: f"[C]=[{classes}] to match centroids", vector)
             check_device(op, name, vector, x)
     scale = None
     if isinstance(temperature, Tensor):

@@ -123,7 +123,7 @@ def _check(
         return None, 1, limit
     check_integer(op, "group", group)
     pixels = similarity.shape[0]
-    check_value(group.numel() == pixels, op, "group", f"[N]=[{pixels}] to match similarity", group)
+    check_value(group.numel() == pixels, op, "group", lambda: f"[N]=[{pixels}] to match similarity", group)
     check_device(op, "group", group, similarity, "similarity")
     if num_groups is None:
         raise ValueError(f"{op}: num_groups must be given with group; got None (the number of classes)")
