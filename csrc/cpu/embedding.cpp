@@ -413,16 +413,11 @@ Status backward(const NormalizeEmbeddingBackward& a) {
 Status normalize_embedding(const NormalizeEmbedding& a) {
   if (a.y.dtype != a.x.dtype) return bad_argument("y must have the dtype of x");
   switch (a.x.dtype) {
-    case DType::float32:
-      return forward<float, float>(a);
-    case DType::float64:
-      return forward<double, double>(a);
-    case DType::float16:
-      return forward<float, Float16>(a);
-    case DType::bfloat16:
-      return forward<float, BFloat16>(a);
-    default:
-      return bad_argument("x must be float32, float64, float16 or bfloat16");
+    case DType::float32: return forward<float, float>(a);
+    case DType::float64: return forward<double, double>(a);
+    case DType::float16: return forward<float, Float16>(a);
+    case DType::bfloat16: return forward<float, BFloat16>(a);
+    default: return bad_argument("x must be float32, float64, float16 or bfloat16");
   }
 }
 
@@ -430,16 +425,11 @@ Status normalize_embedding_backward(const NormalizeEmbeddingBackward& a) {
   if (a.grad_y.dtype != a.x.dtype || (a.grad_x && a.grad_x.dtype != a.x.dtype))
     return bad_argument("grad_y and grad_x must have the dtype of x");
   switch (a.x.dtype) {
-    case DType::float32:
-      return backward<float, float>(a);
-    case DType::float64:
-      return backward<double, double>(a);
-    case DType::float16:
-      return backward<float, Float16>(a);
-    case DType::bfloat16:
-      return backward<float, BFloat16>(a);
-    default:
-      return bad_argument("x must be float32, float64, float16 or bfloat16");
+    case DType::float32: return backward<float, float>(a);
+    case DType::float64: return backward<double, double>(a);
+    case DType::float16: return backward<float, Float16>(a);
+    case DType::bfloat16: return backward<float, BFloat16>(a);
+    default: return bad_argument("x must be float32, float64, float16 or bfloat16");
   }
 }
 
