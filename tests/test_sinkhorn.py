@@ -69,8 +69,12 @@ def same_assignment(actual, expected, plan, gap):
     assert ((plan[rest].max(1).values / chosen).log() <= gap).all()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("width", [1, 3, 8, 10, 16, 17, 33, 64, 130])
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(width, torch.float32) for width in (1, 3, 8, 10, 16, 17, 33, 64, 130)]
+    + [(width, dtype) for width in (3, 10, 40) for dtype in FLOATS[1:]],
+    ids=str,
+)
 def test_plan_and_assignment_match_the_float64_reference(isa, width, dtype):
     s, group = problem(700, width, 6, dtype=dtype)
     want = exact(s, group, 6)
@@ -405,7 +409,7 @@ def gradient(s, group, groups, grad, backend, **options):
 
 
 @pytest.mark.parametrize("width", [1, 3, 10, 16, 20, 40])
-@pytest.mark.parametrize("epsilon", [0.05, 0.5, 0.02])
+@pytest.mark.parametrize("epsilon", [0.05, 0.02])
 def test_gradient_matches_the_float64_reference(isa, width, epsilon):
     s, group = problem(500, width, 5)
     grad = torch.randn(500, width)
@@ -429,22 +433,21 @@ def test_gradient_of_16_bit_similarities(isa, dtype):
     assert_close(got, want, "plan_gradient", terms=terms(s, 0.05), scale=scale)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("backend", "iterations"), [("cpu", 0), ("cpu", 1), ("cpu", 2), ("cpu", 3), ("reference", 2)])
 @pytest.mark.parametrize("epsilon", [0.3, 0.02])  # linear and log form
-@pytest.mark.parametrize("iterations", [0, 1, 2, 3])
 def test_gradcheck(backend, epsilon, iterations):
-    s, group = problem(14, 4, 3, dtype=torch.float64)
+    s, group = problem(10, 3, 2, dtype=torch.float64)
     s.requires_grad_()
     # at 0.02 a step of 1e-6 moves an exponent by 5e-5
     assert torch.autograd.gradcheck(
-        lambda x: ops.sinkhorn_plan(x, group, 3, epsilon=epsilon, iterations=iterations, backend=backend),
+        lambda x: ops.sinkhorn_plan(x, group, 2, epsilon=epsilon, iterations=iterations, backend=backend),
         (s,), eps=1e-7, atol=1e-5, rtol=1e-4,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_gradcheck_where_groups_stop_at_different_steps(backend):
-    s, group = problem(18, 3, 3, dtype=torch.float64, ignored=False)
+    s, group = problem(12, 3, 3, dtype=torch.float64, ignored=False)
     s[group == 0] = 0.25
     assert len(set(native.sinkhorn_plan(s, group, 3, 0.5, 40, 1e-3)[2].tolist())) > 1
     s.requires_grad_()

@@ -85,7 +85,7 @@ struct Chunks {
   // Calls body(chunk, first pixel, last pixel + 1).
   template <class F>
   void each(int threads, F body) const {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads < count ? threads : int(count)) schedule(static)
     for (int64_t c = 0; c < count; c++) {
       const int64_t begin = c * size < N ? c * size : N;
       body(c, begin, begin + size < N ? begin + size : N);
