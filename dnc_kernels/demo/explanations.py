@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import ops
 from ..nn import DNCHead, Nearest, NearestSamples
-from ..nn._labels import resize_labels
 from .network import SmallBackbone
 from .scenes import NUM_CLASSES
 from .training import EVALUATION_BATCH, Run, Scenes, SegmentationNetwork, Settings
@@ -75,7 +74,7 @@ def explain(run: Run, scenes: Scenes, settings: Settings) -> Explained:
     batches = zip(scenes.images[some].split(EVALUATION_BATCH), scenes.labels[some].split(EVALUATION_BATCH), strict=True)
     for images, labels in batches:
         embedding = head.embed(network.features(images))
-        small = resize_labels(labels.long(), (embedding.shape[2], embedding.shape[3])).to(embedding.device)
+        small = at_centres(labels).long().to(embedding.device)
         samples.add(embedding, small)
         own = ops.class_scores(embedding, head.prototypes, small).own_similarity
         assert own is not None
@@ -88,8 +87,7 @@ def explain(run: Run, scenes: Scenes, settings: Settings) -> Explained:
 def _cases(network: SegmentationNetwork, head: DNCHead, scenes: Scenes, seed: int) -> list[Case]:
     """Pixels drawn at random, each inside an area of one true class, from different digits or scenes.
 
-    Three digits that are right, a digit taken for another, a digit taken for ground and ground taken for a digit: as many of
-    these as there are.
+    Two digits that are right, a digit taken for another and ground taken for a digit: as many of these as there are.
     """
     labels, subs, truth, similarity = [], [], [], []
     for images, full in zip(
@@ -99,7 +97,7 @@ def _cases(network: SegmentationNetwork, head: DNCHead, scenes: Scenes, seed: in
         won = ops.nearest_centroid(embedding, head.prototypes)
         labels.append(won.label.cpu())
         subs.append(won.sub.cpu())
-        truth.append(resize_labels(full.long(), (embedding.shape[2], embedding.shape[3])))
+        truth.append(at_centres(full).long())
         own = ops.class_scores(embedding, head.prototypes, truth[-1].to(embedding.device)).own_similarity
         assert own is not None
         similarity.append(torch.cat([own.cpu(), won.score.reshape(-1, 1).cpu()], 1).view(*truth[-1].shape, -1))
@@ -119,15 +117,24 @@ def _cases(network: SegmentationNetwork, head: DNCHead, scenes: Scenes, seed: in
             of_truth = cosine[scene, y, x, :-1]
             winner = SubCentroid(int(label[scene, y, x]), int(sub[scene, y, x]), float(cosine[scene, y, x, -1]))
             best = SubCentroid(digit, int(of_truth.argmax()), float(of_truth.max()))
-            stride = SmallBackbone.stride
-            cases.append(Case(scene, y * stride, x * stride, digit, winner, best))
+            cases.append(Case(scene, centre(y), centre(x), digit, winner, best))
             count -= 1
 
-    draw(inside & (true > 0) & (label == true), 3)
+    draw(inside & (true > 0) & (label == true), 2)
     draw(inside & (true > 0) & (label > 0) & (label != true), 1)
-    draw(inside & (true > 0) & (label == 0), 1)
     draw(inside & (true == 0) & (label > 0), 1)
     return cases
+
+
+def centre(feature: int) -> int:
+    """Row or column of the scene's pixel for which a feature speaks: bilinear upsampling puts it there, within half a pixel."""
+    return feature * SmallBackbone.stride + SmallBackbone.stride // 2
+
+
+def at_centres(labels: Tensor) -> Tensor:
+    """Labels [n,H,W] of the pixels for which features speak, [n,H/4,W/4]. The head's own labels are those of the corners."""
+    stride = SmallBackbone.stride
+    return labels[:, centre(0) :: stride, centre(0) :: stride]
 
 
 def _inside(labels: Tensor) -> Tensor:

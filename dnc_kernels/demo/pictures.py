@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .explanations import Case, Explained, SubCentroid
+from .explanations import Case, Explained, SubCentroid, centre
 from .progress import TITLES
 from .scenes import CLASS_NAMES, NUM_CLASSES
 from .training import HeadName, Run, Scenes
@@ -51,7 +51,7 @@ def predictions(path: Path, runs: list[Run], scenes: Scenes) -> Path:
     for axis, name in zip(axes[:, 0], ("scene", "truth", *(TITLES[run.head] for run in runs)), strict=True):
         axis.set_ylabel(name, fontsize=10)
     handles: list[Patch | Line2D] = [Patch(color=COLOURS[c], label=CLASS_NAMES[c]) for c in range(1, NUM_CLASSES)]
-    handles.append(Patch(facecolor="#555555", edgecolor="white", linewidth=1.2, label="outlined: wrong, 3 pixels or wider"))
+    handles.append(Line2D([], [], linestyle="", label="outlined in white: wrong, 3 pixels or wider"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     return _save(figure, path)
 
@@ -119,7 +119,8 @@ def subcentroids(path: Path, explained: Explained, scenes: Scenes) -> Path:
             patches = [_training_patch(explained, scenes, label, sub, i)[0] for i in range(shown)]
             gap = np.full((PATCH, 2, 3), 255, np.uint8)
             axis.imshow(np.concatenate([part for patch in patches for part in (patch, gap)][:-1], axis=1))
-            axis.set_title(f"{100 * explained.share[label, sub]:.0f} % of pixels", fontsize=7, pad=2)
+            share = 100 * explained.share[label, sub]
+            axis.set_title(f"{'< 1' if 0 < share < 1 else f'{share:.0f}'} % of pixels", fontsize=7, pad=2)
             for spine in axis.spines.values():
                 spine.set_visible(False)
         axes[label][0].set_ylabel(CLASS_NAMES[label], fontsize=8, rotation=0, ha="right", va="center")
@@ -158,8 +159,9 @@ def _samples(axes: list[Axes], sub_centroid: SubCentroid, explained: Explained, 
             continue
         _mark(axis)
         axis.set_xlabel(f"{cosine:.2f}", fontsize=7.5, labelpad=2)
-    title = axes[0].set_title(f"{what}: {name}; the pixel's cosine to it is {similarity:.2f}", fontsize=8.5, loc="left", pad=3)
-    title.set_in_layout(False)  # it runs over the columns to the right; in the layout it would widen its own
+    axes[0].set_title(" ", fontsize=8.5, pad=3)  # keeps room for the next line, which as a title would widen its column
+    said = f"{what}: {name}; the pixel's cosine to it is {similarity:.2f}"
+    axes[0].text(0, 1.04, said, fontsize=8.5, transform=axes[0].transAxes).set_in_layout(False)
 
 
 def _training_patch(
@@ -169,9 +171,8 @@ def _training_patch(
     sample, pixel, similarity = (values[label, sub, rank] for values in explained.nearest)
     if sample < 0:
         return np.full((PATCH, PATCH, 3), 255, np.uint8), None
-    stride = scenes.images.shape[3] // explained.feature_width
     y, x = divmod(int(pixel), explained.feature_width)
-    return _patch(_image(scenes.images[int(sample)]), y * stride, x * stride), float(similarity)
+    return _patch(_image(scenes.images[int(sample)]), centre(y), centre(x)), float(similarity)
 
 
 def _patch(image: NDArray[np.uint8], row: int, column: int) -> NDArray[np.uint8]:
