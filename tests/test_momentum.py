@@ -415,7 +415,8 @@ def test_opcheck(dtype):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_compiles_whole_with_the_mutation(backend):
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+def test_compiles_whole_with_the_mutation(backend, layout):
     def step(centroids, x, cluster):
         scaled = x * 2
         ops.momentum_update_(centroids, scaled, cluster, momentum=0.5, backend=backend)
@@ -423,7 +424,7 @@ def test_compiles_whole_with_the_mutation(backend):
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     for pixels in (40, 57):
-        x = make("rows", pixels, 10)
+        x = make(layout, pixels, 10)
         cluster = clusters_for(x, 6)
         eager, traced = unit(3, 2, 10), None
         traced = eager.clone()
