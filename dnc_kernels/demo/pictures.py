@@ -91,7 +91,7 @@ def explanations(path: Path, explained: Explained, scenes: Scenes) -> Path:
     shown = [[case.winner] if case.winner.label == case.truth else [case.winner, case.best_of_truth] for case in cases]
     samples = explained.nearest.similarity.shape[2]
     rows = max(1, sum(len(of_case) for of_case in shown))
-    figure, axes = _figure(rows, 2 + samples, width=12.4, height=1.62 * rows + 0.6, ratios=[1.25, 1, *[0.85] * samples])
+    figure, axes = _figure(rows, 2 + samples, width=12.4, height=1.62 * rows + 0.6, ratios=[1, 1, *[0.85] * samples])
     row = 0
     for case, of_case in zip(cases, shown, strict=True):
         _case(axes[row][0], axes[row][1], case, scenes)
