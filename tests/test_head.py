@@ -158,8 +158,35 @@ def test_projection_comes_first():
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
 def test_labels_shrink_as_interpolate_does(height, width, h, w):
     labels = torch.arange(2 * height * width).view(2, height, width)
-    expected = F.interpolate(labels[:, None].double(), (h, w), mode="nearest")[:, 0].long()
-    assert torch.equal(resize_labels(labels, (h, w)), expected)
+    for mode in ("nearest", "nearest-exact"):
+        expected = F.interpolate(labels[:, None].double(), (h, w), mode=mode)[:, 0].long()
+        assert torch.equal(resize_labels(labels, (h, w), mode), expected)
+
+
+@pytest.mark.parametrize("scores", ["temperature", "scale"])
+def test_confidence_scales_logits_and_leaves_the_nearest_alone(scores):
+    plain, sure = (nn.DNCHead(8, C, K, scores=scores, confidence=c, recipe="released") for c in ("none", "length"))
+    sure.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 8, 3, 4)
+    length = (x.double().var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert_close(sure(x), plain(x).double() * length, "head", terms=8, scale=10.0)
+    assert torch.equal(sure(x).argmax(1), plain(x).argmax(1))
+    assert sure(torch.zeros(1, 8, 1, 1, requires_grad=True)).isfinite().all()
+
+
+def test_confidence_is_the_same_in_both_loss_modes():
+    """At equal sizes the fused pass and the composed one must agree, gradients of the features' length included."""
+    heads = [nn.DNCHead(8, C, K, loss_size=size, generator=torch.Generator().manual_seed(3)) for size in ("labels", "features")]
+    labels, grads, losses = torch.randint(0, C, (2, 3, 4)), [], []
+    features = torch.randn(2, 8, 3, 4)
+    for head in heads:
+        x = features.clone().requires_grad_()
+        out = head.loss(x, labels)
+        out.loss.backward()
+        grads.append(x.grad), losses.append(out.loss.detach())
+    assert_close(losses[0], losses[1].double(), "head", terms=8)
+    assert_close(grads[0], grads[1].double(), "head", terms=8)
+    assert_close(heads[0].prototypes, heads[1].prototypes.double(), "head", terms=8)
 
 
 @pytest.mark.parametrize("bad, where", [(5, 3), (-1, 0), (254, 600)])

@@ -17,6 +17,7 @@ from .subcentroids import SubCentroids
 
 SCORES = ("norm", "temperature", "scale")
 CONFIDENCES = ("none", "length")
+LABEL_MODES = ("nearest", "nearest-exact")
 
 
 class DNCLoss(NamedTuple):
@@ -62,6 +63,7 @@ class CentroidModel(SubCentroids):
         check_ignore_index(op, ignore_index, num_classes)
         check_choice(op, "scores", own["scores"], SCORES)
         check_choice(op, "confidence", own["confidence"], CONFIDENCES)
+        check_choice(op, "label_mode", own["label_mode"], LABEL_MODES)
         for name in ("temperature", "scale", "ppc_temperature"):
             check_value(0 < own[name] < math.inf, op, name, "positive and finite", own[name])
         for name in ("ppc_weight", "ppd_weight"):
@@ -70,6 +72,7 @@ class CentroidModel(SubCentroids):
         self.ignore_index, self.recipe, self.scores, self.temperature = ignore_index, recipe, own["scores"], own["temperature"]
         self.ppc_weight, self.ppd_weight, self.ppc_temperature = own["ppc_weight"], own["ppd_weight"], own["ppc_temperature"]
         self.label_smoothing, self.confidence = own["label_smoothing"], own["confidence"]
+        self.label_mode = own["label_mode"]
         self.feat_norm = nn.LayerNorm(channels, device=device, dtype=dtype)
         if self.scores == "norm":
             self.mask_norm = nn.LayerNorm(num_classes, device=device, dtype=dtype)
@@ -174,6 +177,7 @@ _OWN_OPTIONS = (
     "temperature",
     "scale",
     "confidence",
+    "label_mode",
     "ppc_weight",
     "ppc_temperature",
     "ppd_weight",

@@ -32,16 +32,17 @@ def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int
     return torch.where(inside, labels, -1), wrong
 
 
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Label map [B,H,W] at `size`: the pixels that `F.interpolate(mode="nearest")` picks, without a float copy."""
+def resize_labels(labels: Tensor, size: tuple[int, int], mode: str = "nearest") -> Tensor:
+    """Label map [B,H,W] at `size`: the pixels that `F.interpolate` with this mode picks, without a float copy."""
     height, width = labels.shape[1:]
     if (height, width) == tuple(size):
         return labels
-    rows, columns = (_nearest(source, target, labels.device) for source, target in ((height, size[0]), (width, size[1])))
+    rows, columns = (_nearest(source, target, mode, labels.device) for source, target in ((height, size[0]), (width, size[1])))
     return labels[:, rows[:, None], columns]
 
 
-def _nearest(source: int, target: int, device: torch.device) -> Tensor:
+def _nearest(source: int, target: int, mode: str, device: torch.device) -> Tensor:
     # torch multiplies in fp32 by a scale rounded to fp32; integer arithmetic picks other pixels at some sizes, such as 2 to 82
     scale = torch.full((), source, dtype=torch.float32, device=device) / target
-    return (torch.arange(target, dtype=torch.float32, device=device) * scale).to(torch.int64).clamp(max=source - 1)
+    middle = 0.5 if mode == "nearest-exact" else 0.0
+    return ((torch.arange(target, dtype=torch.float32, device=device) + middle) * scale).to(torch.int64).clamp(max=source - 1)

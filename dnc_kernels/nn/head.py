@@ -38,6 +38,8 @@ class DNCHead(CentroidModel):
         confidence: ``length``: a pixel's logits are also multiplied by the length (standard deviation over the channels) that
             LayerNorm takes from its feature, so that it can say how sure it is; the nearest sub-centroid stays the same.
             ``none``: as released. Without effect with ``scores="norm"``.
+        label_mode: which label a feature gets, as in `F.interpolate`: ``nearest`` (as released: the first pixel of its cell) or
+            ``nearest-exact`` (the middle one, where upsampling without align_corners puts the feature).
         ppc_temperature: divides the similarities of the contrast loss.
         class_weight: [C] weights of the cross-entropy.
         label_smoothing: of the cross-entropy, in [0,1].
@@ -75,6 +77,7 @@ class DNCHead(CentroidModel):
         temperature: float | None = None,
         scale: float | None = None,
         confidence: str | None = None,
+        label_mode: str | None = None,
         ppc_temperature: float | None = None,
         update_from: str | None = None,
         init: str | None = None,
@@ -100,6 +103,7 @@ class DNCHead(CentroidModel):
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
                 "scores": scores, "temperature": temperature, "scale": scale, "confidence": confidence,
+                "label_mode": label_mode,
                 "update_from": update_from, "init": init, "init_step": init_step, "warmup_steps": warmup_steps,
                 "revive_after": revive_after, "label_smoothing": label_smoothing,
             },
@@ -144,7 +148,7 @@ class DNCHead(CentroidModel):
         check_labels("DNCHead", labels, features)
         update = self.training if update is None else update
         labels, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
-        small = resize_labels(labels, (features.shape[2], features.shape[3]))
+        small = resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode)
         x, p = self._projected(features), self.snapshot(update)
         e, gain = super().embed(x), self.gain(x)
         if self.loss_size == "labels":
@@ -202,7 +206,7 @@ class DNCHead(CentroidModel):
         check_features("DNCHead", features, 4, self.in_channels)
         check_labels("DNCHead", labels, features)
         labels, _ = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
-        small = resize_labels(labels, (features.shape[2], features.shape[3]))
+        small = resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode)
         return super().initialize_from_(self.embed(features), small, refinements=refinements)
 
     def extra_repr(self) -> str:

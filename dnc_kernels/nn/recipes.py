@@ -23,6 +23,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "temperature": 0.1,
         "scale": 10.0,
         "confidence": "none",
+        "label_mode": "nearest",
         "ppc_weight": 0.01,
         "ppc_temperature": 1.0,
         "ppd_weight": 0.001,
@@ -30,7 +31,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # What matched a softmax head on digit scenes: cosines times a learnable scale and the pixel's own length, orthogonal start.
-RECIPES["default"] = {**RECIPES["released"], "scores": "scale", "confidence": "length", "init": "orthogonal"}
+RECIPES["default"] = {
+    **RECIPES["released"],
+    "scores": "scale",
+    "confidence": "length",
+    "label_mode": "nearest-exact",
+    "init": "orthogonal",
+}
 
 
 def recipe_options(op: str, recipe: str | None, **explicit: Any) -> dict[str, Any]:
