@@ -90,7 +90,7 @@ class SegmentationNetwork(torch.nn.Module):
         width = self.backbone.out_channels
         self.head: DNCHead | SoftmaxHead
         if head == "dnc":
-            self.head = DNCHead(width, NUM_CLASSES, settings.subcentroids, recipe=settings.recipe)
+            self.head = DNCHead(width, NUM_CLASSES, settings.subcentroids, embed_channels=width, recipe=settings.recipe)
         else:
             self.head = SoftmaxHead(width, NUM_CLASSES)
 
