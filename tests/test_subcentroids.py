@@ -355,7 +355,7 @@ def test_reset_starts_over():
         ({"epsilon": 0.0}, "epsilon must be positive and finite; got 0.0"),
         ({"epsilon": float("nan")}, "epsilon must be positive and finite; got nan"),
         ({"iterations": -1}, "iterations must be non-negative"),
-        ({"assignment": "soft"}, "assignment must be one of argmax, gumbel; got soft"),
+        ({"assignment": "soft"}, "assignment must be one of argmax, gumbel; got 'soft'"),
         ({"update_from": "none"}, "update_from must be one of correct, all"),
         ({"sync": "mean"}, "sync must be one of auto, sums, average, none"),
         ({"init": "zeros"}, "init must be one of random, orthogonal, data"),

@@ -362,7 +362,7 @@ SCORES, LABELS = torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64
         (ValueError, r"labels must be in \[0,3\) or ignore_index 255; got -100 at pixel 0", SCORES, LABELS - 100,
          {"ignore_index": 255}),
         (ValueError, r"ignore_index must be outside the 3 classes \[0,3\); got 2", SCORES, LABELS, {"ignore_index": 2}),
-        (ValueError, r"reduction must be one of none, mean, sum; got avg", SCORES, LABELS, {"reduction": "avg"}),
+        (ValueError, r"reduction must be one of none, mean, sum; got 'avg'", SCORES, LABELS, {"reduction": "avg"}),
         (ValueError, r"label_smoothing must be in \[0,1\]; got 1.5", SCORES, LABELS, {"label_smoothing": 1.5}),
         (ValueError, r"label_smoothing must be in \[0,1\]; got nan", SCORES, LABELS, {"label_smoothing": float("nan")}),
         (ValueError, r"class_weight must be \[C\]=\[3\] to match scores; got \[4\]", SCORES, LABELS,
