@@ -274,13 +274,17 @@ Status loss(const CentroidCrossEntropy& a) {
         const TileGradient<T> gradient{lay, n, best, indexed ? winner : nullptr, nullptr, nullptr};
         if (reread && want) load_tile(x, n0, n, pixels, x.D);
         if (a.grad_x) {
-          gather(gradient, centroids.rows, tile);
-          finish_pixel_gradient(gradient, a.metric, pixels, terms, tile);
+          const Pixels out(a.grad_x);
+          // contiguous rows of the compute type are written where they belong, without a stop in the tile
+          const bool direct = out.dtype == CentroidRows<T>::own_dtype() && out.sd == 1 && out.sw == out.D && out.B * out.H == 1;
+          T* rows_out = direct ? reinterpret_cast<T*>(out.data) + n0 * out.D : tile;
+          gather(gradient, centroids.rows, rows_out);
+          finish_pixel_gradient(gradient, a.metric, pixels, terms, rows_out);
           // an ignored pixel's gradient is exactly zero, whatever its features
           if (a.metric != Metric::dot)
             for (int r = 0; r < n; r++)
-              if (label[r] < 0) std::memset(tile + r * x.D, 0, size_t(x.D) * sizeof(T));
-          store_tile(Pixels(a.grad_x), n0, n, tile, x.D);
+              if (label[r] < 0) std::memset(rows_out + r * x.D, 0, size_t(x.D) * sizeof(T));
+          if (!direct) store_tile(out, n0, n, tile, x.D);
         }
         if (to_centroids) CentroidGradient<T>(lay, part_sums).add(gradient, a.metric, pixels, terms);
       }
