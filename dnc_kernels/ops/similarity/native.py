@@ -11,10 +11,6 @@ from ...backends import native
 from .._common import METRICS, NAMESPACE, REDUCTIONS, compute_dtype, flat_pixels, keep_dtypes_under_autocast, view
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
 def _empty_scores(x: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """[N,C], or [B,C,H,W] in the memory format of x."""
     if x.ndim == 2:
@@ -44,7 +40,7 @@ def centroid_distance(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
     matrix = out.view(shape) if x.ndim == 2 else out.view(shape).permute(0, 3, 1, 2)
     native().class_scores(
         "centroid_distance", view(x), view(rows), view(None), METRICS.index(metric), True, view(matrix), view(None), view(None),
-        _threads(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -98,7 +94,7 @@ def class_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: st
     scores, winner, own = _class_scores_fake(x, centroids, labels, metric)
     native().class_scores(
         "class_scores", view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), False, view(scores),
-        view(winner), view(own if labels is not None else None), _threads(),
+        view(winner), view(own if labels is not None else None), torch.get_num_threads(),
     )  # fmt: skip
     return scores, winner, own
 
@@ -136,7 +132,7 @@ def class_scores_backward(
     native().class_scores_backward(
         view(x), view(rows), view(labels), METRICS.index(metric), view(winner), view(grad_scores),
         view(None if grad_own is None else grad_own.contiguous()), view(grad_x if to_x else None),
-        view(total if to_centroids else None), _threads(),
+        view(total if to_centroids else None), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_centroids if total is grad_centroids else total.to(grad_centroids.dtype)
 
@@ -189,7 +185,13 @@ def nearest_centroid(x: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor,
     """Label [N], sub [N], score [N]."""
     label, sub, score = _nearest_fake(x, centroids, metric)
     native().nearest_centroid(
-        view(x), view(centroids.contiguous()), METRICS.index(metric), view(label), view(sub), view(score), _threads()
+        view(x),
+        view(centroids.contiguous()),
+        METRICS.index(metric),
+        view(label),
+        view(sub),
+        view(score),
+        torch.get_num_threads(),
     )
     return label, sub, score
 
@@ -236,7 +238,7 @@ def _run_loss(
         view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), view(small(norm_weight)),
         view(small(norm_bias)), norm_eps, view(small(scale)), temperature, view(small(class_weight)), ignore_index,
         label_smoothing, REDUCTIONS.index(reduction), view(small(grad_loss)), view(loss), view(prediction), view(own),
-        *map(view, wide), _threads(),
+        *map(view, wide), torch.get_num_threads(),
     )  # fmt: skip
     return tuple(w if g is None or w is None or w.dtype == g.dtype else w.to(g.dtype) for w, g in zip(wide, grads, strict=True))
 
