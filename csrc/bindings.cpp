@@ -93,9 +93,10 @@ PYBIND11_MODULE(_C, m) {
               NormalizeEmbedding{x, weight, bias, eps, y, mean, rstd, inverse_norm, threads});
         });
   m.def("normalize_embedding_backward", [](View x, View weight, View bias, View mean, View rstd, View inverse_norm, View grad_y,
-                                           View grad_x, View grad_weight, View grad_bias, int threads) {
+                                           View grad_rstd, View grad_x, View grad_weight, View grad_bias, int threads) {
     run("normalize_embedding", normalize_embedding_backward,
-        NormalizeEmbeddingBackward{x, weight, bias, mean, rstd, inverse_norm, grad_y, grad_x, grad_weight, grad_bias, threads});
+        NormalizeEmbeddingBackward{x, weight, bias, mean, rstd, inverse_norm, grad_y, grad_rstd, grad_x, grad_weight, grad_bias,
+                                   threads});
   });
   m.def("class_scores", [](const char* op, View x, View centroids, View labels, int metric, bool distance, View scores,
                            View winner, View own_similarity, int threads) {

@@ -10,12 +10,13 @@ from .._common import compute_dtype
 SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's bound
 
 
-def normalize_embedding(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """l2_normalize(LayerNorm(x)) over dimension 1 of x [N,D] or [B,D,H,W]; weight and bias [D] of the compute dtype."""
+def normalize_embedding(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """l2_normalize(LayerNorm(x)) over dimension 1 of x [N,D] or [B,D,H,W]; rstd [N]. weight, bias: [D], compute dtype."""
     along_channels = (1, -1) if x.ndim == 2 else (1, -1, 1, 1)
     wide = x.to(compute_dtype(x))
     centered = wide - wide.mean(1, keepdim=True)
-    z = centered * torch.rsqrt(centered.square().mean(1, keepdim=True) + eps)
+    rstd = torch.rsqrt(centered.square().mean(1, keepdim=True) + eps)
+    z = centered * rstd
     if weight is not None:
         z = z * weight.view(along_channels)
     if bias is not None:
@@ -23,4 +24,4 @@ def normalize_embedding(x: Tensor, weight: Tensor | None, bias: Tensor | None, e
     length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     # 0 for z = 0: that pixel's embedding and gradient are 0, not 1e12 times the incoming one
     y = z * torch.where(length == 0, 0.0, 1 / length.clamp_min(SMALLEST_NORM))
-    return torch.empty_like(x).copy_(y)
+    return torch.empty_like(x).copy_(y), rstd.reshape(-1)
