@@ -143,6 +143,11 @@ def flat_pixels(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
+def pixel_map(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [N,M] as [N,M] (x [N,D]) or [B,M,H,W] (x [B,D,H,W]), a view: the inverse of `flat_pixels`."""
+    return rows if x.ndim == 2 else rows.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off: reference code computes in the dtype it chose, not in autocast's."""
     return torch.autocast(x.device.type, enabled=False)

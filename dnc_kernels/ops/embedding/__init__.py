@@ -59,10 +59,8 @@ def normalize_embedding(
     check_pixels(op, x)
     check_value(0 <= eps < math.inf, op, "eps", "finite and not negative", eps)
     weight, bias = _check_affine(op, "weight", weight, x), _check_affine(op, "bias", bias, x)
-    if pick(op, x, backend) == "reference":
-        y, rstd = reference.normalize_embedding(x, weight, bias, eps)
-    else:
-        y, _, rstd, _ = native.normalize_embedding(x, weight, bias, eps)
+    run = reference if pick(op, x, backend) == "reference" else native
+    y, _, rstd, _ = run.normalize_embedding(x, weight, bias, eps)
     return (y, like_pixels(x, rstd.reciprocal())) if return_length else y
 
 

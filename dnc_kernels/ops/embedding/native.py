@@ -113,6 +113,25 @@ def _backward(
     return grad_x, grad_weight, grad_bias, None
 
 
+def gradient_in_place_(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    inverse_norm: Tensor,
+    grad_rstd: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Turn the gradient of the embedding into that of x, in place; return grad_weight and grad_bias [D]. No autograd."""
+    grad_weight, grad_bias = (x.new_empty(x.shape[1], dtype=compute_dtype(x)) for _ in range(2))
+    native().normalize_embedding_backward(
+        view(x), view(weight), view(bias), view(mean), view(rstd), view(inverse_norm), view(grad), view(grad_rstd), view(grad),
+        view(grad_weight), view(grad_bias), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_weight, grad_bias
+
+
 normalize_embedding.register_autograd(_backward, setup_context=_save)
 
 for _op in (normalize_embedding, normalize_embedding_backward):

@@ -176,6 +176,11 @@ def _scores_backward(ctx: Any, grad_scores: Tensor | None, _: Any, grad_own: Ten
 class_scores.register_autograd(_scores_backward, setup_context=_save_scores)
 
 
+def scores_gradient(x: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> Tensor:
+    """Gradient of x from that of the class scores (metric dot), in the shape and dtype of x; no autograd."""
+    return class_scores_backward(x, centroids, None, "dot", winner, grad_scores, None, True, False)[0]
+
+
 @torch.library.custom_op(f"{NAMESPACE}::nearest_centroid", mutates_args=(), device_types="cpu")
 def nearest_centroid(x: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
     """Label [N], sub [N], score [N]."""
