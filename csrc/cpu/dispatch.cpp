@@ -7,6 +7,7 @@
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
 #include "dnc/sinkhorn.h"
+#include "dnc/upsample.h"
 
 namespace dnc {
 
@@ -68,5 +69,7 @@ DNC_FORWARD(class_scores, ClassScores)
 DNC_FORWARD(class_scores_backward, ClassScoresBackward)
 DNC_FORWARD(nearest_centroid, NearestCentroid)
 DNC_FORWARD(centroid_cross_entropy, CentroidCrossEntropy)
+DNC_FORWARD(upsample_cross_entropy, UpsampleCrossEntropy)
+DNC_FORWARD(upsample_argmax, UpsampleArgmax)
 
 }  // namespace dnc

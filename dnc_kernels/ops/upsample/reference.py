@@ -8,6 +8,10 @@ from torch import Tensor
 
 from .._common import compute_dtype
 
+#: Rows of larger maps: (source_rows, source_row0, target_rows, target_row0). The scores at hand are rows source_row0.. of a map
+#: of source_rows, the labels rows target_row0.. of one of target_rows. Every row a label is interpolated from must be at hand.
+Window = tuple[int, int, int, int]
+
 
 def upsample(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """[B,C,H,W] in the compute dtype; scores that have this size already pass through bit for bit."""
@@ -42,25 +46,65 @@ def upsample_argmax(scores: Tensor, size: tuple[int, int], align_corners: bool) 
     return torch.cat([upsample_alike(sample, size, align_corners).argmax(1) for sample in scores.split(1)])
 
 
-def upsample_alike(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def upsample_alike(scores: Tensor, size: tuple[int, int], align_corners: bool, window: Window | None = None) -> Tensor:
     """`upsample` rounded alike in every class, so that ties stay ties; F.interpolate on CPU breaks some of them."""
     wide = scores.to(compute_dtype(scores))
     for dim, target in zip((2, 3), size, strict=True):
-        if wide.shape[dim] == target:
+        if dim == 2 and window is not None:
+            rows, source0, all_targets, first = window
+        else:
+            rows, source0, all_targets, first = wide.shape[dim], 0, target, 0
+        if rows == all_targets and target == wide.shape[dim]:
             continue
-        low, high, share = _neighbours(wide.shape[dim], target, align_corners, wide)
-        shape = (-1, 1) if dim == 2 else (-1,)
-        share = share.view(shape)
-        wide = wide.index_select(dim, low) * (1 - share) + wide.index_select(dim, high) * share
+        at = torch.arange(first, first + target, device=wide.device)
+        low, high, share = _neighbours(at, rows, all_targets, align_corners)
+        share = share.to(wide.dtype).view((-1, 1) if dim == 2 else (-1,))
+        wide = wide.index_select(dim, low - source0) * (1 - share) + wide.index_select(dim, high - source0) * share
     return wide
 
 
-def _neighbours(source: int, target: int, align_corners: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For every one of `target` positions: the source positions below and above, and the share of the one above."""
-    at = torch.arange(target, dtype=torch.float64, device=like.device)
+def cross_entropy_with_gradient(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    align_corners: bool,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    window: Window | None = None,
+    grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss [] and its gradient like `scores`, both of the compute dtype and new; not differentiable.
+
+    `window`: `scores` and `labels` are rows of larger maps (`Window`).
+    """
+    leaf = scores.detach().to(compute_dtype(scores)).requires_grad_(grad)
+    with torch.enable_grad():
+        logits = upsample_alike(leaf, (labels.shape[1], labels.shape[2]), align_corners, window)
+        weight = None if class_weight is None else class_weight.to(logits.dtype)
+        loss = F.cross_entropy(
+            logits, labels.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+        )
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0] if grad else None
+
+
+def target_rows_of(source_rows: int, target_rows: int, align_corners: bool) -> list[int]:
+    """For every target row its lower source row, exactly as the kernels find it.
+
+    Target rows whose lower source row is in [r0,r1) need the source rows r0 to min(r1, source_rows - 1), and no others.
+    """
+    low, _, _ = _neighbours(torch.arange(target_rows), source_rows, target_rows, align_corners)
+    return low.tolist()
+
+
+def _neighbours(at: Tensor, source: int, target: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """For positions `at` (int64) of `target`: source positions below and above, and the share of the one above in float64.
+
+    Positions are ratios of integers, so that no rounding moves one to another cell.
+    """
     if align_corners:
-        at = at * ((source - 1) / (target - 1) if target > 1 else 0.0)
+        numerator, denominator = at * (source - 1), max(target - 1, 1)
     else:
-        at = ((at + 0.5) * (source / target) - 0.5).clamp_min(0)
-    low = at.floor().clamp_max(source - 1)
-    return low.long(), (low.long() + 1).clamp_max(source - 1), (at - low).to(like.dtype)
+        numerator, denominator = ((2 * at + 1) * source - target).clamp_min(0), 2 * target
+    low = numerator // denominator
+    return low, (low + 1).clamp_max(source - 1), (numerator - low * denominator).double() / denominator
