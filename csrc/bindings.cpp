@@ -11,6 +11,7 @@
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
 #include "dnc/sinkhorn.h"
+#include "dnc/upsample.h"
 
 namespace py = pybind11;
 using namespace dnc;
@@ -154,4 +155,28 @@ PYBIND11_MODULE(_C, m) {
                                  .threads = threads};
           run("centroid_cross_entropy", centroid_cross_entropy, a);
         });
+  m.def("upsample_cross_entropy",
+        [](View scores, View labels, const std::vector<int64_t>& window, bool align_corners, View class_weight,
+           int64_t ignore_index, double label_smoothing, View grad_loss, View sums, View loss, View grad_scores, int threads) {
+          if (window.size() != 4) throw py::value_error("upsample_cross_entropy: a window is four row numbers");
+          UpsampleCrossEntropy a{.scores = scores,
+                                 .labels = labels,
+                                 .source_rows = window[0],
+                                 .source_row0 = window[1],
+                                 .target_rows = window[2],
+                                 .target_row0 = window[3],
+                                 .align_corners = align_corners,
+                                 .class_weight = class_weight,
+                                 .ignore_index = ignore_index,
+                                 .label_smoothing = label_smoothing,
+                                 .grad_loss = grad_loss,
+                                 .sums = sums,
+                                 .loss = loss,
+                                 .grad_scores = grad_scores,
+                                 .threads = threads};
+          run("upsample_cross_entropy", upsample_cross_entropy, a);
+        });
+  m.def("upsample_argmax", [](View scores, bool align_corners, View label, int threads) {
+    run("upsample_argmax", upsample_argmax, UpsampleArgmax{scores, align_corners, label, threads});
+  });
 }

@@ -56,8 +56,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "momentum_update_": {**_CPU, "cuda": Kernel("cuda", _HALF_AND_SINGLE, proven=False)},
     "apply_momentum_": _CPU,
     "normalize_embedding": _CPU,
-    "upsample_cross_entropy": {},
-    "upsample_argmax": {},
+    "upsample_cross_entropy": _CPU,
+    "upsample_argmax": _CPU,
 }
 
 

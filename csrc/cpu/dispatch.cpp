@@ -7,6 +7,7 @@
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
 #include "dnc/sinkhorn.h"
+#include "dnc/upsample.h"
 
 namespace dnc {
 
@@ -69,5 +70,7 @@ DNC_FORWARD(class_scores_backward, ClassScoresBackward)
 DNC_FORWARD(nearest_centroid, NearestCentroid)
 DNC_FORWARD(centroid_cross_entropy, CentroidCrossEntropy)
 DNC_FORWARD(subcentroid_cross_entropy, SubcentroidCrossEntropy)
+DNC_FORWARD(upsample_cross_entropy, UpsampleCrossEntropy)
+DNC_FORWARD(upsample_argmax, UpsampleArgmax)
 
 }  // namespace dnc

@@ -10,6 +10,7 @@ pixels, so that half precision does not lose them, and meet 1/N together with th
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -163,8 +164,9 @@ def _first_pass(
     winners = _implementation("class_scores", x, scores_native, similarity_reference)
     head = Logits(temperature, scale, norm_weight, norm_bias, norm_eps)
     height, label_rows = x.shape[2], labels.shape[1]
-    # label rows by the lower one of the two feature rows that they are interpolated from; the same for every sample
-    starts = upsample_reference.first_target_rows(height, label_rows, align_corners)
+    # at equal sizes nothing is interpolated, and bands do not touch each other
+    apart = tuple(labels.shape[1:]) == tuple(x.shape[2:])
+    lower = upsample_reference.target_rows_of(height, label_rows, align_corners)
     sums = torch.zeros((), dtype=torch.float64, device=x.device)
     pending: Pending | None = None
     for band in bands(x):
@@ -186,17 +188,19 @@ def _first_pass(
         finite = scores[0, 0].isfinite().reshape(-1)
 
         # the cross-entropy of the label rows between the last row of the band above and the last row of this one
-        first, last = band.top == 0, band.bottom == height
+        first, last = apart or band.top == 0, apart or band.bottom == height
         top = band.top if first else band.top - 1
         if not first:
             assert pending is not None
             scores, winner, length = pending.before(scores, winner, length)
         logits = head.forward(scores, length)
         prediction[pixels] = torch.where(finite, logits[:, :, top < band.top :].argmax(1).reshape(-1), -1)
-        above, below = starts[top], label_rows if last else starts[band.bottom - 1]
+        # label rows whose lower feature row is in [top, bottom - 1), or to the end
+        above, below = bisect_left(lower, top), bisect_left(lower, band.bottom - (not last))
         loss, to_logits = upsampling.cross_entropy_with_gradient(
             logits, labels[band.sample : band.sample + 1, above:below], align_corners=align_corners, class_weight=class_weight,
-            ignore_index=-1, label_smoothing=label_smoothing, window=(height, top, label_rows, above), grad=gradient,
+            ignore_index=-1, label_smoothing=label_smoothing, grad=gradient,
+            window=None if apart else (height, top, label_rows, above),
         )  # fmt: skip
         sums += loss
         if gradient:

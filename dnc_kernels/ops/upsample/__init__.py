@@ -10,7 +10,7 @@ from torch import Tensor
 from ...backends import pick
 from ...errors import check_device, check_dtype, check_float, check_integer, check_value
 from .._common import REDUCTIONS, check_choice, check_ignore_index, check_label_range, compute_dtype
-from . import reference
+from . import native, reference
 
 
 def upsample_cross_entropy(
@@ -66,7 +66,10 @@ def upsample_cross_entropy(
             check_value(False, op, "class_weight", f"[C]=[{classes}] to match scores", class_weight)
         check_device(op, "class_weight", class_weight, scores, "scores")
         class_weight = class_weight.detach().to(compute_dtype(scores))
-    pick(op, scores, backend)
+    if pick(op, scores, backend) == "cpu":
+        return native.upsample_cross_entropy(
+            scores, labels, align_corners, class_weight, ignore_index, label_smoothing, reduction
+        )
     labels = labels.to(torch.int64)
     check_label_range(op, labels, classes, ignore_index)
     return reference.upsample_cross_entropy(
@@ -94,8 +97,10 @@ def upsample_argmax(
     """
     op = "upsample_argmax"
     _check_scores(op, scores)
-    pick(op, scores, backend)
-    return reference.upsample_argmax(scores.detach(), _check_size(op, size), align_corners)
+    height, width = _check_size(op, size)
+    if pick(op, scores, backend) == "cpu":
+        return native.upsample_argmax(scores.detach(), height, width, align_corners)
+    return reference.upsample_argmax(scores.detach(), (height, width), align_corners)
 
 
 def _check_scores(op: str, scores: Tensor) -> None:

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from .._common import compute_dtype
 
+#: Rows of larger maps: (source_rows, source_row0, target_rows, target_row0). The scores at hand are rows source_row0.. of a map
+#: of source_rows, the labels rows target_row0.. of one of target_rows. Every row a label is interpolated from must be at hand.
+Window = tuple[int, int, int, int]
+
 
 def upsample(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """[B,C,H,W] in the compute dtype; scores that have this size already pass through bit for bit."""
@@ -42,25 +46,88 @@ def upsample_argmax(scores: Tensor, size: tuple[int, int], align_corners: bool) 
     return torch.cat([upsample_alike(sample, size, align_corners).argmax(1) for sample in scores.split(1)])
 
 
-def upsample_alike(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def upsample_alike(scores: Tensor, size: tuple[int, int], align_corners: bool, window: Window | None = None) -> Tensor:
     """`upsample` rounded alike in every class, so that ties stay ties; F.interpolate on CPU breaks some of them."""
     wide = scores.to(compute_dtype(scores))
-    for dim, target in zip((2, 3), size, strict=True):
-        if wide.shape[dim] == target:
-            continue
-        low, high, share = _neighbours(wide.shape[dim], target, align_corners, wide)
-        shape = (-1, 1) if dim == 2 else (-1,)
-        share = share.view(shape)
+    for dim, low, high, share in _steps((scores.shape[2], scores.shape[3]), size, align_corners, window, wide):
         wide = wide.index_select(dim, low) * (1 - share) + wide.index_select(dim, high) * share
     return wide
 
 
-def _neighbours(source: int, target: int, align_corners: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For every one of `target` positions: the source positions below and above, and the share of the one above."""
-    at = torch.arange(target, dtype=torch.float64, device=like.device)
+def _upsample_alike_adjoint(grad: Tensor, size: tuple[int, int], align_corners: bool, window: Window | None) -> Tensor:
+    """Gradient of scores of `size` from that of `upsample_alike`, without autograd."""
+    for dim, low, high, share in reversed(_steps(size, (grad.shape[2], grad.shape[3]), align_corners, window, grad)):
+        shape = list(grad.shape)
+        shape[dim] = size[dim - 2]
+        to_source = grad.new_zeros(shape).index_add_(dim, low, grad * (1 - share))
+        grad = to_source.index_add_(dim, high, grad * share)
+    return grad
+
+
+def _steps(
+    size: tuple[int, int], target: tuple[int, int], align_corners: bool, window: Window | None, like: Tensor
+) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+    """Of every dimension that is interpolated: itself, both neighbours of each target position, the share of the upper one."""
+    steps = []
+    for dim in (2, 3):
+        rows, source0, all_targets, first = size[dim - 2], 0, target[dim - 2], 0
+        if dim == 2 and window is not None:
+            rows, source0, all_targets, first = window
+        if rows == all_targets and target[dim - 2] == size[dim - 2]:
+            continue
+        at = torch.arange(first, first + target[dim - 2], device=like.device)
+        low, high, share = _neighbours(at, rows, all_targets, align_corners)
+        steps.append((dim, low - source0, high - source0, share.to(like.dtype).view((-1, 1) if dim == 2 else (-1,))))
+    return steps
+
+
+def cross_entropy_with_gradient(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    align_corners: bool,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    window: Window | None = None,
+    grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss [] and its gradient like `scores`, both of the compute dtype and new; not differentiable.
+
+    `window`: `scores` and `labels` are rows of larger maps (`Window`).
+    """
+    logits = upsample_alike(scores.detach(), (labels.shape[1], labels.shape[2]), align_corners, window)
+    weight = logits.new_ones(logits.shape[1]) if class_weight is None else class_weight.to(logits.dtype)
+    kept = (labels != ignore_index)[:, None]
+    target = torch.where(kept, labels[:, None].long(), 0)
+    log_p = logits.log_softmax(1)
+    smooth, own = label_smoothing / logits.shape[1] * weight, (1 - label_smoothing) * weight[target]
+    each = -own * log_p.gather(1, target) - (log_p * smooth.view(-1, 1, 1)).sum(1, keepdim=True)
+    loss = torch.where(kept, each, 0).sum()
+    if not grad:
+        return loss, None
+    to_logits = log_p.exp_() * (own + smooth.sum()) - smooth.view(-1, 1, 1)
+    to_logits = torch.where(kept, to_logits.scatter_add_(1, target, -own), 0)
+    return loss, _upsample_alike_adjoint(to_logits, (scores.shape[2], scores.shape[3]), align_corners, window)
+
+
+def target_rows_of(source_rows: int, target_rows: int, align_corners: bool) -> list[int]:
+    """For every target row its lower source row, exactly as the kernels find it.
+
+    Target rows whose lower source row is in [r0,r1) need the source rows r0 to min(r1, source_rows - 1), and no others.
+    """
+    low, _, _ = _neighbours(torch.arange(target_rows), source_rows, target_rows, align_corners)
+    return low.tolist()
+
+
+def _neighbours(at: Tensor, source: int, target: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """For positions `at` (int64) of `target`: source positions below and above, and the share of the one above in float64.
+
+    Positions are ratios of integers, so that no rounding moves one to another cell.
+    """
     if align_corners:
-        at = at * ((source - 1) / (target - 1) if target > 1 else 0.0)
+        numerator, denominator = at * (source - 1), max(target - 1, 1)
     else:
-        at = ((at + 0.5) * (source / target) - 0.5).clamp_min(0)
-    low = at.floor().clamp_max(source - 1)
-    return low.long(), (low.long() + 1).clamp_max(source - 1), (at - low).to(like.dtype)
+        numerator, denominator = ((2 * at + 1) * source - target).clamp_min(0), 2 * target
+    low = numerator // denominator
+    return low, (low + 1).clamp_max(source - 1), (numerator - low * denominator).double() / denominator

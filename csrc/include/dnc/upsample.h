@@ -1,0 +1,38 @@
+// Cross-entropy and argmax of bilinearly upsampled scores (sizes may also shrink).
+#pragma once
+#include "dnc/common.h"
+
+namespace dnc {
+
+// loss of label pixel (b,i,j): cross-entropy of the scores interpolated at its position. Gradients are those of
+// sum over pixels of grad_loss * loss; a mean is divided afterwards, so that gradients stay far from underflow.
+//
+// The four row numbers describe a window of larger maps: scores are rows source_row0.. of source_rows, labels rows
+// target_row0.. of target_rows. Every source row that the given labels are interpolated from must be given. 0 rows: not a
+// window.
+struct UpsampleCrossEntropy {
+  View scores;  // [B,C,h,w], float32/float64/float16/bfloat16, any strides
+  View labels;  // [B,H,W] int64, int32 or uint8, any strides; in [0,C) or ignore_index
+  int64_t source_rows = 0, source_row0 = 0, target_rows = 0, target_row0 = 0;
+  bool align_corners = false;
+  View class_weight;  // optional [C] of the compute type (float64 for float64 scores, else float32)
+  int64_t ignore_index = -100;
+  double label_smoothing = 0.0;
+  View grad_loss;    // optional [B,H,W] of the compute type, any strides; absent: 1
+  View sums;         // out, optional [2] float64: sum of the losses, sum of the class weights of the pixels that count
+  View loss;         // out, optional [B,H,W] of the compute type, contiguous; 0 where ignored
+  View grad_scores;  // out, optional, the shape of scores, of the compute type, any strides without overlap
+  int threads = 1;
+};
+Status upsample_cross_entropy(const UpsampleCrossEntropy&);
+
+// The class of the largest interpolated score, the lowest on ties; NaN counts as the largest.
+struct UpsampleArgmax {
+  View scores;  // as above
+  bool align_corners = false;
+  View label;  // out [B,H,W] int64, contiguous
+  int threads = 1;
+};
+Status upsample_argmax(const UpsampleArgmax&);
+
+}  // namespace dnc
