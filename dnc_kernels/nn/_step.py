@@ -1,11 +1,12 @@
 """A segmentation head's loss, band by band: nothing of [N,C], [N,D] or [B,C,H,W] exists but the gradient of the features.
 
-Two passes over bands of rows. `first_pass`: embedding, class scores, contrast and the upsampled cross-entropy with its gradient.
-Then the caller clusters, which needs the own-class similarities [N,K] of all pixels. `second_pass`: what the cluster of a pixel
-decides (its target's share of the gradient, the sums that move the sub-centroids), and the gradient of the embedding, in place.
+Two passes over bands of rows. `first_pass`: embedding, class scores, contrast, and the upsampled cross-entropy with its
+gradient. Then the caller clusters, which needs the own-class similarities [N,K] of all pixels. `second_pass`: what the cluster
+of a pixel decides (its target's share of the gradient, the sums that move the sub-centroids), and the gradient of the
+embedding, in place.
 
-Gradients are made in the forward pass because the sub-centroids need none and the loss is a scalar; they are those of a sum over
-pixels, so that half precision does not lose them, and meet 1/N together with the incoming gradient in `Made`.
+Gradients are made in the forward pass because the sub-centroids need none and the loss is a scalar; they are those of a sum
+over pixels, so that half precision does not lose them, and meet 1/N together with the incoming gradient in `Made`.
 """
 
 from __future__ import annotations
@@ -126,14 +127,13 @@ class Pending(NamedTuple):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::head_first_pass", mutates_args=())
-def _first_pass(
+def first_pass(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     eps: float,
     centroids: Tensor,
     labels: Tensor,
-    small: Tensor,
     sampled: Tensor,
     confidence: bool,
     temperature: float,
@@ -149,11 +149,15 @@ def _first_pass(
     gradient: bool,
     keep_embedding: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Summed cross-entropy []; prediction, own similarities, log-sum-exp; statistics [3,N]; gradients of the embedding, of rstd,
-    of the scale and of the norm over classes; the embedding."""
+    """Summed cross-entropy []; prediction [N] (-1: not finite), own similarities [N,K], log-sum-exp [N]; statistics [3,N];
+    gradients of the embedding, of rstd [N], of the scale [], of the norm over classes [2,C]; the embedding.
+
+    labels [B,H,W]: of the cross-entropy; sampled [N]: of own similarities and contrast; both int64, -1 for none. contrast []:
+    what the contrast's gradient is multiplied by; None: no contrast.
+    """
     results = _first_fake(
-        x, weight, bias, eps, centroids, labels, small, sampled, confidence, temperature, scale, norm_weight, norm_bias, norm_eps,
-        class_weight, label_smoothing, align_corners, contrast, contrast_temperature, gradient, keep_embedding,
+        x, weight, bias, eps, centroids, labels, sampled, confidence, temperature, scale, norm_weight, norm_bias,
+        norm_eps, class_weight, label_smoothing, align_corners, contrast, contrast_temperature, gradient, keep_embedding,
     )  # fmt: skip
     total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, kept = results
     for t in (total, grad_scale, grad_norm, grad_rstd):
@@ -211,7 +215,11 @@ def _first_pass(
             complete = Band(band.sample, top, top + done.stop, band.first - (band.top - top) * x.shape[3], 0)
             shorter = None if length is None else length[:, :, done]
             to_scores, to_length, to_scale, to_norm = head.backward(to_logits[:, :, done], scores[:, :, done], shorter)
-            complete.of(grad).add_(winners.scores_gradient(complete.of(x), centroids, winner[:, :, done], to_scores))
+            from_classes = winners.scores_gradient(complete.of(x), centroids, winner[:, :, done], to_scores)
+            if contrast is None:
+                complete.of(grad).copy_(from_classes)
+            else:
+                complete.of(grad).add_(from_classes)
             if to_length is not None and shorter is not None:
                 # d length / d rstd = -length^2
                 per_pixel = (-to_length * shorter.square()).reshape(-1)
@@ -223,7 +231,7 @@ def _first_pass(
     return results
 
 
-@_first_pass.register_fake
+@first_pass.register_fake
 def _first_fake(
     x: Tensor,
     weight: Tensor,
@@ -231,7 +239,6 @@ def _first_fake(
     eps: float,
     centroids: Tensor,
     labels: Tensor,
-    small: Tensor,
     sampled: Tensor,
     confidence: bool,
     temperature: float,
@@ -255,7 +262,7 @@ def _first_fake(
         x.new_empty((n, centroids.shape[1]), dtype=dtype),
         x.new_empty(n if contrast is not None else 0, dtype=dtype),
         rows,
-        torch.zeros_like(x) if gradient else x.new_empty(0),
+        torch.empty_like(x) if gradient else x.new_empty(0),
         x.new_empty(n if gradient and confidence else 0, dtype=compute_dtype(x)),
         x.new_empty((), dtype=dtype),
         x.new_empty((2, centroids.shape[0]), dtype=dtype),
@@ -264,7 +271,7 @@ def _first_fake(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::head_second_pass", mutates_args=("grad",))
-def _second_pass(
+def second_pass(
     grad: Tensor,
     x: Tensor,
     embedded: Tensor,
@@ -307,7 +314,7 @@ def _second_pass(
     return grad_affine, sums, counts
 
 
-@_second_pass.register_fake
+@second_pass.register_fake
 def _second_fake(
     grad: Tensor,
     x: Tensor,
@@ -332,19 +339,22 @@ def _second_fake(
 
 
 class Made(torch.autograd.Function):
-    """A summed loss whose gradients exist already; backward multiplies them."""
+    """A summed loss whose gradients exist already: `apply(total, *gradients, *inputs)`, as many of one as of the other."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:
-        ctx.wanted = [g is not None for g in gradients]
-        ctx.save_for_backward(*(g for g in gradients if g is not None))
+    def forward(ctx: Any, total: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.count = len(tensors) // 2
+        ctx.save_for_backward(*tensors[: ctx.count])
         return total.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made = iter(ctx.saved_tensors)
-        return None, None, *(scale_saved(next(made), grad) if wanted else None for wanted in ctx.wanted)
+        needed = ctx.needs_input_grad[1 + ctx.count :]
+        made = (
+            scale_saved(g, grad) if need and g is not None else None for g, need in zip(ctx.saved_tensors, needed, strict=True)
+        )
+        return None, *(None,) * ctx.count, *made
 
 
-for _op in (_first_pass, _second_pass):
+for _op in (first_pass, second_pass):
     keep_dtypes_under_autocast(_op)

@@ -106,7 +106,8 @@ def _backward(
     if grad_y is None and grad_rstd is None:
         return None, None, None, None
     if grad_y is None:  # the length alone was used
-        grad_y = torch.zeros((), dtype=ctx.saved_tensors[0].dtype, device=grad_rstd.device).expand(ctx.saved_tensors[0].shape)
+        x = ctx.saved_tensors[0]
+        grad_y = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
     need = ctx.needs_input_grad[:3]
     grads = normalize_embedding_backward(*ctx.saved_tensors, grad_y, grad_rstd, *need)
     grad_x, grad_weight, grad_bias = (g if n else None for g, n in zip(grads, need, strict=True))
