@@ -11,10 +11,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from . import bench_momentum, bench_similarity, bench_sinkhorn
+from . import bench_head, bench_momentum, bench_similarity, bench_sinkhorn
 from .harness import Case, Row, Settings, peak, run_case
 
-BENCHES: dict[str, Any] = {"similarity": bench_similarity, "sinkhorn": bench_sinkhorn, "momentum": bench_momentum}
+BENCHES: dict[str, Any] = {
+    "similarity": bench_similarity,
+    "sinkhorn": bench_sinkhorn,
+    "momentum": bench_momentum,
+    "head": bench_head,
+}
 _TABLE = (
     "variant", "p50_ms", "p20_ms", "p80_ms", "ratio_to_best_baseline", "pct_gemm_probe", "pct_copy_probe", "peak_delta_mb",
     "allowed_peak_delta_mb", "error_over_allowed", "status",

@@ -179,14 +179,15 @@ def first_pass(
         statistics[0, pixels], statistics[1, pixels], statistics[2, pixels] = mean, rstd, inverse_norm
         if keep_embedding:
             band.of(kept).copy_(e)
+        to_e = band.of(grad) if gradient else None
         if contrast is None:
             scores, winner, own_part = ops.class_scores(e, centroids, pixel_map(part, sampled[pixels])[:, 0])
+            if to_e is not None:
+                to_e.zero_()
         else:
-            scores, winner, own_part, lse[pixels], pull = sweep.scores_and_contrast(
-                e, centroids, sampled[pixels], contrast_temperature, gradient
+            scores, winner, own_part, lse[pixels] = sweep.scores_and_contrast(
+                e, centroids, sampled[pixels], contrast_temperature, contrast, to_e
             )
-            if gradient:
-                torch.mul(pull, contrast, out=band.of(grad))
         own[pixels] = own_part
         length = pixel_map(part, rstd.reciprocal()) if confidence else None
         finite = scores[0, 0].isfinite().reshape(-1)
@@ -215,11 +216,7 @@ def first_pass(
             complete = Band(band.sample, top, top + done.stop, band.first - (band.top - top) * x.shape[3], 0)
             shorter = None if length is None else length[:, :, done]
             to_scores, to_length, to_scale, to_norm = head.backward(to_logits[:, :, done], scores[:, :, done], shorter)
-            from_classes = winners.scores_gradient(complete.of(x), centroids, winner[:, :, done], to_scores)
-            if contrast is None:
-                complete.of(grad).copy_(from_classes)
-            else:
-                complete.of(grad).add_(from_classes)
+            winners.add_scores_gradient_(complete.of(grad), centroids, winner[:, :, done], to_scores)
             if to_length is not None and shorter is not None:
                 # d length / d rstd = -length^2
                 per_pixel = (-to_length * shorter.square()).reshape(-1)
@@ -281,32 +278,37 @@ def second_pass(
     statistics: Tensor,
     grad_rstd: Tensor,
     centroids: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     pull: Tensor | None,
     cluster: Tensor | None,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`grad` becomes the gradient of x; returns that of weight and bias [2,D], and sums [M,D] and counts [M] of `cluster`."""
+    """`grad` becomes the gradient of x; returns that of weight and bias [2,D], and sums [M,D] and counts [M] of `cluster` [N].
+
+    target [N]: ``c*K + k`` or -1; pull [N]: gradient of the similarity to it.
+    """
     grad_affine, sums, counts = _second_fake(
         grad, x, embedded, weight, bias, eps, statistics, grad_rstd, centroids, target, pull, cluster, gradient
     )
     for t in (grad_affine, sums, counts):
         t.zero_()
     embedding = _implementation("normalize_embedding", x, embedding_native, embedding_reference)
-    rows = centroids.flatten(0, 1)
+    winners = _implementation("class_scores", x, scores_native, similarity_reference)
+    k = centroids.shape[1]
     for band in bands(x):
         part, pixels = band.of(x), slice(band.first, band.last)
         if cluster is not None:
             e = band.of(embedded) if embedded.ndim == 4 else embedding.normalize_embedding(part, weight, bias, eps)[0]
-            some = ops.cluster_sums(e, cluster[pixels], len(rows))
+            some = ops.cluster_sums(e, cluster[pixels], len(counts))
             sums += some.sums
             counts += some.counts
         if not gradient:
             continue
         to_e = band.of(grad)
-        if pull is not None:
-            chosen = rows.index_select(0, target[pixels].clamp(min=0)).mul_(pull[pixels, None])
-            to_e += pixel_map(part, chosen)
+        if target is not None and pull is not None:
+            label = torch.div(target[pixels], k, rounding_mode="floor")
+            to_own = pull.new_zeros(len(label), k).scatter_(1, (target[pixels] % k)[:, None], pull[pixels, None])
+            winners.add_own_gradient_(to_e, centroids, label, to_own)
         to_rstd = grad_rstd[pixels] if len(grad_rstd) else None
         to_weight, to_bias = embedding.gradient_in_place_(to_e, part, weight, bias, *statistics[:, pixels], to_rstd)
         grad_affine[0] += to_weight
@@ -325,7 +327,7 @@ def _second_fake(
     statistics: Tensor,
     grad_rstd: Tensor,
     centroids: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     pull: Tensor | None,
     cluster: Tensor | None,
     gradient: bool,

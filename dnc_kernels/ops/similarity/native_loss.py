@@ -250,8 +250,9 @@ def _contrast_op(
     """Losses [N] and the gradient of their sum with respect to x ([0] where not wanted)."""
     loss, grad_x = _contrast_fake(x, centroids, target, temperature, ignore_index, early)
     native().subcentroid_cross_entropy(
-        view(x), view(centroids.contiguous()), view(target), temperature, ignore_index, view(loss),
-        view(grad_x if early else None), view(None), view(None), view(None), view(None), torch.get_num_threads(),
+        view(x), view(centroids.contiguous()), view(target), temperature, ignore_index,
+        view(None), view(loss), view(grad_x if early else None), view(None), view(None), view(None), view(None),
+        torch.get_num_threads(),
     )  # fmt: skip
     return loss, grad_x
 
@@ -324,24 +325,31 @@ def subcentroid_cross_entropy(
 
 
 def scores_and_contrast(
-    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, scale: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Class scores and contrast from one product; no autograd.
 
+    Args:
+        x: as of `class_scores`.
+        centroids: as there.
+        labels: [N] int64, negative: none.
+        temperature: of the contrast.
+        scale: [] in the compute type.
+        gradient: like x, overwritten with `scale` times the gradient of the log-sum-exp with respect to x; None: not made.
+
     Returns:
-        scores, winner, own similarities as `class_scores`; log-sum-exp [N] over all similarities / temperature; its gradient
-        with respect to x. The last two are 0 for pixels without a label.
+        scores, winner, own similarities as `class_scores`; log-sum-exp [N] over all similarities / temperature. It and its
+        gradient are 0 for pixels without a label.
     """
     dtype = compute_dtype(x, centroids)
     scores, winner = (empty_scores(x, centroids.shape[0], t) for t in (dtype, torch.uint8))
     own = x.new_empty((pixel_count(x), centroids.shape[1]), dtype=dtype)
     lse = x.new_empty(pixel_count(x), dtype=dtype)
-    mean = torch.empty_like(x) if gradient else None
     native().subcentroid_cross_entropy(
-        view(x), view(centroids.contiguous()), view(None), temperature, -1, view(lse), view(mean), view(labels), view(scores),
-        view(winner), view(own), torch.get_num_threads(),
+        view(x), view(centroids.contiguous()), view(None), temperature, -1, view(scale), view(lse), view(gradient),
+        view(labels), view(scores), view(winner), view(own), torch.get_num_threads(),
     )  # fmt: skip
-    return scores, winner, own, lse, mean
+    return scores, winner, own, lse
 
 
 for _op in (_loss_op, _loss_backward_op, _contrast_op, _contrast_centroid_gradient):
