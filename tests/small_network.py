@@ -23,18 +23,18 @@ def scenes(count, size=40):
     return (images - 0.5) * 4, labels
 
 
-def make_head(checkpoint="none", **options):
-    """A head for the features of `backbone`; every draw comes from its own generator."""
-    if "checkpoint" in inspect.signature(nn.DNCHead).parameters:
+def make_head(checkpoint=None, k=SUBCENTROIDS, **options):
+    """A head for the features of `Net`; every draw comes from its own generator. `checkpoint` goes to a head that has it."""
+    if checkpoint is not None and "checkpoint" in inspect.signature(nn.DNCHead).parameters:
         options["checkpoint"] = checkpoint
     options = {"momentum": 0.9, "generator": torch.Generator().manual_seed(0), **options}
-    return nn.DNCHead(CHANNELS, CLASSES, SUBCENTROIDS, **options)
+    return nn.DNCHead(CHANNELS, CLASSES, k, **options)
 
 
 class Net(torch.nn.Module):
     """Backbone and head; equal arguments, equal bits."""
 
-    def __init__(self, checkpoint="none", **options):
+    def __init__(self, checkpoint=None, **options):
         super().__init__()
         torch.manual_seed(0)
         self.backbone = torch.nn.Sequential(
