@@ -18,7 +18,10 @@ def scenes(count, size=40):
     pytest.importorskip("sklearn")
     from dnc_kernels.demo.scenes import SceneConfig, make_scenes
 
-    images, labels = (torch.from_numpy(a) for a in make_scenes(count, seed=0, config=SceneConfig(size, size, tries=size // 4)))
+    images, labels = (
+        torch.from_numpy(a)
+        for a in make_scenes(count, seed=0, config=SceneConfig(size, size, tries=60, fragments=0, scale=(2.0, 2.5)))
+    )
     labels[:, :3] = 255
     return (images - 0.5) * 4, labels
 
@@ -38,7 +41,7 @@ class Net(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.backbone = torch.nn.Sequential(
-            torch.nn.Conv2d(3, CHANNELS, 3, stride=2, padding=1),
+            torch.nn.Conv2d(3, CHANNELS, 3, stride=2, padding=1, bias=False),
             torch.nn.BatchNorm2d(CHANNELS),
             torch.nn.ReLU(),
             torch.nn.Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1),
