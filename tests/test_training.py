@@ -94,13 +94,19 @@ def test_mixed_precision_trains(dtype, checkpoint, recipe):
         assert scaler.get_scale() == 2.0**12  # no step was skipped
 
 
-@pytest.mark.parametrize("loss_size", ["labels", "features"])
+@pytest.mark.parametrize(
+    "cell, length, loss_size",
+    # A pixel of a [2,256,256] label map weighs 1/131072: eight times less than the smallest normal float16.
+    # At stride 32, 1024 of them meet in a feature; with long features their sum passes 65504 before it is divided by anything.
+    [(8, 1, "labels"), (8, 1, "features"), (32, 8, "labels")],
+    ids=["underflow", "features", "overflow"],
+)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_float16_gradients_of_a_large_label_map_do_not_underflow(checkpoint, loss_size):
-    # a pixel of a [2,256,256] label map weighs 1/131072: eight times less than the smallest normal float16
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, CHANNELS, 32, 32, generator=generator).half()
-    labels = torch.randint(0, CLASSES, (2, 32, 32), generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+def test_float16_gradients_of_a_large_label_map_neither_underflow_nor_overflow(checkpoint, cell, length, loss_size):
+    generator, size = torch.Generator().manual_seed(0), 256 // cell
+    features = (length * torch.randn(2, CHANNELS, size, size, generator=generator)).half()
+    labels = torch.randint(0, CLASSES, (2, size, size), generator=generator)
+    labels = labels.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
     # one sub-centroid a class: with more, rounding decides which of two equally near ones gets a gradient
     head = make_head(checkpoint, k=1, loss_size=loss_size)
     exact, half = features.double().requires_grad_(), features.clone().requires_grad_()
@@ -110,9 +116,10 @@ def test_float16_gradients_of_a_large_label_map_do_not_underflow(checkpoint, los
         loss = head.loss(half, labels).loss
     scaler.scale(loss).backward()
     assert loss.dtype == torch.float32 and half.grad.dtype == torch.float16
-    length = exact.grad.norm(dim=1, keepdim=True)  # every pixel by itself: the smallest gradients are the first to vanish
-    relative = (half.grad.double() / scaler.get_scale() / length).half()
-    assert_close(relative, exact.grad / length, "loss_gradient", terms=CHANNELS)
+    assert half.grad.isfinite().all()
+    norm = exact.grad.norm(dim=1, keepdim=True)  # every pixel by itself: the smallest gradients are the first to vanish
+    relative = (half.grad.double() / scaler.get_scale() / norm).half()
+    assert_close(relative, exact.grad / norm, "loss_gradient", terms=CHANNELS)
 
 
 def test_step_that_overflows_float16_is_skipped_and_spares_the_sub_centroids():
@@ -192,6 +199,19 @@ def test_compiled_model_trains_in_mixed_precision():
     assert_compiled_trains_as_eager(compiled, twin, eager, dtype=torch.bfloat16)
 
 
+def test_compiled_model_accumulates_as_the_eager_one():
+    eager, twin = Net(accumulation_steps=2), Net(accumulation_steps=2)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    for micro in range(4):
+        for model, net in ((eager, eager), (compiled, twin)):
+            net.zero_grad()
+            model(*batch(micro)).loss.backward()
+        for name, grad in gradients(eager).items():
+            assert_golden(gradients(twin)[name], grad, "gradient")
+        assert_close(twin.head.prototypes, eager.head.prototypes.double(), "direction", terms=CHANNELS)
+    assert int(twin.head.num_updates) == 2
+
+
 @pytest.mark.slow
 def test_model_compiled_by_inductor_trains_as_the_eager_one():
     eager, twin = Net(), Net()
@@ -245,6 +265,19 @@ def test_losses_without_an_update_are_not_counted_as_micro_batches():
     twin(*batch(1))
     assert torch.equal(net.head.prototypes, twin.head.prototypes)
     assert not torch.equal(net.head.prototypes, make_head().prototypes)
+
+
+def test_loading_a_state_drops_micro_batches_from_before():
+    used, fresh = Net(accumulation_steps=2), Net(accumulation_steps=2)
+    state = copy.deepcopy(used.state_dict())
+    used(*batch(0))
+    used.load_state_dict(state)
+    for net in (used, fresh):
+        net(*batch(1))
+        assert torch.equal(net.head.prototypes, make_head().prototypes)
+        net(*batch(0))
+    assert torch.equal(used.head.prototypes, fresh.head.prototypes)
+    assert not torch.equal(fresh.head.prototypes, make_head().prototypes)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
