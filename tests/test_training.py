@@ -72,7 +72,7 @@ def assert_learned(head, history):
 
 
 def gradients(net):
-    return {name: p.grad for name, p in net.named_parameters()}
+    return {name: p.grad.clone() for name, p in net.named_parameters()}
 
 
 def assert_equal_states(a, b):
@@ -169,9 +169,7 @@ def assert_compiled_trains_as_eager(compiled, twin, eager, dtype=None):
     runs = []
     for step_of, net in ((eager, eager), (compiled, twin)):
         optimizer, grads = torch.optim.SGD(net.parameters(), lr=0.02), []
-        history = fit(
-            step_of, optimizer, range(3), dtype=dtype, after_step=lambda n=net, g=grads: g.append(_clone(gradients(n)))
-        )
+        history = fit(step_of, optimizer, range(3), dtype=dtype, after_step=lambda n=net, g=grads: g.append(gradients(n)))
         runs.append((history, grads))
     (expected, expected_grads), (actual, actual_grads) = runs
     assert_close(actual, expected.double(), "training", terms=3 * CHANNELS, scale=1)
@@ -181,10 +179,6 @@ def assert_compiled_trains_as_eager(compiled, twin, eager, dtype=None):
             assert_golden(a[name], e[name], "gradient")
     assert_close(twin.head.prototypes, eager.head.prototypes.double(), "training", terms=3 * CHANNELS)
     assert not torch.equal(twin.head.prototypes, make_head().prototypes)
-
-
-def _clone(tensors):
-    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
