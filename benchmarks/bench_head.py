@@ -35,7 +35,7 @@ CASES = {
 
 def cases(settings: Settings) -> list[Case]:
     """Every case at these settings."""
-    sizes = {name: (64, 64, 5) for name in CASES} if settings.quick else CASES
+    sizes = dict.fromkeys(CASES, (64, 64, 5)) if settings.quick else CASES
     return [_case(name, *size, dtype, settings) for dtype in settings.dtypes for name, size in sizes.items()]
 
 

@@ -5,8 +5,9 @@ gradient. Then the caller clusters, which needs the own-class similarities [N,K]
 of a pixel decides (its target's share of the gradient, the sums that move the sub-centroids), and the gradient of the
 embedding, in place.
 
-Gradients are made in the forward pass because the sub-centroids need none and the loss is a scalar; they are those of a sum
-over pixels, so that half precision does not lose them, and meet 1/N together with the incoming gradient in `Made`.
+Gradients are made in the forward pass because the sub-centroids need none and the loss is a scalar. They are those of a
+multiple of the loss, chosen so that in half precision they neither vanish nor overflow, and meet its reciprocal together with
+the incoming gradient in `Made`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..ops.upsample import native as upsample_native
 from ..ops.upsample import reference as upsample_reference
 
 #: Pixels of a band, about: their embedding and similarities stay in cache, and the calls of a band cost little beside its work.
-BAND_PIXELS = 8192
+BAND_PIXELS = 4096
 
 
 class Band(NamedTuple):
@@ -144,6 +145,7 @@ def first_pass(
     class_weight: Tensor | None,
     label_smoothing: float,
     align_corners: bool,
+    pull: Tensor,
     contrast: Tensor | None,
     contrast_temperature: float,
     gradient: bool,
@@ -152,12 +154,12 @@ def first_pass(
     """Summed cross-entropy []; prediction [N] (-1: not finite), own similarities [N,K], log-sum-exp [N]; statistics [3,N];
     gradients of the embedding, of rstd [N], of the scale [], of the norm over classes [2,C]; the embedding.
 
-    labels [B,H,W]: of the cross-entropy; sampled [N]: of own similarities and contrast; both int64, -1 for none. contrast []:
-    what the contrast's gradient is multiplied by; None: no contrast.
+    labels [B,H,W]: of the cross-entropy; sampled [N]: of own similarities and contrast; both int64, -1 for none. pull and
+    contrast []: what the gradients of both sums are multiplied by; contrast None: no contrast.
     """
     results = _first_fake(
         x, weight, bias, eps, centroids, labels, sampled, confidence, temperature, scale, norm_weight, norm_bias,
-        norm_eps, class_weight, label_smoothing, align_corners, contrast, contrast_temperature, gradient, keep_embedding,
+        norm_eps, class_weight, label_smoothing, align_corners, pull, contrast, contrast_temperature, gradient, keep_embedding,
     )  # fmt: skip
     total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, kept = results
     for t in (total, grad_scale, grad_norm, grad_rstd):
@@ -210,6 +212,7 @@ def first_pass(
         sums += loss
         if gradient:
             assert to_logits is not None
+            to_logits *= pull
             if pending is not None and not first:
                 to_logits[:, :, :1] += pending.grad
             done = slice(0, to_logits.shape[2] - (not last))  # the next band adds to the last row
@@ -246,6 +249,7 @@ def _first_fake(
     class_weight: Tensor | None,
     label_smoothing: float,
     align_corners: bool,
+    pull: Tensor,
     contrast: Tensor | None,
     contrast_temperature: float,
     gradient: bool,
@@ -351,6 +355,8 @@ class Made(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            raise RuntimeError("DNCHead.loss is differentiable once: call backward without create_graph=True")
         needed = ctx.needs_input_grad[1 + ctx.count :]
         made = (
             scale_saved(g, grad) if need and g is not None else None for g, need in zip(ctx.saved_tensors, needed, strict=True)
