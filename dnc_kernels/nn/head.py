@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -10,7 +13,7 @@ from ..errors import check_value
 from ..ops._common import check_choice, compute_dtype
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._labels import resize_labels, sample_of_each_class, sort_out_labels
-from ._step import Made, first_pass, second_pass
+from ._step import BAND_PIXELS, Made, first_pass, second_pass
 from .subcentroids import Momentum
 
 LOSS_SIZES = ("labels", "features")
@@ -269,6 +272,30 @@ class DNCHead(CentroidModel):
                     self._write_down(self._update(e, cluster, correct, own, self._tally(small.reshape(-1), finite, wrong)))
         loss = self._weighted(cross_entropy, ppc, ppd)
         return DNCLoss(loss, cross_entropy.detach(), ppc.detach(), ppd.detach(), accuracy)
+
+    def step_bytes(self, features: Sequence[int], labels: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        """Memory that `loss` and its backward need on a CPU beside features, labels and the head itself, at most: a formula.
+
+        With N feature pixels of D channels and b bytes, L label pixels, M = C*K and bands of P pixels (`BAND_PIXELS`)::
+
+            all     N (D b + 4 K + 60) + 20 L + P (8 D + 32 C) + 48 M D + 8 MB
+            scores  the same, and N D b for the embedding
+            none    N (5 D b + 26 C + 4 K + 60) + 20 L + 48 M D + 8 MB
+
+        The gradient of the features is the N D b of ``all``. A projection's own output and gradient come on top.
+
+        Args:
+            features: shape [B,D,h,w] of the features, after the projection if there is one.
+            labels: shape [B,H,W].
+            dtype: of the features.
+        """
+        batch, channels, height, width = features
+        n, row, m = batch * height * width, channels * dtype.itemsize, self.num_classes * self.num_subcentroids
+        rest = n * (4 * self.num_subcentroids + 60) + 20 * math.prod(labels) + 48 * m * channels + 8_000_000
+        if self.checkpoint == "none":
+            return n * (5 * row + 26 * self.num_classes) + rest
+        band = min(n, max(BAND_PIXELS, width))
+        return n * row * (1 + (self.checkpoint == "scores")) + band * (8 * channels + 32 * self.num_classes) + rest
 
     @torch.no_grad()
     def predict(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
