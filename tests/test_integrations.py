@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,10 @@ def entropy(labels):
     return -sum(p * math.log(p) for p in share if p > 0)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = ("fcn-resnet50", "deeplabv3-resnet50")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NETWORKS])
 def test_network_learns_digit_scenes_with_the_head_in_place_of_its_class_layer(name, scenes):
     images, labels = scenes
     make, stride, rate = NETWORKS[name]
@@ -211,6 +215,15 @@ def test_missing_package_names_the_extra_to_install(monkeypatch, package, create
     monkeypatch.setattr(_optional, "find_spec", lambda name: None if name == package else found(name))
     with pytest.raises(ModuleNotFoundError, match=rf'needs {package}: run `pip install "dnc_kernels\[networks\]"`'):
         create()
+
+
+def test_example_of_the_page_runs():
+    skip_without_torchvision()
+    page = (Path(__file__).parents[1] / "docs" / "networks.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert names["prediction"].shape == (2, 64, 64)
 
 
 def in_a_fresh_process(code):
