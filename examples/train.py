@@ -105,7 +105,7 @@ def data(o: argparse.Namespace, console: Console) -> tuple[Source, Source, str, 
     if o.check_data:
         for index in range(len(whole)):
             whole.read(index)
-    same = "the same" if train_pairs is test_pairs else f"{len(test_pairs)} others"
+    same = "the same" if train_pairs is test_pairs else f"{len(test_pairs)} held out"
     return parts[0], parts[1], f"{len(train_pairs)} images, measured on {same}", fingerprint(pairs)
 
 
