@@ -3,7 +3,7 @@
 // Source rows are blended into v [columns][width], a strip of columns at a time. Pixels between the same two columns go in
 // groups through 2^x, and back into the gradient of v, which then goes to the gradients of both source rows. The shift of the
 // exponentials is the interpolated maximum of the source pixels, an upper bound of max_c u that needs no pass of its own; a
-// pixel for which it is far too high, or which has a NaN or Inf, takes the exact path (`exact`).
+// pixel for which it is far too high gets its own maximum, and one with a NaN or Inf goes class by class (`exact`).
 #pragma once
 #include "upsample_math.h"
 #include "upsample_rows.h"
@@ -212,11 +212,15 @@ struct LossUnit {
     }
     softmax<G>(left, right, share, high, width, e, sum);
     bool regular = true;
-    for (int k = 0; k < G; k++) regular &= sum[k] > T(kSmallestSum) && sum[k] < T(INFINITY);
+    for (int k = 0; k < G; k++) regular &= usable(sum[k]);
     if (__builtin_expect(!regular, false))
-      for (int k = 0; k < G; k++)
-        if (!(sum[k] > T(kSmallestSum) && sum[k] < T(INFINITY)))
-          own_score[k] = exact(left, right, share[k], label[k], e + k * width, high + k, sum + k);
+      for (int k = 0; k < G; k++) {
+        if (!usable(sum[k])) {
+          high[k] = largest(left, right, share[k], width);
+          softmax<1>(left, right, share + k, high + k, width, e + k * width, sum + k);
+        }
+        if (!usable(sum[k])) own_score[k] = exact(left, right, share[k], label[k], e + k * width, high + k, sum + k);
+      }
     if (tables.weight)
       for (int k = 0; k < G; k++) pixels.weighted[p + k] = mix(blended.weighted[at], blended.weighted[next], share[k]);
     if (!want || plan.C == 1) return;  // the gradient of one class is exactly 0
@@ -239,6 +243,18 @@ struct LossUnit {
     }
     for (int k = 0; k < G; k++)  // one at a time: a column of share 0 must not see a NaN
       spread<1>(e + k * width, width, share + k, coefficient + k, to_left, share[k] == 0 ? nullptr : to_right);
+  }
+
+  static DNC_INLINE bool usable(T sum) { return sum > T(kSmallestSum) && sum < T(INFINITY); }
+
+  // max_c u_c of finite scores.
+  static T largest(const T* left, const T* right, T share, int64_t width) {
+    V most = V::splat(kLowest<T>);
+    for (int64_t c = 0; c < width; c += L) {
+      const V from = V::load(left + c);
+      most = max(fma(V::splat(share), V::load(right + c) - from, from), most);
+    }
+    return most.max();
   }
 
   // e[k] = 2^(u - high), sum[k] their sums.
