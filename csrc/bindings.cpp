@@ -94,9 +94,10 @@ PYBIND11_MODULE(_C, m) {
               NormalizeEmbedding{x, weight, bias, eps, y, mean, rstd, inverse_norm, threads});
         });
   m.def("normalize_embedding_backward", [](View x, View weight, View bias, View mean, View rstd, View inverse_norm, View grad_y,
-                                           View grad_x, View grad_weight, View grad_bias, int threads) {
+                                           View grad_rstd, View grad_x, View grad_weight, View grad_bias, int threads) {
     run("normalize_embedding", normalize_embedding_backward,
-        NormalizeEmbeddingBackward{x, weight, bias, mean, rstd, inverse_norm, grad_y, grad_x, grad_weight, grad_bias, threads});
+        NormalizeEmbeddingBackward{x, weight, bias, mean, rstd, inverse_norm, grad_y, grad_rstd, grad_x, grad_weight, grad_bias,
+                                   threads});
   });
   m.def("class_scores", [](const char* op, View x, View centroids, View labels, int metric, bool distance, View scores,
                            View winner, View own_similarity, int threads) {
@@ -111,6 +112,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("nearest_centroid", [](View x, View centroids, int metric, View label, View sub, View score, int threads) {
     run("nearest_centroid", nearest_centroid, NearestCentroid{x, centroids, Metric(metric), label, sub, score, threads});
   });
+  m.def("subcentroid_cross_entropy",
+        [](View x, View centroids, View target, double temperature, int64_t ignore_index, View loss, View grad_x, View labels,
+           View scores, View winner, View own_similarity, int threads) {
+          const ClassScores outputs{.x = x,
+                                    .centroids = centroids,
+                                    .labels = labels,
+                                    .scores = scores,
+                                    .winner = winner,
+                                    .own_similarity = own_similarity,
+                                    .threads = threads};
+          run("subcentroid_cross_entropy", subcentroid_cross_entropy,
+              SubcentroidCrossEntropy{outputs, target, temperature, ignore_index, loss, grad_x});
+        });
   m.def("centroid_cross_entropy",
         [](View x, View centroids, View labels, int metric, View norm_weight, View norm_bias, double norm_eps, View scale,
            double temperature, View class_weight, int64_t ignore_index, double label_smoothing, int reduction, View grad_loss,

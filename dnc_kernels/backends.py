@@ -49,7 +49,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "class_scores": _CPU,
     "nearest_centroid": _CPU,
     "centroid_cross_entropy": _CPU,
-    "subcentroid_cross_entropy": {},
+    "subcentroid_cross_entropy": _CPU,
     "sinkhorn_assign": _CPU,
     "sinkhorn_plan": _CPU,
     "cluster_sums": _CPU,

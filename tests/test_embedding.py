@@ -223,13 +223,58 @@ def test_only_gradients_that_are_needed(need):
 def test_gradients_that_are_not_needed_are_not_made():
     x, (weight, bias) = normal(6, 8), affine(8, torch.float32)
     y, *statistics = native.normalize_embedding(x, weight, bias, EPS)
-    grads = native.normalize_embedding_backward(x, weight, bias, *statistics, torch.ones_like(y), False, True, False)
+    grads = native.normalize_embedding_backward(x, weight, bias, *statistics, torch.ones_like(y), None, False, True, False)
     assert [g.numel() for g in grads] == [0, 8, 0]
 
 
-def test_statistics_carry_no_gradient():
+def test_embedding_and_rstd_carry_gradients():
     outputs = native.normalize_embedding(normal(4, 5).requires_grad_(), None, None, EPS)
-    assert [t.requires_grad for t in outputs] == [True, False, False, False]
+    assert [t.requires_grad for t in outputs] == [True, False, True, False]  # of rstd, the length is made
+
+
+# the length that LayerNorm divides by
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_y", (False, True))
+def test_length_and_its_gradient(layout, dtype, with_y, isa):
+    x = LAYOUTS[layout](dtype, 37).detach().requires_grad_()
+    y, length = ops.normalize_embedding(x, eps=EPS, return_length=True, backend="cpu")
+    assert length.shape == (x.shape[0], *x.shape[2:]) and length.dtype == (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    to_y, to_length = normal(*x.shape, dtype=dtype), normal(*length.shape).to(length.dtype)
+    loss = (length * to_length).sum() + ((y * to_y).sum() if with_y else 0)
+    (actual,) = torch.autograd.grad(loss, x)
+
+    wide = x.detach().double().requires_grad_()
+    expected_length = (wide.var(1, correction=0) + EPS).sqrt()
+    rows = wide if x.ndim == 2 else wide.movedim(1, -1)
+    expected_y = F.normalize(F.layer_norm(rows, (37,), eps=EPS), dim=-1)
+    expected_y = expected_y if x.ndim == 2 else expected_y.movedim(-1, 1)
+    total = (expected_length * to_length.double()).sum() + ((expected_y * to_y.double()).sum() if with_y else 0)
+    (expected,) = torch.autograd.grad(total, wide)
+    assert_close(length.detach(), expected_length.detach(), "embedding", terms=37)
+    spread = to_y.abs().double().max() / (expected_length.detach() * 37**0.5).unsqueeze(1)
+    scale = to_length.abs().double().unsqueeze(1) / 37**0.5 + (4 * spread if with_y else 0)
+    assert_close(actual, expected, "embedding_grad", terms=37, scale=scale)
+
+
+def test_gradcheck_with_length():
+    x, (weight, bias) = normal(5, 6, dtype=torch.float64).requires_grad_(), affine(6, torch.float64)
+    assert torch.autograd.gradcheck(lambda t: ops.normalize_embedding(t, weight, bias, return_length=True), (x,))
+    assert torch.autograd.gradcheck(
+        lambda t: ops.normalize_embedding(t, return_length=True), (normal(2, 4, 2, 3, dtype=torch.float64).requires_grad_(),)
+    )
+
+
+def test_length_of_a_constant_pixel_is_finite():
+    x = torch.full((3, 8), 2.0, requires_grad=True)
+    _, length = ops.normalize_embedding(x, return_length=True)
+    length.sum().backward()
+    torch.testing.assert_close(length, torch.full((3,), EPS**0.5))
+    assert not x.grad.any()
 
 
 # special pixels
@@ -396,7 +441,17 @@ def test_opcheck(layout, dtype):
     weight, bias = (t.requires_grad_() for t in affine(6, torch.float32))
     torch.library.opcheck(native.normalize_embedding, (x, weight, bias, EPS))
     y, *statistics = native.normalize_embedding(x.detach(), weight.detach(), None, EPS)
-    args = (x.detach(), weight.detach(), None, *statistics, torch.ones_like(y), True, True, False)
+    args = (
+        x.detach(),
+        weight.detach(),
+        None,
+        *statistics,
+        torch.ones_like(y),
+        torch.ones_like(statistics[1]),
+        True,
+        True,
+        False,
+    )
     torch.library.opcheck(native.normalize_embedding_backward, args)
 
 

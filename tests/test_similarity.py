@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from dnc_kernels import ops
-from dnc_kernels.ops.similarity import native
+from dnc_kernels.ops.similarity import native, native_loss
 
 METRICS = ("dot", "cosine", "sqeuclidean")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -538,27 +538,6 @@ def test_autocast_keeps_dtypes():
             assert ops.centroid_cross_entropy(x.bfloat16(), p, y, backend=backend).loss.dtype == torch.float32
 
 
-# --- subcentroid_cross_entropy
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_subcentroid_loss_is_cross_entropy_over_all(reduction):
-    x, p, y = problem(n=30, c=5, k=4, d=8, dtype=torch.float64)
-    target = torch.where(y < 0, -1, y * 4 + 1)
-    expected = F.cross_entropy(x @ p.flatten(0, 1).T / 0.1, target, ignore_index=-1, reduction=reduction)
-    actual = ops.subcentroid_cross_entropy(x, p, target, temperature=0.1, ignore_index=-1, reduction=reduction)
-    assert_close(actual, expected, "loss", terms=8)
-
-
-def test_subcentroid_255_is_not_dropped():
-    """The released code ignores sub-centroid 255; with -100 or -1 every one of C*K counts."""
-    x, p, _ = problem(n=4, c=30, k=10, d=8)
-    losses = ops.subcentroid_cross_entropy(x, p, torch.full((4,), 255), reduction="none")
-    assert losses.gt(0).all()
-    with pytest.raises(ValueError, match=r"ignore_index must be outside the 300 classes \[0,300\); got 255"):
-        ops.subcentroid_cross_entropy(x, p, torch.full((4,), 255), ignore_index=255)
-
-
 # --- torch's own checks of the registrations
 
 
@@ -573,8 +552,8 @@ def test_opcheck():
     check(native.class_scores._opoverload, (x, p, y, "dot"))
     check(native.class_scores._opoverload, (x, q, None, "cosine"))
     check(native.nearest_centroid._opoverload, (x.detach(), p, "dot"))
-    check(native._loss_op._opoverload, (x, p, y, w, w.detach(), s, None, *options, "mean", [True, True, False, True]))
-    check(native._loss_op._opoverload, (x, q, y, w, None, None, torch.rand(3), *options, "none", [False] * 4))
+    check(native_loss._loss_op._opoverload, (x, p, y, w, w.detach(), s, None, *options, "mean", [True, True, False, True]))
+    check(native_loss._loss_op._opoverload, (x, q, y, w, None, None, torch.rand(3), *options, "none", [False] * 4))
 
 
 def test_opcheck_of_images():
@@ -582,7 +561,7 @@ def test_opcheck_of_images():
     p, y = torch.randn(3, 2, 4), torch.randint(0, 3, (12,))
     torch.library.opcheck(native.class_scores._opoverload, (x, p, y, "dot"))
     torch.library.opcheck(
-        native._loss_op._opoverload, (x, p, y, *(None,) * 4, "dot", 1e-5, 1.0, -100, 0.0, "mean", [True, *[False] * 3])
+        native_loss._loss_op._opoverload, (x, p, y, *(None,) * 4, "dot", 1e-5, 1.0, -100, 0.0, "mean", [True, *[False] * 3])
     )
 
 
@@ -676,7 +655,6 @@ X, P, Y = torch.zeros(6, 4), torch.zeros(3, 2, 4), torch.zeros(6, dtype=torch.in
         (lambda: ops.centroid_cross_entropy(X, P, Y, reduction="max"), ValueError, r"reduction must be one of none, mean, sum; got 'max'"),
         (lambda: ops.centroid_cross_entropy(X, P, Y.view(2, 3)), ValueError, r"labels must be \[6\] to match x; got \[2, 3\]"),
         (lambda: ops.centroid_cross_entropy(X, P.to("meta"), Y), ValueError, r"centroids must be on cpu like x; got meta"),
-        (lambda: ops.subcentroid_cross_entropy(X, P, Y + 6), ValueError, r"labels must be in \[0,6\) or ignore_index -100; got 6 at pixel 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call, error, text):

@@ -21,6 +21,8 @@ FACTORS = {
     # scores go through rstd (about 10 for unit vectors) and 1/temperature before exp; the gradient goes through them twice
     "loss": 16.0,
     "loss_gradient": 64.0,
+    # softmax over C*K, then a sum of its C*K products; scale: a similarity's error grows by 1/temperature before exp
+    "contrast_gradient": 4.0,
     # Sinkhorn: terms = R^2 + N. R is the range of similarity/epsilon: an exponent near R is rounded by R * eps, which exp turns into a
     # relative error; N pixels are summed for u. Gradient: scale is max|grad_plan|/epsilon.
     "plan": 2.0,

@@ -69,6 +69,7 @@ DNC_FORWARD(class_scores, ClassScores)
 DNC_FORWARD(class_scores_backward, ClassScoresBackward)
 DNC_FORWARD(nearest_centroid, NearestCentroid)
 DNC_FORWARD(centroid_cross_entropy, CentroidCrossEntropy)
+DNC_FORWARD(subcentroid_cross_entropy, SubcentroidCrossEntropy)
 DNC_FORWARD(upsample_cross_entropy, UpsampleCrossEntropy)
 DNC_FORWARD(upsample_argmax, UpsampleArgmax)
 

@@ -124,12 +124,13 @@ template <class T>
 struct Coefficients {
   T along, level, slope;
 };
-// From sums over channels: gz = <g,z>, gw = <g,w>, zw = <z,w>, gwx = <g*w,xhat>, zwx = <z*w,xhat>.
+// From sums over channels: gz = <g,z>, gw = <g,w>, zw = <z,w>, gwx = <g*w,xhat>, zwx = <z*w,xhat>; to_rstd = grad_rstd * rstd,
+// because d rstd / dx = -rstd^2 * xhat / D.
 template <class T>
-DNC_INLINE Coefficients<T> coefficients(T inv, T gz, T gw, T zw, T gwx, T zwx, T per_channel) {
+DNC_INLINE Coefficients<T> coefficients(T inv, T gz, T gw, T zw, T gwx, T zwx, T to_rstd, T per_channel) {
   // below the bound 1e-12 the length is a constant, and nothing is projected out
   const T along = inv < T(1e12) ? gz * inv * inv * inv : inv != inv ? inv : T(0);
-  return {along, (inv * gw - along * zw) * per_channel, (inv * gwx - along * zwx) * per_channel};
+  return {along, (inv * gw - along * zw) * per_channel, (inv * gwx - along * zwx + to_rstd) * per_channel};
 }
 
 template <class T>
@@ -161,7 +162,7 @@ DNC_INLINE void forward_row(const T* x, T* y, int64_t D, const T* w, const T* b,
 // sums [2][D]: grad_weight and grad_bias of the chunk; null where neither is wanted.
 template <class T>
 DNC_INLINE void backward_row(const T* x, const T* g, T* gx, int64_t D, const T* w, const T* b, T mean, T rstd, T inverse_norm,
-                             T* sums) {
+                             T grad_rstd, T* sums) {
   using V = Vec<T>;
   const V m = V::splat(mean), r = V::splat(rstd), inv = V::splat(inverse_norm);
   V gz = V::splat(0), gw = gz, zw = gz, gwx = gz, zwx = gz;
@@ -171,7 +172,7 @@ DNC_INLINE void backward_row(const T* x, const T* g, T* gx, int64_t D, const T* 
     const V a = grad * weight, c = z * weight;
     gz = fma(grad, z, gz), gw = gw + a, zw = zw + c, gwx = fma(a, xhat, gwx), zwx = fma(c, xhat, zwx);
   });
-  const auto k = coefficients(inverse_norm, gz.sum(), gw.sum(), zw.sum(), gwx.sum(), zwx.sum(), T(1) / T(D));
+  const auto k = coefficients(inverse_norm, gz.sum(), gw.sum(), zw.sum(), gwx.sum(), zwx.sum(), grad_rstd * rstd, T(1) / T(D));
   const V along = V::splat(k.along), level = V::splat(k.level), slope = V::splat(k.slope);
   each_vector<T>(D, [&](auto part, int64_t d) {
     const V weight = part.load(w + d), xhat = (part.load(x + d) - m) * r, z = fma(xhat, weight, part.load(b + d));
@@ -226,7 +227,7 @@ void forward_columns(T* t, int64_t ld, int64_t D, const T* w, const T* b, T eps,
 // t, g [D][ld]: kGroup * lanes pixels of x and grad_y; x becomes grad_x. sums [2][D][lanes], or null.
 template <class T>
 void backward_columns(T* t, const T* g, int64_t ld, int64_t D, const T* w, const T* b, const T* mean, const T* rstd,
-                      const T* inverse_norm, T* sums) {
+                      const T* inverse_norm, const T* grad_rstd, T* sums) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   V m[kGroup], r[kGroup], inv[kGroup], gz[kGroup], gw[kGroup], zw[kGroup], gwx[kGroup], zwx[kGroup];
@@ -250,7 +251,8 @@ void backward_columns(T* t, const T* g, int64_t ld, int64_t D, const T* w, const
     gwx[i].store(s[3] + i * L), zwx[i].store(s[4] + i * L);
   }
   for (int p = 0; p < kGroup * L; p++) {
-    const auto k = coefficients(inverse_norm[p], s[0][p], s[1][p], s[2][p], s[3][p], s[4][p], T(1) / T(D));
+    const auto k =
+        coefficients(inverse_norm[p], s[0][p], s[1][p], s[2][p], s[3][p], s[4][p], grad_rstd[p] * rstd[p], T(1) / T(D));
     s[0][p] = k.along, s[1][p] = k.level, s[2][p] = k.slope;
   }
   V along[kGroup], level[kGroup], slope[kGroup];
@@ -352,6 +354,7 @@ Status backward(const NormalizeEmbeddingBackward& a) {
   const bool x_in_place = same<S, T> && x.sd == 1, g_in_place = same<S, T> && g.sd == 1;
   const bool gx_in_place = same<S, T> && gx.sd == 1 && a.grad_x;
   const T *mean = a.mean.as<T>(), *rstd = a.rstd.as<T>(), *inverse_norm = a.inverse_norm.as<T>();
+  const T* grad_rstd = a.grad_rstd ? a.grad_rstd.as<T>() : nullptr;
   const int64_t lane_sums = affine_grad && !plan.rows ? 2 * D * L : 0, private_size = 3 * P * D + lane_sums;
   Scratch affine(2 * D * sizeof(T)), tiles(size_t(plan.threads) * private_size * sizeof(T));
   Scratch partial(affine_grad ? plan.chunks * 2 * D * sizeof(T) : 0), total(2 * D * sizeof(double));
@@ -376,19 +379,21 @@ Status backward(const NormalizeEmbeddingBackward& a) {
         if (!x_in_place) load_tile<T, S>(tile, D, 1, x, n, count);
         if (!g_in_place) load_tile<T, S>(g_tile, D, 1, g, n, count);
         for (int64_t p = 0; p < count; p++)
-          backward_row(in[p], grad[p], out[p], D, w, b, mean[n + p], rstd[n + p], inverse_norm[n + p], sums);
+          backward_row(in[p], grad[p], out[p], D, w, b, mean[n + p], rstd[n + p], inverse_norm[n + p],
+                       grad_rstd ? grad_rstd[n + p] : T(0), sums);
         if (a.grad_x && !gx_in_place) store_tile<T, S>(gx_tile, D, 1, gx, n, count);
       } else {
         constexpr int64_t step = kGroup * L;
-        T stat[3][kTile] = {};  // zero statistics: pixels past the end add exactly 0 to the sums
+        T stat[4][kTile] = {};  // zero statistics: pixels past the end add exactly 0 to the sums
         if (count < P) std::memset(tile, 0, 2 * P * D * sizeof(T));
         load_tile<T, S>(tile, 1, P, x, n, count);
         load_tile<T, S>(g_tile, 1, P, g, n, count);
         std::memcpy(stat[0], mean + n, count * sizeof(T));
         std::memcpy(stat[1], rstd + n, count * sizeof(T));
         std::memcpy(stat[2], inverse_norm + n, count * sizeof(T));
+        if (grad_rstd) std::memcpy(stat[3], grad_rstd + n, count * sizeof(T));
         for (int64_t p = 0; p < count; p += step)
-          backward_columns(tile + p, g_tile + p, P, D, w, b, stat[0] + p, stat[1] + p, stat[2] + p, lanes);
+          backward_columns(tile + p, g_tile + p, P, D, w, b, stat[0] + p, stat[1] + p, stat[2] + p, stat[3] + p, lanes);
         if (a.grad_x) store_tile<T, S>(tile, 1, P, gx, n, count);
       }
     }

@@ -10,85 +10,41 @@
 #include <omp.h>
 
 #include "similarity_gradient.h"
+#include "similarity_scores.h"
 
 namespace dnc::cpu::DNC_ISA {
 namespace {
 
-Status out_of_memory() { return {Code::out_of_memory, 0, 0, "not enough memory"}; }
-
 template <class T>
 Status scores(const ClassScores& a) {
-  constexpr int L = Vec<T>::lanes;
-  const Pixels x(a.x), out(a.scores), win(a.winner ? a.winner : a.scores);
+  const Pixels x(a.x);
   const int64_t N = x.N();
   const PanelLayout<T> lay(a.centroids.size[0], a.centroids.size[1], x.D);
   if (N == 0) return {};
   Scratch panels(lay.bytes());
   if (!panels.data) return out_of_memory();
   pack_panels(lay, a.centroids, a.metric, panels.as<T>(), a.threads);
-  const bool own = bool(a.own_similarity), indexed = lay.K > 1;
   const int rows = tile_rows(x.D, lay.width * (sizeof(T) + 1), N, sizeof(T)), blocks = rows / kRows;
   const int64_t tiles = (N + rows - 1) / rows;
   int failed = 0;
 #pragma omp parallel num_threads(a.threads) reduction(| : failed)
   {
-    const size_t partial = partial_size(lay, blocks);
-    Scratch memory((size_t(rows) * (x.D + lay.width + 1 + lay.K) + partial) * sizeof(T) +
-                   size_t(rows) * (lay.width + sizeof(int64_t)));
-    failed = !memory.data;
+    Scratch memory((size_t(rows) * x.D + partial_size(lay, blocks)) * sizeof(T)), results(ScoreTile<T>::bytes(lay, rows));
+    failed = !memory.data || !results.data;
     T* tile = memory.as<T>();
-    T* best = tile + rows * x.D;
-    T* terms = best + rows * lay.width;
-    T* own_tile = terms + rows;
-    T* partials = own_tile + rows * lay.K;
-    int64_t* label = reinterpret_cast<int64_t*>(partials + partial);
-    uint8_t* winner = reinterpret_cast<uint8_t*>(label + rows);
+    ScoreTile<T> score(a, lay, rows, results.data);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < tiles; t++) {
       if (failed) continue;
       const int64_t n0 = t * rows;
       const int n = int(min64(rows, N - n0)), used = (n + kRows - 1) / kRows;
       pack_tile(x, n0, n, tile);
-      if (own)
-        for (int r = 0; r < used * kRows; r++) {
-          const int64_t y = r < n ? a.labels.as<int64_t>()[n0 + r] : -1;
-          label[r] = y >= 0 && y < lay.C ? y : -1;
-          if (label[r] < 0) std::memset(own_tile + r * lay.K, 0, lay.K * sizeof(T));
-        }
-      ClassMax<T> take{lay, best, indexed ? winner : nullptr, own ? label : nullptr, own_tile};
-      sweep(lay, panels.as<T>(), tile, used, partials, take);
-      take.finish(n);
-      if (a.metric != Metric::dot) row_terms(tile, x.D, n, a.metric, terms);
-      for (int r = 0; r < n; r++) {
-        T* s = best + r * lay.width;
-        bool finite = true;
-        for (int64_t c = 0; c < lay.C; c++) {
-          if (a.metric != Metric::dot) s[c] = finish_similarity(s[c], terms[r], a.metric);
-          finite &= std::isfinite(s[c]);
-          if (a.distance) s[c] = a.metric == Metric::cosine ? 1 - s[c] : -s[c];
-        }
-        if (!finite) {
-          for (int64_t c = 0; c < lay.C; c++) s[c] = NAN;
-          if (indexed) std::memset(winner + r * lay.width, 0, lay.width);
-        }
-        if (own && label[r] >= 0)
-          for (int64_t k = 0; k < lay.K; k++) {
-            T& v = own_tile[r * lay.K + k];
-            v = a.metric == Metric::dot ? v : finish_similarity(v, terms[r], a.metric);
-          }
-      }
-      store_tile(out, n0, n, best, lay.width);
-      if (own) std::memcpy(a.own_similarity.as<T>() + n0 * lay.K, own_tile, size_t(n) * lay.K * sizeof(T));
-      if (a.winner) {
-        if (!indexed) std::memset(winner, 0, size_t(rows) * lay.width);
-        for (int r = 0; r < n; r++) {
-          uint8_t* w = reinterpret_cast<uint8_t*>(win.data) + win.offset(n0 + r);
-          for (int64_t c = 0; c < lay.C; c++) w[c * win.sd] = winner[r * lay.width + c];
-        }
-      }
+      score.begin(n0, n);
+      auto take = score.take();
+      sweep(lay, panels.as<T>(), tile, used, tile + rows * x.D, take);
+      score.finish(n0, n, tile);
     }
   }
-  static_assert(L <= 64);
   return failed ? out_of_memory() : Status{};
 }
 

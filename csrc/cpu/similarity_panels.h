@@ -70,6 +70,13 @@ struct PanelLayout {
     *k = p.k + lane / classes;
     return lane < classes * p.fold && *k < K;
   }
+  // The place of a sub-centroid among all lanes of all panels: the inverse of `entry`.
+  int64_t slot(int64_t c, int64_t k) const {
+    const int64_t g = c / L;
+    if (g < groups - 1) return (g * K + k) * L + c % L;
+    return ((groups - 1) * K + k / fold) * L + k % fold * tail + c % L;
+  }
+  int64_t slots() const { return panels * L; }
   size_t bytes() const { return size_t(panels) * (D + 1) * L * sizeof(T); }
 };
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import check_device, check_dtype, check_integer, check_value
 from ..ops._common import check_choice, check_ignore_index, full_precision
+from . import _sync
 from .recipes import recipe_options
 from .subcentroids import SubCentroids
 
@@ -92,15 +93,16 @@ class CentroidModel(SubCentroids):
         """Unit-length embedding ``l2_normalize(LayerNorm(features))``, in the shape and dtype of the features."""
         return ops.normalize_embedding(features, self.feat_norm.weight, self.feat_norm.bias, eps=self.feat_norm.eps)
 
-    def gain(self, features: Tensor) -> Tensor | None:
-        """What a pixel's logits are multiplied by, [N,1] or [B,1,h,w]: the standard deviation that LayerNorm divides out.
+    def _embed_with_gain(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embedding, and what a pixel's logits are multiplied by, [N,1] or [B,1,h,w]: the standard deviation over the channels
+        that LayerNorm divides out. None without confidence.
 
-        None without confidence. It has no say in which sub-centroid is nearest, only in how sure the pixel is.
+        It has no say in which sub-centroid is nearest, only in how sure the pixel is.
         """
-        if self.confidence == "none" or self.scores == "norm":  # LayerNorm over the classes would divide it out again
-            return None
-        wide = features.to(torch.promote_types(features.dtype, torch.float32))
-        return (wide.var(1, correction=0, keepdim=True) + self.feat_norm.eps).sqrt()
+        norm = self.feat_norm
+        e, length = ops.normalize_embedding(features, norm.weight, norm.bias, eps=norm.eps, return_length=True)
+        # LayerNorm over the classes would divide it out again
+        return e, None if self.confidence == "none" or self.scores == "norm" else length.unsqueeze(1)
 
     def logits(self, scores: Tensor, gain: Tensor | None = None) -> Tensor:
         """Logits of class scores [N,C] or [B,C,h,w]: LayerNorm over the classes, or scores over a temperature times `gain`."""
@@ -131,16 +133,27 @@ class CentroidModel(SubCentroids):
         # <gain * e, p> = gain * <e, p>: clustering and contrast want the cosines back
         return result if gain is None else result._replace(own_similarity=result.own_similarity / gain.detach().reshape(-1, 1))
 
-    def _mean(self, total: Tensor, labels: Tensor) -> Tensor:
-        """`total` over the class weights of the labelled pixels; zero, not NaN, without any."""
-        if self.class_weight is None:
-            return total / (labels >= 0).sum().clamp(min=1)
-        weight = torch.where(labels >= 0, self.class_weight[labels.clamp(min=0)], 0).sum()
-        return total / torch.where(weight > 0, weight, 1)
+    def _denominators(self, labels: Tensor, sampled: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
+        """What sums over pixels are divided by: the class weights of labelled pixels, and the number of sampled ones.
 
-    def _contrast(self, e: Tensor, p: Tensor, target: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """PPC and PPD (ProtoSeg, eq. 11 and 12) over the pixels that have a target [N]; zeros where their weight is 0."""
-        count = (target >= 0).sum().clamp(min=1)
+        1, not 0, without any. With `joint` and several ranks that cluster together both are means over the ranks: then the
+        average of the ranks' gradients is the gradient of the mean over all pixels, however they are spread.
+        """
+        if self.class_weight is None:
+            weight = (labels >= 0).sum().to(torch.float64)
+        else:
+            weight = torch.where(labels >= 0, self.class_weight[labels.clamp(min=0)], 0).sum(dtype=torch.float64)
+        count = (sampled >= 0).sum().to(torch.float64)
+        if joint and self.sync != "average" and (world := _sync.ranks(self.sync)) > 1:
+            (both,) = _sync.sum_over_ranks(torch.stack([weight, count]))
+            weight, count = (both / world).unbind()
+        dtype = self.prototypes.dtype
+        return torch.where(weight > 0, weight, 1).to(dtype), torch.where(count > 0, count, 1).to(dtype)
+
+    def _contrast(self, e: Tensor, p: Tensor, target: Tensor, own: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """PPC and PPD (ProtoSeg, eq. 11 and 12): sums over the pixels that have a target [N], over `count`; zeros where their
+        weight is 0.
+        """
         zero = own.new_zeros(())
         ppc = ppd = zero
         if self.ppc_weight:
@@ -166,7 +179,8 @@ class CentroidModel(SubCentroids):
         classes.index_add_(0, torch.where(labels >= 0, labels, self.num_classes), torch.ones_like(labels))
         return torch.cat([classes[:-1], (~finite).sum()[None], wrong[None]])
 
-    def _write_down(self, tally: Tensor) -> None:
+    def _write_down(self, tally: Tensor | None) -> None:
+        assert tally is not None
         self.class_counts.copy_(tally[: self.num_classes])
         self.nonfinite_pixels.add_(tally[self.num_classes])
         self.bad_labels.add_(tally[self.num_classes + 1])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..errors import check_value
+from ._starts import uniform
 
 #: Check label values on CUDA too, at the price of a host sync.
 DEBUG = os.environ.get("DNC_KERNELS_DEBUG", "") == "1"
@@ -39,6 +40,18 @@ def resize_labels(labels: Tensor, size: tuple[int, int], mode: str = "nearest") 
         return labels
     rows, columns = (_nearest(source, target, mode, labels.device) for source, target in ((height, size[0]), (width, size[1])))
     return labels[:, rows[:, None], columns]
+
+
+def sample_of_each_class(labels: Tensor, num_classes: int, most: int, generator: Generator | None) -> Tensor:
+    """Labels [N] with -1 for all but `most` pixels of each class, drawn evenly. Sorts, and never waits for the device."""
+    labelled = torch.where(labels >= 0, labels, num_classes)
+    shuffled = uniform((len(labels),), labels.device, generator).argsort()
+    order = shuffled[labelled[shuffled].argsort(stable=True)]  # by class, in random order within it
+    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=labels.device)
+    first = counts.index_add(0, labelled, torch.ones_like(labelled)).cumsum(0).roll(1)
+    first[0] = 0
+    place = torch.arange(len(labels), device=labels.device) - first[labelled[order]]
+    return torch.where(torch.zeros_like(labels).scatter(0, order, place) < most, labels, -1)
 
 
 def _nearest(source: int, target: int, mode: str, device: torch.device) -> Tensor:

@@ -100,7 +100,9 @@ class DNCClassifier(CentroidModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N,C] of features [N,D]; float32, or float64 for float64 features."""
-        return self.logits(ops.class_scores(self.embed(x), self.snapshot()).scores, self.gain(x))
+        check_features("DNCClassifier", x, 2, self.channels)
+        e, gain = self._embed_with_gain(x)
+        return self.logits(ops.class_scores(e, self.snapshot()).scores, gain)
 
     def loss(self, x: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss:
         """Training loss; afterwards the sub-centroids move and the memory takes the batch.
@@ -121,9 +123,10 @@ class DNCClassifier(CentroidModel):
         check_labels("DNCClassifier", labels, x)
         update = self.training if update is None else update
         labels, wrong = sort_out_labels("DNCClassifier", labels, self.num_classes, self.ignore_index)
-        e, p = self.embed(x), self.snapshot(update)
-        total, prediction, own = self._fused_cross_entropy(e, p, labels, self.gain(x))
-        cross_entropy = self._mean(total, labels)
+        (e, gain), p = self._embed_with_gain(x), self.snapshot(update)
+        total, prediction, own = self._fused_cross_entropy(e, p, labels, gain)
+        total_weight, count = self._denominators(labels, labels, joint=update)
+        cross_entropy = total / total_weight
         finite = prediction >= 0
         group = torch.where(finite, labels, -1)
         correct = (prediction == group) & (group >= 0)
@@ -132,9 +135,9 @@ class DNCClassifier(CentroidModel):
         if update:
             with torch.no_grad():
                 target = self._cluster_and_update(e.detach(), p, group, own, correct, self._tally(labels, finite, wrong))
-            ppc, ppd = self._contrast(e, p, target, own)
+            ppc, ppd = self._contrast(e, p, target, own, count)
         elif self.ppc_weight or self.ppd_weight:
-            ppc, ppd = self._contrast(e, p, self._cluster_with_memory(p, group, own), own)
+            ppc, ppd = self._contrast(e, p, self._cluster_with_memory(p, group, own), own, count)
         loss = self._weighted(cross_entropy, ppc, ppd)
         return DNCLoss(loss, cross_entropy.detach(), ppc.detach(), ppd.detach(), accuracy)
 

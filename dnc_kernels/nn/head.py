@@ -7,12 +7,14 @@ from torch import Generator, Tensor, nn
 
 from .. import ops
 from ..errors import check_value
-from ..ops._common import check_choice
+from ..ops._common import check_choice, compute_dtype
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
-from ._labels import resize_labels, sort_out_labels
+from ._labels import resize_labels, sample_of_each_class, sort_out_labels
+from ._step import Made, first_pass, second_pass
 from .subcentroids import Momentum
 
 LOSS_SIZES = ("labels", "features")
+CHECKPOINTS = ("none", "scores", "all")
 
 
 class DNCHead(CentroidModel):
@@ -43,8 +45,14 @@ class DNCHead(CentroidModel):
         ppc_temperature: divides the similarities of the contrast loss.
         class_weight: [C] weights of the cross-entropy.
         label_smoothing: of the cross-entropy, in [0,1].
-        loss_size: ``labels``: logits upsampled to the labels (as released); ``features``: labels reduced to the features, one
-            fused pass without [N,C] in memory.
+        loss_size: ``labels``: logits upsampled to the labels (as released); ``features``: labels reduced to the features.
+        checkpoint: what a training step makes again instead of keeping it: ``all``: embedding and scores, band by band of rows;
+            ``scores``: the scores; ``none``: nothing, every part of the step is an op of its own. docs/layer.md has the memory
+            formula of each. The gradients are the same to rounding.
+        pixels_per_class: at most so many pixels of each class, drawn anew in every step, take part in clustering, contrast and
+            update; None: all. The cross-entropy sees all pixels.
+        accumulation_steps: losses of a training step whose gradients add up: their sums of pixels add up too, and the
+            sub-centroids move once, at the last.
         recipe: name in `RECIPES`; None: ``default``.
         generator: source of every draw; None: torch's global one.
         device, dtype: of parameters; sub-centroids stay in float32 at least.
@@ -87,6 +95,9 @@ class DNCHead(CentroidModel):
         class_weight: Tensor | list[float] | None = None,
         label_smoothing: float | None = None,
         loss_size: str = "labels",
+        checkpoint: str = "all",
+        pixels_per_class: int | None = None,
+        accumulation_steps: int = 1,
         recipe: str | None = None,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
@@ -95,10 +106,15 @@ class DNCHead(CentroidModel):
         for name, value in (("in_channels", in_channels), ("embed_channels", embed_channels or 1)):
             check_value(isinstance(value, int) and value > 0, "DNCHead", name, "a positive integer", value)
         check_choice("DNCHead", "loss_size", loss_size, LOSS_SIZES)
+        check_choice("DNCHead", "checkpoint", checkpoint, CHECKPOINTS)
+        check_value(
+            pixels_per_class is None or (isinstance(pixels_per_class, int) and pixels_per_class > 0),
+            "DNCHead", "pixels_per_class", "None or a positive integer", pixels_per_class,
+        )  # fmt: skip
         super().__init__(
             embed_channels or in_channels, num_classes, num_subcentroids,
-            recipe=recipe, ignore_index=ignore_index, class_weight=class_weight, sync=sync, generator=generator,
-            device=device, dtype=dtype,
+            recipe=recipe, ignore_index=ignore_index, class_weight=class_weight, sync=sync,
+            accumulation_steps=accumulation_steps, generator=generator, device=device, dtype=dtype,
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
@@ -109,6 +125,7 @@ class DNCHead(CentroidModel):
             },
         )  # fmt: skip
         self.in_channels, self.align_corners, self.loss_size = in_channels, align_corners, loss_size
+        self.checkpoint, self.pixels_per_class = checkpoint, pixels_per_class
         self.projection = nn.Conv2d(in_channels, embed_channels, 1, device=device, dtype=dtype) if embed_channels else None
 
     def embed(self, features: Tensor) -> Tensor:
@@ -121,8 +138,8 @@ class DNCHead(CentroidModel):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [B,C,h,w] of features [B,in_channels,h,w]; float32, or float64 for float64 features."""
-        x = self._projected(features)
-        return self.logits(ops.class_scores(super().embed(x), self.snapshot()).scores, self.gain(x))
+        e, gain = self._embed_with_gain(self._projected(features))
+        return self.logits(ops.class_scores(e, self.snapshot()).scores, gain)
 
     def loss(self, features: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss:
         """Training loss; afterwards the sub-centroids move.
@@ -149,36 +166,99 @@ class DNCHead(CentroidModel):
         update = self.training if update is None else update
         labels, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
         small = resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode)
-        x, p = self._projected(features), self.snapshot(update)
-        e, gain = super().embed(x), self.gain(x)
+        sampled = small.reshape(-1)
+        if self.pixels_per_class is not None:
+            sampled = sample_of_each_class(sampled, self.num_classes, self.pixels_per_class, self.generator)
+        step = self._compose if self.checkpoint == "none" else self._step_in_bands
+        return step(self._projected(features), labels if self.loss_size == "labels" else small, small, sampled, wrong, update)
+
+    def _step_in_bands(self, x: Tensor, labels: Tensor, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool) -> DNCLoss:
+        p, dtype = self.prototypes, compute_dtype(x)
+        weight, bias = self.feat_norm.weight.to(dtype), self.feat_norm.bias.to(dtype)
+        temperature, scale, gains, shift = 1.0, None, None, None
+        if self.scores == "norm":
+            gains, shift = self.mask_norm.weight.to(dtype), self.mask_norm.bias.to(dtype)
+        elif self.scores == "scale":
+            scale = self.logit_scale.to(dtype).exp()
+        else:
+            temperature = self.temperature
+        inputs = (x, weight, bias, scale, gains, shift)
+        gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        with torch.no_grad():
+            total_weight, count = self._denominators(labels, sampled, joint=update)
+            # the loss is a sum over pixels divided by total_weight
+            contrast, distance = (w * total_weight / count for w in (self.ppc_weight, self.ppd_weight))
+            needs_embedding = update and (self._start_pending or self.revive_after is not None)
+            total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, e = first_pass(
+                x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, sampled,
+                self.confidence == "length" and self.scores != "norm", temperature, *_detached(scale, gains, shift),
+                self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
+                contrast if self.ppc_weight else None, self.ppc_temperature, gradient,
+                needs_embedding or (update and self.checkpoint == "scores"),
+            )  # fmt: skip
+            finite = prediction >= 0
+            group = torch.where(finite, small.reshape(-1), -1)
+            correct = (prediction == group) & (group >= 0)
+            accuracy = correct.sum() / (group >= 0).sum().clamp(min=1)
+            cross_entropy = total / total_weight
+            ppc = ppd = total.new_zeros(())
+            target = pull = moving = None
+            if update or self.ppc_weight or self.ppd_weight:
+                target = self.cluster(own, torch.where(finite, sampled, -1), joint=update)
+                counted = target >= 0
+                towards = own.gather(1, (target.clamp(min=0) % self.num_subcentroids)[:, None])[:, 0]
+                pull = torch.zeros_like(towards)
+                if self.ppc_weight:
+                    ppc = torch.where(counted, lse - towards / self.ppc_temperature, 0).sum() / count
+                    pull -= contrast / self.ppc_temperature
+                if self.ppd_weight:
+                    ppd = torch.where(counted, (1 - towards).square(), 0).sum() / count
+                    pull -= 2 * distance * (1 - towards)
+                pull = torch.where(counted, pull, 0)
+                if update:
+                    moving = torch.where(correct, target, -1) if self.update_from == "correct" else target
+            grad_affine, sums, counts = second_pass(
+                grad, x.detach(), e, weight.detach(), bias.detach(), self.feat_norm.eps, statistics, grad_rstd, p,
+                target, pull if self.ppc_weight or self.ppd_weight else None, moving, gradient,
+            )  # fmt: skip
+            if update:
+                assert target is not None
+                tally = self._tally(small.reshape(-1), finite, wrong)
+                self._write_down(self._update(e if needs_embedding else None, target, correct, own, tally, sums=(sums, counts)))
+            loss = self._weighted(cross_entropy, ppc, ppd)
+        if gradient:
+            made = (grad, *grad_affine, grad_scale, *grad_norm)
+            loss = Made.apply(loss * total_weight, *made, *inputs) / total_weight
+        return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
+
+    def _compose(self, x: Tensor, labels: Tensor, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool) -> DNCLoss:
+        p = self.snapshot(update)
+        e, gain = self._embed_with_gain(x)
+        total_weight, count = self._denominators(labels, sampled, joint=update)
         if self.loss_size == "labels":
-            scores, _, own = ops.class_scores(e, p, small)
+            scores, _, own = ops.class_scores(e, p, sampled.view_as(small))
             assert own is not None
             logits = self.logits(scores, gain)
             total = ops.upsample_cross_entropy(
                 logits, labels, align_corners=self.align_corners, class_weight=self.class_weight, ignore_index=-1,
                 label_smoothing=self.label_smoothing, reduction="sum",
             )  # fmt: skip
-            cross_entropy = self._mean(total, labels)
             # a pixel with a non-finite feature has NaN scores in every class
             finite, prediction = scores.detach()[:, 0].isfinite().reshape(-1), logits.detach().argmax(1).reshape(-1)
         else:
             total, prediction, own = self._fused_cross_entropy(e, p, small, gain)
-            cross_entropy = self._mean(total, small)
             finite, prediction = (prediction >= 0).reshape(-1), prediction.reshape(-1)
-        flat = small.reshape(-1)
-        group = torch.where(finite, flat, -1)
+        cross_entropy = total / total_weight
+        group = torch.where(finite, small.reshape(-1), -1)
         correct = (prediction == group) & (group >= 0)
         accuracy = correct.sum() / (group >= 0).sum().clamp(min=1)
         ppc = ppd = cross_entropy.new_zeros(())
         if update or self.ppc_weight or self.ppd_weight:
-            cluster = self.cluster(own, group, joint=update)
-            ppc, ppd = self._contrast(e, p, cluster, own)
+            cluster = self.cluster(own, torch.where(finite, sampled, -1), joint=update)
+            ppc, ppd = self._contrast(e, p, cluster, own, count)
             if update:
                 with torch.no_grad():
-                    tally = self._update(e, cluster, correct, own, self._tally(flat, finite, wrong))
-                    assert tally is not None
-                    self._write_down(tally)
+                    self._write_down(self._update(e, cluster, correct, own, self._tally(small.reshape(-1), finite, wrong)))
         loss = self._weighted(cross_entropy, ppc, ppd)
         return DNCLoss(loss, cross_entropy.detach(), ppc.detach(), ppd.detach(), accuracy)
 
@@ -213,3 +293,7 @@ class DNCHead(CentroidModel):
         """Sizes and the choices that differ in kind."""
         weights = f"ppc_weight={self.ppc_weight}, ppd_weight={self.ppd_weight}"
         return f"in_channels={self.in_channels}, {super().extra_repr()}, scores={self.scores!r}, {weights}"
+
+
+def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.detach() for t in tensors)

@@ -46,6 +46,7 @@ class SubCentroids(nn.Module):
         warmup_steps: updates that are counted but move nothing.
         revive_after: give a sub-centroid that got no pixel in this many updates in which its class did the pixel of its class
             that is least like any of its sub-centroids; at most one a class and update. None or 0: never.
+        accumulation_steps: calls of `update_` whose sums add up before the sub-centroids move once; `num_updates` counts moves.
         generator: source of every draw (start, Gumbel noise); None: torch's global one. Copied and pickled with the module.
         device, dtype: of the sub-centroids; float32 (default) or float64.
 
@@ -64,6 +65,8 @@ class SubCentroids(nn.Module):
     num_updates: Tensor
     last_counts: Tensor
     idle_updates: Tensor
+    pending_sums: Tensor
+    pending_counts: Tensor
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class SubCentroids(nn.Module):
         init_step: int = 0,
         warmup_steps: int = 0,
         revive_after: int | None = None,
+        accumulation_steps: int = 1,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -100,13 +104,17 @@ class SubCentroids(nn.Module):
         check_value(init_step >= 0, op, "init_step", "non-negative", init_step)
         check_value(warmup_steps >= 0, op, "warmup_steps", "non-negative", warmup_steps)
         check_value((revive_after or 0) >= 0, op, "revive_after", "None or non-negative", revive_after)
+        check_value(
+            isinstance(accumulation_steps, int) and accumulation_steps > 0,
+            op, "accumulation_steps", "a positive integer", accumulation_steps,
+        )  # fmt: skip
         dtype = torch.float32 if dtype is None or dtype in (torch.float16, torch.bfloat16) else dtype
         check_value(dtype in (torch.float32, torch.float64), op, "dtype", "a float dtype", dtype)
         self.num_classes, self.num_subcentroids, self.channels = num_classes, num_subcentroids, channels
         self.momentum, self.epsilon, self.iterations = momentum, epsilon, iterations
         self.assignment, self.update_from, self.sync = assignment, update_from, sync
         self.init, self.init_step, self.warmup_steps, self.revive_after = init, init_step, warmup_steps, revive_after or None
-        self.generator = generator
+        self.accumulation_steps, self.generator = accumulation_steps, generator
         size = (num_classes, num_subcentroids)
         needs_count = not isinstance(momentum, (int, float)) or warmup_steps > 0 or init == "data"
         count = {"dtype": torch.int64, "device": device}
@@ -114,6 +122,10 @@ class SubCentroids(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), **count), persistent=needs_count)  # type: ignore[arg-type]
         self.register_buffer("last_counts", torch.zeros(size, **count), persistent=False)  # type: ignore[arg-type]
         self.register_buffer("idle_updates", torch.zeros(size, **count), persistent=bool(revive_after))  # type: ignore[arg-type]
+        sums = torch.zeros(math.prod(size) if accumulation_steps > 1 else 0, channels, device=device, dtype=dtype)
+        self.register_buffer("pending_sums", sums, persistent=False)
+        self.register_buffer("pending_counts", torch.zeros(len(sums), **count), persistent=False)  # type: ignore[arg-type]
+        self._pending = 0  # updates in them; counted on the host, where the decision to move is made
         self._start_pending = False
         self._updates_before_start = 0
         self.reset_prototypes()
@@ -121,9 +133,9 @@ class SubCentroids(nn.Module):
     @torch.no_grad()
     def reset_prototypes(self) -> None:
         """Start over: sub-centroids as `init` says, counters at zero."""
-        self.num_updates.zero_()
-        self.last_counts.zero_()
-        self.idle_updates.zero_()
+        for buffer in (self.num_updates, self.last_counts, self.idle_updates, self.pending_sums, self.pending_counts):
+            buffer.zero_()
+        self._pending = 0
         self._start_pending, self._updates_before_start = self.init == "data", self.init_step
         if self.prototypes.is_meta:
             return
@@ -182,23 +194,25 @@ class SubCentroids(nn.Module):
 
     def _update(
         self,
-        x: Tensor,
+        x: Tensor | None,
         cluster: Tensor,
         correct: Tensor | None,
         own_similarity: Tensor | None,
         tally: Tensor | None = None,
         *,
+        sums: tuple[Tensor, Tensor] | None = None,
         gathered: bool = False,
         start_from: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | None:
         """Does `update_`.
 
         Args:
-            x: as there.
+            x: as there; None where `sums` is given and neither a start from data nor revival needs it.
             cluster: as there.
             correct: as there.
             own_similarity: as there.
             tally: int64 counts of the caller, to be summed over the ranks in the same exchange.
+            sums: sums [M,D] and counts [M] of the pixels that move sub-centroids, where they are known.
             gathered: the pixels are those of all ranks already: exchange nothing.
             start_from: features and classes to start from when a data start is due; None: those of this update.
 
@@ -206,15 +220,40 @@ class SubCentroids(nn.Module):
             `tally`, summed.
         """
         rows = self.num_classes * self.num_subcentroids
-        x, group = x.detach(), torch.div(cluster, self.num_subcentroids, rounding_mode="floor")
-        if correct is not None and self.update_from == "correct":
-            cluster = torch.where(correct, cluster, -1)
-        started = self._start_pending and self._start_when_due(*(start_from or (x, group)))
-        sums, counts = ops.cluster_sums(x, cluster, rows)
+        group = torch.div(cluster, self.num_subcentroids, rounding_mode="floor")
+        started = False
+        if self._start_pending:
+            assert x is not None
+            started = self._start_when_due(*(start_from or (x.detach(), group)))
+        if sums is None:
+            assert x is not None
+            if correct is not None and self.update_from == "correct":
+                cluster = torch.where(correct, cluster, -1)
+            sums = ops.cluster_sums(x.detach(), cluster, rows)
+        totals, counts = sums
         if not gathered and self.sync != "average" and _sync.ranks(self.sync) > 1:
             packed = counts if tally is None else torch.cat([counts, tally])
-            sums, packed = _sync.sum_over_ranks(sums, packed)
+            totals, packed = _sync.sum_over_ranks(totals, packed)
             counts, tally = packed[:rows], None if tally is None else packed[rows:]
+        if self.accumulation_steps > 1:
+            if not started:  # or these pixels were clustered by sub-centroids that are no more
+                self.pending_sums.add_(totals)
+                self.pending_counts.add_(counts)
+            totals, counts = self.pending_sums, self.pending_counts
+            self._pending += 1
+            if self._pending < self.accumulation_steps:
+                return tally
+        self._finish_update(totals, counts, started)
+        if self.accumulation_steps > 1:
+            self.pending_sums.zero_()
+            self.pending_counts.zero_()
+            self._pending = 0
+        if self.revive_after is not None and own_similarity is not None and not started:
+            assert x is not None
+            self._revive(x.detach(), group, own_similarity, self.revive_after, gathered)
+        return tally
+
+    def _finish_update(self, sums: Tensor, counts: Tensor, started: bool) -> None:
         self.last_counts.copy_(counts.view_as(self.last_counts))
         if not started:
             if self.warmup_steps:
@@ -224,9 +263,6 @@ class SubCentroids(nn.Module):
         idle = self.idle_updates + got.any(1, keepdim=True)
         self.idle_updates.copy_(torch.where(got, 0, idle))
         self.num_updates.add_(1)
-        if self.revive_after is not None and own_similarity is not None and not started:
-            self._revive(x, group, own_similarity, self.revive_after, gathered)
-        return tally
 
     def _move(self, sums: Tensor, counts: Tensor) -> None:
         momentum = self.momentum_now()
@@ -325,10 +361,10 @@ class SubCentroids(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubCentroids:
-        master = self.prototypes
+        master = self.prototypes, self.pending_sums
         super()._apply(fn, recurse)
         if self.prototypes.dtype in (torch.float16, torch.bfloat16):
-            self.prototypes = master.to(self.prototypes.device)
+            self.prototypes, self.pending_sums = (t.to(self.prototypes.device) for t in master)
         return self
 
     def _load_from_state_dict(

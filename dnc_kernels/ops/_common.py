@@ -120,9 +120,32 @@ def check_label_range(op: str, labels: Tensor, num_classes: int, ignore_index: i
         )  # fmt: skip
 
 
+def pixel_count(x: Tensor) -> int:
+    """N of x [N,D] or [B,D,H,W]."""
+    return x.numel() // x.shape[1]
+
+
+def scale_saved(saved: Tensor, grad: Tensor) -> Tensor:
+    """`saved * grad` in the dtype of `saved`, in place where nothing else can read `saved`: the graph is freed after this pass.
+
+    The product is made in `grad`'s own precision: in 16 bits a loss scale of 65536 is infinite, and 1/N loses 8 bits.
+    """
+    # under tracing the compiler decides about memory
+    if type(saved) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (saved * grad).to(saved.dtype)
+    if saved.dtype == grad.dtype or saved.device.type == "cpu":
+        return saved.mul_(grad)
+    return saved.copy_(saved * grad)
+
+
 def flat_pixels(x: Tensor) -> Tensor:
     """[N,D] of x [N,D] or [B,D,H,W] (reference code; copies where the layout asks for it)."""
     return x if x.ndim == 2 else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def pixel_map(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [N,M] as [N,M] (x [N,D]) or [B,M,H,W] (x [B,D,H,W]), a view: the inverse of `flat_pixels`."""
+    return rows if x.ndim == 2 else rows.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:

@@ -18,7 +18,8 @@ Status normalize_embedding(const NormalizeEmbedding&);
 struct NormalizeEmbeddingBackward {
   View x, weight, bias, mean, rstd, inverse_norm;
   View grad_y;                  // x's shape, any strides (expanded too)
-  View grad_x;                  // out, optional, x's shape and dtype, any strides
+  View grad_rstd;               // optional [N], the dtype of the statistics: rstd is a result that others may use
+  View grad_x;                  // out, optional, x's shape and dtype, any strides; may be grad_y itself
   View grad_weight, grad_bias;  // out, optional [D], the dtype of the statistics
   int threads = 1;
 };

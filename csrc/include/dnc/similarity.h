@@ -68,4 +68,18 @@ struct CentroidCrossEntropy {
 };
 Status centroid_cross_entropy(const CentroidCrossEntropy&);
 
+// Cross-entropy over all C*K similarities <x,p> / temperature and, in the same pass, its gradient for a coefficient of 1 a
+// pixel: loss[n] = lse_m(s[n,m]) - s[n,target], grad_x[n] = (sum_m softmax_m p_m - p_target) / temperature. Without a target
+// the target's terms are left out: loss is the log-sum-exp, for pixels with a label where labels are given. Class scores come
+// out of the same product where they are asked for.
+struct SubcentroidCrossEntropy {
+  ClassScores scores;  // x, centroids, labels, threads; metric dot; its outputs are optional here
+  View target;         // optional [N] int64: c*K + k, or ignore_index
+  double temperature = 1.0;
+  int64_t ignore_index = -100;
+  View loss;    // out [N] of the compute type, 0 where left out
+  View grad_x;  // out, optional, x's shape and dtype, any strides; 0 where left out
+};
+Status subcentroid_cross_entropy(const SubcentroidCrossEntropy&);
+
 }  // namespace dnc

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 from torch import Tensor
 
 from ...backends import pick
 from ...errors import check_device, check_float, check_value
-from .._common import check_pixels, compute_dtype
+from .._common import check_pixels, compute_dtype, like_pixels
 from . import native, reference
 
 
+@overload
 def normalize_embedding(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5, backend: str | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., *, eps: float = ...,
+    return_length: Literal[False] = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def normalize_embedding(
+    x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., *, eps: float = ..., return_length: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def normalize_embedding(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    return_length: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Unit-length LayerNorm of every pixel: ``z = (x - mean) / sqrt(var + eps) * weight + bias; y = z / max(|z|, 1e-12)``.
 
     Equals ``F.normalize(F.layer_norm(x, [D], weight, bias, eps))`` over the channels; the variance is the biased one. A pixel
@@ -26,12 +43,14 @@ def normalize_embedding(
         weight: [D], any of these dtypes; None: 1.
         bias: [D], any of these dtypes; None: 0.
         eps: added to the variance; finite, not negative.
+        return_length: also return ``sqrt(var + eps)``, what LayerNorm divides the pixel by: how long its centred feature was.
         backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
 
     Returns:
-        The embedding in the shape, dtype and memory format of `x`, computed in float64 for float64 `x`, else in float32.
-        Differentiable once in `x`, `weight` and `bias` (the reference: any number of times). Deterministic, bit-equal for any
-        number of threads. Never synchronises. Keeps 3 numbers a pixel for the backward pass, and no copy of `x`.
+        The embedding in the shape, dtype and memory format of `x`, computed in float64 for float64 `x`, else in float32; with
+        `return_length` a pair of it and the lengths [N] or [B,H,W] in that compute dtype, from the same pass. Differentiable
+        once in `x`, `weight` and `bias` (the reference: any number of times). Deterministic, bit-equal for any number of
+        threads. Never synchronises. Keeps 3 numbers a pixel for the backward pass, and no copy of `x`.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or eps.
@@ -40,9 +59,9 @@ def normalize_embedding(
     check_pixels(op, x)
     check_value(0 <= eps < math.inf, op, "eps", "finite and not negative", eps)
     weight, bias = _check_affine(op, "weight", weight, x), _check_affine(op, "bias", bias, x)
-    if pick(op, x, backend) == "reference":
-        return reference.normalize_embedding(x, weight, bias, eps)
-    return native.normalize_embedding(x, weight, bias, eps)[0]
+    run = reference if pick(op, x, backend) == "reference" else native
+    y, _, rstd, _ = run.normalize_embedding(x, weight, bias, eps)
+    return (y, like_pixels(x, rstd.reciprocal())) if return_length else y
 
 
 def _check_affine(op: str, argument: str, tensor: Tensor | None, x: Tensor) -> Tensor | None:

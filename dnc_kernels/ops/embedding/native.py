@@ -43,6 +43,7 @@ def normalize_embedding_backward(
     rstd: Tensor,
     inverse_norm: Tensor,
     grad_y: Tensor,
+    grad_rstd: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
@@ -58,6 +59,7 @@ def normalize_embedding_backward(
         view(rstd),
         view(inverse_norm),
         view(grad_y),
+        view(None if grad_rstd is None else grad_rstd.contiguous()),
         *wanted,
         torch.get_num_threads(),
     )
@@ -73,6 +75,7 @@ def _(
     rstd: Tensor,
     inverse_norm: Tensor,
     grad_y: Tensor,
+    grad_rstd: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
@@ -92,15 +95,42 @@ def _gradients(x: Tensor, need_x: bool, need_weight: bool, need_bias: bool) -> t
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _ = inputs
     _, mean, rstd, inverse_norm = output
-    ctx.mark_non_differentiable(mean, rstd, inverse_norm)
+    ctx.mark_non_differentiable(mean, inverse_norm)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, mean, rstd, inverse_norm)
 
 
-def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+def _backward(
+    ctx: Any, grad_y: Tensor | None, _mean: Any, grad_rstd: Tensor | None, _inverse_norm: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    if grad_y is None and grad_rstd is None:
+        return None, None, None, None
+    if grad_y is None:  # the length alone was used
+        x = ctx.saved_tensors[0]
+        grad_y = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
     need = ctx.needs_input_grad[:3]
-    grads = normalize_embedding_backward(*ctx.saved_tensors, grad_y, *need)
+    grads = normalize_embedding_backward(*ctx.saved_tensors, grad_y, grad_rstd, *need)
     grad_x, grad_weight, grad_bias = (g if n else None for g, n in zip(grads, need, strict=True))
     return grad_x, grad_weight, grad_bias, None
+
+
+def gradient_in_place_(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    inverse_norm: Tensor,
+    grad_rstd: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Turn the gradient of the embedding into that of x, in place; return grad_weight and grad_bias [D]. No autograd."""
+    grad_weight, grad_bias = (x.new_empty(x.shape[1], dtype=compute_dtype(x)) for _ in range(2))
+    native().normalize_embedding_backward(
+        view(x), view(weight), view(bias), view(mean), view(rstd), view(inverse_norm), view(grad), view(grad_rstd), view(grad),
+        view(grad_weight), view(grad_bias), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_weight, grad_bias
 
 
 normalize_embedding.register_autograd(_backward, setup_context=_save)

@@ -10,17 +10,55 @@ from .._common import compute_dtype
 SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's bound
 
 
-def normalize_embedding(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """l2_normalize(LayerNorm(x)) over dimension 1 of x [N,D] or [B,D,H,W]; weight and bias [D] of the compute dtype."""
-    along_channels = (1, -1) if x.ndim == 2 else (1, -1, 1, 1)
+def normalize_embedding(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """l2_normalize(LayerNorm(x)) over dimension 1 of x [N,D] or [B,D,H,W]; mean, rstd and inverse_norm [N].
+
+    weight and bias: [D] of the compute dtype.
+    """
     wide = x.to(compute_dtype(x))
-    centered = wide - wide.mean(1, keepdim=True)
-    z = centered * torch.rsqrt(centered.square().mean(1, keepdim=True) + eps)
-    if weight is not None:
-        z = z * weight.view(along_channels)
-    if bias is not None:
-        z = z + bias.view(along_channels)
+    mean = wide.mean(1, keepdim=True)
+    centered = wide - mean
+    rstd = torch.rsqrt(centered.square().mean(1, keepdim=True) + eps)
+    z = _affine(centered * rstd, weight, bias)
     length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     # 0 for z = 0: that pixel's embedding and gradient are 0, not 1e12 times the incoming one
-    y = z * torch.where(length == 0, 0.0, 1 / length.clamp_min(SMALLEST_NORM))
-    return torch.empty_like(x).copy_(y)
+    inverse_norm = torch.where(length == 0, 0.0, 1 / length.clamp_min(SMALLEST_NORM))
+    y = torch.empty_like(x).copy_(z * inverse_norm)
+    return y, mean.reshape(-1), rstd.reshape(-1), inverse_norm.reshape(-1)
+
+
+def gradient_in_place_(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    inverse_norm: Tensor,
+    grad_rstd: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Turn the gradient of the embedding into that of x, in place; return grad_weight and grad_bias [D]. No autograd."""
+    along_pixels = (-1, 1) if x.ndim == 2 else (x.shape[0], 1, x.shape[2], x.shape[3])
+    mean, rstd, inverse_norm = (t.view(along_pixels) for t in (mean, rstd, inverse_norm))
+    g = grad.to(compute_dtype(x))
+    xhat = (x.to(g.dtype) - mean) * rstd
+    y = _affine(xhat, weight, bias) * inverse_norm
+    # below the bound the length is a constant, and nothing is projected out
+    along = torch.where(inverse_norm < 1 / SMALLEST_NORM, (g * y).sum(1, keepdim=True), 0)
+    dz = inverse_norm * (g - along * y)
+    over_pixels = 0 if x.ndim == 2 else (0, 2, 3)
+    grad_weight, grad_bias = (dz * xhat).sum(over_pixels), dz.sum(over_pixels)
+    dz = _affine(dz, weight, None)
+    slope = (dz * xhat).mean(1, keepdim=True)
+    if grad_rstd is not None:  # d rstd / dx = -rstd^2 * xhat / D
+        slope = slope + grad_rstd.view(along_pixels) * rstd / x.shape[1]
+    grad.copy_(rstd * (dz - dz.mean(1, keepdim=True) - xhat * slope))
+    return grad_weight, grad_bias
+
+
+def _affine(t: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    along_channels = (1, -1) if t.ndim == 2 else (1, -1, 1, 1)
+    t = t if weight is None else t * weight.view(along_channels)
+    return t if bias is None else t + bias.view(along_channels)

@@ -20,7 +20,7 @@ from .._common import (
     compute_dtype,
     like_pixels,
 )
-from . import native, reference
+from . import native, native_loss, reference
 
 MAX_SUBCENTROIDS = 256  # winners are uint8
 
@@ -224,7 +224,7 @@ def centroid_cross_entropy(
         check_label_range(op, flat, classes, ignore_index)
         loss, prediction, own = reference.centroid_cross_entropy(*tensors, *options)
     else:
-        loss, prediction, own = native.centroid_cross_entropy(*tensors, *options)
+        loss, prediction, own = native_loss.centroid_cross_entropy(*tensors, *options)
     return CentroidLoss(like_pixels(x, loss) if reduction == "none" else loss, like_pixels(x, prediction), own)
 
 
@@ -247,10 +247,15 @@ def subcentroid_cross_entropy(
         temperature: divides the similarities <x,p>.
         ignore_index: target of pixels left out; outside [0,C*K).
         reduction: ``mean``, ``sum`` or ``none``.
-        backend: ``auto`` or ``reference`` (its own kernel is still to come: [N,C*K] is in memory).
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
 
     Returns:
-        Scalar, or [N] / [B,H,W] for ``none``; float64 if an input is float64, else float32. Differentiable in x and centroids.
+        Scalar, or [N] / [B,H,W] for ``none``, zero where ignored; float64 if an input is float64, else float32. Differentiable
+        in x and centroids, once. A pixel with a non-finite feature has a NaN loss. Without a pixel that counts, ``mean`` is NaN
+        as in torch, with zero gradients.
+
+        Memory: no [N,C*K]. dX is made in the forward pass: extra memory is dX + O(N). A gradient of the centroids is made from
+        products of 4096 pixels at a time, in plain torch.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or option, or a target outside [0,C*K) other than `ignore_index`.
@@ -262,9 +267,12 @@ def subcentroid_cross_entropy(
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_ignore_index(op, ignore_index, classes * k)
     check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
-    pick(op, x, backend)
-    check_label_range(op, flat, classes * k, ignore_index)
-    loss = reference.subcentroid_cross_entropy(x, centroids, flat, temperature, ignore_index, reduction)
+    arguments = (x, centroids, flat, float(temperature), ignore_index, reduction)
+    if pick(op, x, backend) == "reference":
+        check_label_range(op, flat, classes * k, ignore_index)
+        loss = reference.subcentroid_cross_entropy(*arguments)
+    else:
+        loss = native_loss.subcentroid_cross_entropy(*arguments)
     return like_pixels(x, loss) if reduction == "none" else loss
 
 

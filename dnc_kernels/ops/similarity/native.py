@@ -1,4 +1,4 @@
-"""The C++ similarity kernels as torch ops (csrc/cpu/similarity.cpp, similarity_loss.cpp)."""
+"""The C++ kernels of distances, class scores and the nearest sub-centroid as torch ops (csrc/cpu/similarity.cpp)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from .._common import METRICS, NAMESPACE, REDUCTIONS, compute_dtype, flat_pixels, keep_dtypes_under_autocast, view
+from .._common import METRICS, NAMESPACE, compute_dtype, flat_pixels, keep_dtypes_under_autocast, pixel_count, view
 
 
-def _empty_scores(x: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+def empty_scores(x: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """[N,C], or [B,C,H,W] in the memory format of x."""
     if x.ndim == 2:
         return x.new_empty((x.shape[0], classes), dtype=dtype)
@@ -22,10 +22,6 @@ def _empty_scores(x: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _pixels(x: Tensor) -> int:
-    return x.numel() // x.shape[1]
-
-
 # centroid_distance: class_scores with every sub-centroid as a class of its own
 
 
@@ -33,7 +29,7 @@ def _pixels(x: Tensor) -> int:
 def centroid_distance(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
     """[N,C,K]."""
     classes, k, channels = centroids.shape
-    out = x.new_empty((_pixels(x), classes, k), dtype=compute_dtype(x, centroids))
+    out = x.new_empty((pixel_count(x), classes, k), dtype=compute_dtype(x, centroids))
     rows = centroids.reshape(classes * k, 1, channels).contiguous()
     # the pixels of x are flat in the result, whatever the layout of x
     shape = (x.shape[0], classes * k) if x.ndim == 2 else (x.shape[0], x.shape[2], x.shape[3], classes * k)
@@ -47,7 +43,7 @@ def centroid_distance(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
 
 @centroid_distance.register_fake
 def _(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
-    return x.new_empty((_pixels(x), *centroids.shape[:2]), dtype=compute_dtype(x, centroids))
+    return x.new_empty((pixel_count(x), *centroids.shape[:2]), dtype=compute_dtype(x, centroids))
 
 
 def _save_distance(ctx: Any, inputs: Any, output: Any) -> None:
@@ -102,8 +98,8 @@ def class_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: st
 @class_scores.register_fake
 def _class_scores_fake(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x, centroids)
-    scores, winner = (_empty_scores(x, centroids.shape[0], t) for t in (dtype, torch.uint8))
-    own = x.new_empty((_pixels(x), centroids.shape[1]) if labels is not None else (0,), dtype=dtype)
+    scores, winner = (empty_scores(x, centroids.shape[0], t) for t in (dtype, torch.uint8))
+    own = x.new_empty((pixel_count(x), centroids.shape[1]) if labels is not None else (0,), dtype=dtype)
     return scores, winner, own
 
 
@@ -180,6 +176,11 @@ def _scores_backward(ctx: Any, grad_scores: Tensor | None, _: Any, grad_own: Ten
 class_scores.register_autograd(_scores_backward, setup_context=_save_scores)
 
 
+def scores_gradient(x: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> Tensor:
+    """Gradient of x from that of the class scores (metric dot), in the shape and dtype of x; no autograd."""
+    return class_scores_backward(x, centroids, None, "dot", winner, grad_scores, None, True, False)[0]
+
+
 @torch.library.custom_op(f"{NAMESPACE}::nearest_centroid", mutates_args=(), device_types="cpu")
 def nearest_centroid(x: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
     """Label [N], sub [N], score [N]."""
@@ -198,234 +199,9 @@ def nearest_centroid(x: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor,
 
 @nearest_centroid.register_fake
 def _nearest_fake(x: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    label, sub = (x.new_empty(_pixels(x), dtype=torch.int64) for _ in range(2))
-    return label, sub, x.new_empty(_pixels(x), dtype=compute_dtype(x, centroids))
+    label, sub = (x.new_empty(pixel_count(x), dtype=torch.int64) for _ in range(2))
+    return label, sub, x.new_empty(pixel_count(x), dtype=compute_dtype(x, centroids))
 
 
-# centroid_cross_entropy. `early` makes the gradients of the loss (for an incoming gradient of 1) in the forward pass.
-
-
-def _run_loss(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    class_weight: Tensor | None,
-    metric: str,
-    norm_eps: float,
-    temperature: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    *,
-    grad_loss: Tensor | None = None,
-    loss: Tensor | None = None,
-    prediction: Tensor | None = None,
-    own: Tensor | None = None,
-    grads: tuple[Tensor | None, ...] = (None,) * 5,
-) -> tuple[Tensor | None, ...]:
-    """Call the kernel; return grads (of x, centroids, norm_weight, norm_bias, scale) with their dtypes as given."""
-    dtype = compute_dtype(x, centroids)
-
-    def small(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(dtype).contiguous()
-
-    # gradients of small tensors are made in the compute type and cast afterwards; grad_x is written in x's own dtype
-    wide = (grads[0], *(None if g is None else (g if g.dtype == dtype else g.to(dtype)) for g in grads[1:]))
-    native().centroid_cross_entropy(
-        view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), view(small(norm_weight)),
-        view(small(norm_bias)), norm_eps, view(small(scale)), temperature, view(small(class_weight)), ignore_index,
-        label_smoothing, REDUCTIONS.index(reduction), view(small(grad_loss)), view(loss), view(prediction), view(own),
-        *map(view, wide), torch.get_num_threads(),
-    )  # fmt: skip
-    return tuple(w if g is None or w is None or w.dtype == g.dtype else w.to(g.dtype) for w, g in zip(wide, grads, strict=True))
-
-
-def _empty_grads(tensors: tuple[Tensor | None, ...], wanted: list[bool]) -> tuple[Tensor, ...]:
-    x = tensors[0]
-    assert x is not None
-    out = []
-    for t, want in zip(tensors, wanted, strict=True):
-        if t is None or not want:
-            out.append(x.new_empty(0))
-        else:
-            out.append(torch.empty_like(t) if t is x else torch.empty_like(t, memory_format=torch.contiguous_format))
-    return tuple(out)
-
-
-def _chosen(grads: tuple[Tensor, ...], wanted: list[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
-
-
-@torch.library.custom_op(f"{NAMESPACE}::centroid_cross_entropy", mutates_args=(), device_types="cpu")
-def _loss_op(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    class_weight: Tensor | None,
-    metric: str,
-    norm_eps: float,
-    temperature: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    early: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, prediction, own similarities, and early gradients of x, norm_weight, norm_bias, scale ([0] where not wanted)."""
-    loss, prediction, own, *empty = _loss_fake(
-        x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, reduction, early,
-    )  # fmt: skip
-    chosen = _chosen(tuple(empty), early)
-    made = _run_loss(
-        x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, reduction, loss=loss, prediction=prediction, own=own, grads=(chosen[0], None, *chosen[1:]),
-    )  # fmt: skip
-    grads = [e if m is None else m for e, m in zip(empty, (made[0], *made[2:]), strict=True)]
-    return loss, prediction, own, grads[0], grads[1], grads[2], grads[3]
-
-
-@_loss_op.register_fake
-def _loss_fake(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    class_weight: Tensor | None,
-    metric: str,
-    norm_eps: float,
-    temperature: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    early: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(x, centroids)
-    loss = x.new_empty(_pixels(x) if reduction == "none" else (), dtype=dtype)
-    prediction = x.new_empty(_pixels(x), dtype=torch.int64)
-    own = x.new_empty((_pixels(x), centroids.shape[1]), dtype=dtype)
-    grads = _empty_grads((x, norm_weight, norm_bias, scale), early)
-    return loss, prediction, own, grads[0], grads[1], grads[2], grads[3]
-
-
-@torch.library.custom_op(f"{NAMESPACE}::centroid_cross_entropy_backward", mutates_args=(), device_types="cpu")
-def _loss_backward_op(
-    grad_loss: Tensor,
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    class_weight: Tensor | None,
-    metric: str,
-    norm_eps: float,
-    temperature: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, centroids, norm_weight, norm_bias, scale by recomputation ([0] where not wanted)."""
-    empty = _empty_grads((x, centroids, norm_weight, norm_bias, scale), wanted)
-    made = _run_loss(
-        x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, reduction, grad_loss=grad_loss, grads=_chosen(empty, wanted),
-    )  # fmt: skip
-    grads = [e if m is None else m for e, m in zip(empty, made, strict=True)]
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
-
-
-@_loss_backward_op.register_fake
-def _(
-    grad_loss: Tensor,
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    class_weight: Tensor | None,
-    metric: str,
-    norm_eps: float,
-    temperature: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _empty_grads((x, centroids, norm_weight, norm_bias, scale), wanted)
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
-
-
-def _save_loss(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, early = inputs
-    ctx.tensors, ctx.options = 7, tuple(tensors[7:])
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.early = any(early)
-    if ctx.early:
-        ctx.save_for_backward(*output[3:])
-    else:
-        kept = tensors[1] if tensors[1].requires_grad else tensors[1].clone()
-        ctx.save_for_backward(tensors[0], kept, *tensors[2:7])
-
-
-def _scaled(saved: Tensor, grad: Tensor) -> Tensor:
-    """`saved * grad`, in place where nothing else can read `saved`: the graph is freed after this backward pass."""
-    # under tracing the compiler decides about memory
-    retained = type(saved) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
-    return saved * grad.to(saved.dtype) if retained else saved.mul_(grad.to(saved.dtype))
-
-
-def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad
-    nothing = (None,) * (ctx.tensors + len(ctx.options) + 1)
-    if grad_loss is None:
-        return nothing
-    if ctx.early:
-        grads = [_scaled(g, grad_loss) for g in ctx.saved_tensors]
-        chosen = [g if need else None for g, need in zip(grads, (needs[0], needs[3], needs[4], needs[5]), strict=True)]
-        return chosen[0], None, None, *chosen[1:], *nothing[6:]
-    wanted = [needs[0], needs[1], needs[3], needs[4], needs[5]]
-    made = _chosen(_loss_backward_op(grad_loss, *ctx.saved_tensors, *ctx.options, wanted), wanted)
-    return made[0], made[1], None, *made[2:], *nothing[6:]
-
-
-_loss_op.register_autograd(_loss_backward, setup_context=_save_loss)
-
-
-def centroid_cross_entropy(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    class_weight: Tensor | None,
-    metric: str,
-    norm_eps: float,
-    temperature: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, prediction [N], own-class similarities [N,K]; gradients are made early where that is exact and cheaper."""
-    once = torch.is_grad_enabled() and reduction != "none" and not centroids.requires_grad
-    early = [bool(once and t is not None and t.requires_grad) for t in (x, norm_weight, norm_bias, scale)]
-    loss, prediction, own, *_ = _loss_op(
-        x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, reduction, early,
-    )  # fmt: skip
-    return loss, prediction, own
-
-
-for _op in (centroid_distance, class_scores, class_scores_backward, nearest_centroid, _loss_op, _loss_backward_op):
+for _op in (centroid_distance, class_scores, class_scores_backward, nearest_centroid):
     keep_dtypes_under_autocast(_op)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._common import compute_dtype, flat_pixels, full_precision
+from .._common import compute_dtype, flat_pixels, full_precision, pixel_map
 
 
 def similarity(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
@@ -90,6 +90,35 @@ def subcentroid_cross_entropy(
     logits = similarity(x, centroids, "dot").flatten(1) / temperature
     with full_precision(x):
         return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+
+
+def scores_and_contrast(
+    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Class scores and contrast from one product; no autograd.
+
+    Returns:
+        scores and winner [N,C] or [B,C,H,W]; own similarities [N,K]; log-sum-exp [N] over all similarities / temperature; its
+        gradient with respect to x. The last two are 0 for pixels without a label.
+    """
+    scores, winner, own = class_scores(x, centroids, labels, "dot")
+    assert own is not None
+    dtype, kept = scores.dtype, (labels >= 0)[:, None]
+    logits = similarity(x, centroids, "dot").flatten(1) / temperature
+    mean = None
+    if gradient:
+        rows = torch.where(kept, logits.softmax(1) @ (centroids.to(dtype).flatten(0, 1) / temperature), 0)
+        mean = torch.empty_like(x).copy_(pixel_map(x, rows))
+    lse = torch.where(kept[:, 0], logits.logsumexp(1), 0)
+    return pixel_map(x, scores), pixel_map(x, winner), own, lse, mean
+
+
+def scores_gradient(x: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> Tensor:
+    """Gradient of x from that of the class scores (metric dot), in the shape and dtype of x; no autograd."""
+    grad = flat_pixels(grad_scores)
+    dense = grad.new_zeros(len(grad), *centroids.shape[:2])
+    dense.scatter_(2, flat_pixels(winner).long()[..., None], grad[..., None])
+    return torch.empty_like(x).copy_(pixel_map(x, dense.flatten(1) @ centroids.to(grad.dtype).flatten(0, 1)))
 
 
 def _finite(scores: Tensor) -> Tensor:

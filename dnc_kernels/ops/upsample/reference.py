@@ -49,18 +49,36 @@ def upsample_argmax(scores: Tensor, size: tuple[int, int], align_corners: bool) 
 def upsample_alike(scores: Tensor, size: tuple[int, int], align_corners: bool, window: Window | None = None) -> Tensor:
     """`upsample` rounded alike in every class, so that ties stay ties; F.interpolate on CPU breaks some of them."""
     wide = scores.to(compute_dtype(scores))
-    for dim, target in zip((2, 3), size, strict=True):
+    for dim, low, high, share in _steps((scores.shape[2], scores.shape[3]), size, align_corners, window, wide):
+        wide = wide.index_select(dim, low) * (1 - share) + wide.index_select(dim, high) * share
+    return wide
+
+
+def _upsample_alike_adjoint(grad: Tensor, size: tuple[int, int], align_corners: bool, window: Window | None) -> Tensor:
+    """Gradient of scores of `size` from that of `upsample_alike`, without autograd."""
+    for dim, low, high, share in reversed(_steps(size, (grad.shape[2], grad.shape[3]), align_corners, window, grad)):
+        shape = list(grad.shape)
+        shape[dim] = size[dim - 2]
+        to_source = grad.new_zeros(shape).index_add_(dim, low, grad * (1 - share))
+        grad = to_source.index_add_(dim, high, grad * share)
+    return grad
+
+
+def _steps(
+    size: tuple[int, int], target: tuple[int, int], align_corners: bool, window: Window | None, like: Tensor
+) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+    """Of every dimension that is interpolated: itself, both neighbours of each target position, the share of the upper one."""
+    steps = []
+    for dim in (2, 3):
+        rows, source0, all_targets, first = size[dim - 2], 0, target[dim - 2], 0
         if dim == 2 and window is not None:
             rows, source0, all_targets, first = window
-        else:
-            rows, source0, all_targets, first = wide.shape[dim], 0, target, 0
-        if rows == all_targets and target == wide.shape[dim]:
+        if rows == all_targets and target[dim - 2] == size[dim - 2]:
             continue
-        at = torch.arange(first, first + target, device=wide.device)
+        at = torch.arange(first, first + target[dim - 2], device=like.device)
         low, high, share = _neighbours(at, rows, all_targets, align_corners)
-        share = share.to(wide.dtype).view((-1, 1) if dim == 2 else (-1,))
-        wide = wide.index_select(dim, low - source0) * (1 - share) + wide.index_select(dim, high - source0) * share
-    return wide
+        steps.append((dim, low - source0, high - source0, share.to(like.dtype).view((-1, 1) if dim == 2 else (-1,))))
+    return steps
 
 
 def cross_entropy_with_gradient(
@@ -78,14 +96,19 @@ def cross_entropy_with_gradient(
 
     `window`: `scores` and `labels` are rows of larger maps (`Window`).
     """
-    leaf = scores.detach().to(compute_dtype(scores)).requires_grad_(grad)
-    with torch.enable_grad():
-        logits = upsample_alike(leaf, (labels.shape[1], labels.shape[2]), align_corners, window)
-        weight = None if class_weight is None else class_weight.to(logits.dtype)
-        loss = F.cross_entropy(
-            logits, labels.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
-        )
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0] if grad else None
+    logits = upsample_alike(scores.detach(), (labels.shape[1], labels.shape[2]), align_corners, window)
+    weight = logits.new_ones(logits.shape[1]) if class_weight is None else class_weight.to(logits.dtype)
+    kept = (labels != ignore_index)[:, None]
+    target = torch.where(kept, labels[:, None].long(), 0)
+    log_p = logits.log_softmax(1)
+    smooth, own = label_smoothing / logits.shape[1] * weight, (1 - label_smoothing) * weight[target]
+    each = -own * log_p.gather(1, target) - (log_p * smooth.view(-1, 1, 1)).sum(1, keepdim=True)
+    loss = torch.where(kept, each, 0).sum()
+    if not grad:
+        return loss, None
+    to_logits = log_p.exp_() * (own + smooth.sum()) - smooth.view(-1, 1, 1)
+    to_logits = torch.where(kept, to_logits.scatter_add_(1, target, -own), 0)
+    return loss, _upsample_alike_adjoint(to_logits, (scores.shape[2], scores.shape[3]), align_corners, window)
 
 
 def target_rows_of(source_rows: int, target_rows: int, align_corners: bool) -> list[int]:

@@ -1,0 +1,360 @@
+"""A segmentation head's loss, band by band: nothing of [N,C], [N,D] or [B,C,H,W] exists but the gradient of the features.
+
+Two passes over bands of rows. `first_pass`: embedding, class scores, contrast, and the upsampled cross-entropy with its
+gradient. Then the caller clusters, which needs the own-class similarities [N,K] of all pixels. `second_pass`: what the cluster
+of a pixel decides (its target's share of the gradient, the sums that move the sub-centroids), and the gradient of the
+embedding, in place.
+
+Gradients are made in the forward pass because the sub-centroids need none and the loss is a scalar; they are those of a sum
+over pixels, so that half precision does not lose them, and meet 1/N together with the incoming gradient in `Made`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import pick
+from ..ops._common import NAMESPACE, compute_dtype, keep_dtypes_under_autocast, pixel_count, pixel_map, scale_saved
+from ..ops.embedding import native as embedding_native
+from ..ops.embedding import reference as embedding_reference
+from ..ops.similarity import native as scores_native
+from ..ops.similarity import native_loss as contrast_native
+from ..ops.similarity import reference as similarity_reference
+from ..ops.upsample import native as upsample_native
+from ..ops.upsample import reference as upsample_reference
+
+#: Pixels of a band, about: their embedding and similarities stay in cache, and the calls of a band cost little beside its work.
+BAND_PIXELS = 8192
+
+
+class Band(NamedTuple):
+    """Rows [top, bottom) of sample `sample`: pixels [first, last) of all."""
+
+    sample: int
+    top: int
+    bottom: int
+    first: int
+    last: int
+
+    def of(self, maps: Tensor) -> Tensor:
+        """[1,D,rows,w] of maps [B,D,h,w], a view."""
+        return maps[self.sample : self.sample + 1, :, self.top : self.bottom]
+
+
+def bands(x: Tensor) -> Iterator[Band]:
+    """The bands of features [B,D,h,w], in order."""
+    batch, _, height, width = x.shape
+    rows = max(1, BAND_PIXELS // max(width, 1))
+    for sample in range(batch):
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            first = (sample * height + top) * width
+            yield Band(sample, top, bottom, first, first + (bottom - top) * width)
+
+
+def _implementation(op: str, x: Tensor, native: ModuleType, reference: ModuleType) -> ModuleType:
+    return reference if pick(op, x, None) == "reference" else native
+
+
+# Logits of a band and their gradients. A logit is LayerNorm over the classes of the scores, or the score times the pixel's
+# length (optional), times `scale` (optional), over `temperature`.
+
+
+class Logits(NamedTuple):
+    """How scores become logits."""
+
+    temperature: float
+    scale: Tensor | None  # 0-d
+    norm_weight: Tensor | None  # [C]
+    norm_bias: Tensor | None
+    norm_eps: float
+
+    def factor(self, length: Tensor | None) -> Tensor | float:
+        """What a score is multiplied by without a norm."""
+        factor: Tensor | float = 1 / self.temperature
+        for part in (self.scale, length):
+            factor = factor if part is None else part * factor
+        return factor
+
+    def forward(self, scores: Tensor, length: Tensor | None) -> Tensor:
+        """Logits [1,C,rows,w]."""
+        if self.norm_weight is None:
+            return scores * self.factor(length)
+        return torch.native_layer_norm(
+            scores.movedim(1, -1), [scores.shape[1]], self.norm_weight, self.norm_bias, self.norm_eps
+        )[0].movedim(-1, 1)
+
+    def backward(self, grad: Tensor, scores: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Gradients of the scores, the length, the scale [] and the norm's weight and bias [2,C]."""
+        to_scale, to_norm = grad.new_zeros(()), grad.new_zeros(2, grad.shape[1])
+        if self.norm_weight is None:
+            along = (grad * scores).sum(1, keepdim=True)
+            if self.scale is not None:
+                to_scale = (along if length is None else along * length).sum() / self.temperature
+            return grad * self.factor(length), None if length is None else along * self.factor(None), to_scale, to_norm
+        rows, shape = scores.movedim(1, -1).contiguous(), [scores.shape[1]]
+        _, mean, rstd = torch.native_layer_norm(rows, shape, self.norm_weight, self.norm_bias, self.norm_eps)
+        to_rows, to_weight, to_bias = torch.ops.aten.native_layer_norm_backward(
+            grad.movedim(1, -1).contiguous(), rows, shape, mean, rstd, self.norm_weight, self.norm_bias, [True, True, True]
+        )
+        return to_rows.movedim(-1, 1), None, to_scale, torch.stack([to_weight, to_bias])
+
+
+class Pending(NamedTuple):
+    """The last row of a band: its logits are upsampled together with the next band's."""
+
+    scores: Tensor
+    winner: Tensor
+    length: Tensor | None
+    grad: Tensor | None  # of its logits, so far
+
+    @staticmethod
+    def last_row(scores: Tensor, winner: Tensor, length: Tensor | None, grad: Tensor | None) -> Pending:
+        return Pending(*(None if t is None else t[:, :, -1:].clone() for t in (scores, winner, length, grad)))  # type: ignore[arg-type]
+
+    def before(self, scores: Tensor, winner: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The row and a band under it, in one piece."""
+        pairs = ((self.scores, scores), (self.winner, winner), (self.length, length))
+        joined = (None if b is None else torch.cat([a, b], 2) for a, b in pairs)  # type: ignore[list-item]
+        return tuple(joined)  # type: ignore[return-value]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::head_first_pass", mutates_args=())
+def first_pass(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    centroids: Tensor,
+    labels: Tensor,
+    sampled: Tensor,
+    confidence: bool,
+    temperature: float,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    align_corners: bool,
+    contrast: Tensor | None,
+    contrast_temperature: float,
+    gradient: bool,
+    keep_embedding: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Summed cross-entropy []; prediction [N] (-1: not finite), own similarities [N,K], log-sum-exp [N]; statistics [3,N];
+    gradients of the embedding, of rstd [N], of the scale [], of the norm over classes [2,C]; the embedding.
+
+    labels [B,H,W]: of the cross-entropy; sampled [N]: of own similarities and contrast; both int64, -1 for none. contrast []:
+    what the contrast's gradient is multiplied by; None: no contrast.
+    """
+    results = _first_fake(
+        x, weight, bias, eps, centroids, labels, sampled, confidence, temperature, scale, norm_weight, norm_bias,
+        norm_eps, class_weight, label_smoothing, align_corners, contrast, contrast_temperature, gradient, keep_embedding,
+    )  # fmt: skip
+    total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, kept = results
+    for t in (total, grad_scale, grad_norm, grad_rstd):
+        t.zero_()
+    embedding = _implementation("normalize_embedding", x, embedding_native, embedding_reference)
+    upsampling = _implementation("upsample_cross_entropy", x, upsample_native, upsample_reference)
+    sweep = _implementation("subcentroid_cross_entropy", x, contrast_native, similarity_reference)
+    winners = _implementation("class_scores", x, scores_native, similarity_reference)
+    head = Logits(temperature, scale, norm_weight, norm_bias, norm_eps)
+    height, label_rows = x.shape[2], labels.shape[1]
+    # at equal sizes nothing is interpolated, and bands do not touch each other
+    apart = tuple(labels.shape[1:]) == tuple(x.shape[2:])
+    lower = upsample_reference.target_rows_of(height, label_rows, align_corners)
+    sums = torch.zeros((), dtype=torch.float64, device=x.device)
+    pending: Pending | None = None
+    for band in bands(x):
+        part, pixels = band.of(x), slice(band.first, band.last)
+        e, mean, rstd, inverse_norm = embedding.normalize_embedding(part, weight, bias, eps)
+        statistics[0, pixels], statistics[1, pixels], statistics[2, pixels] = mean, rstd, inverse_norm
+        if keep_embedding:
+            band.of(kept).copy_(e)
+        if contrast is None:
+            scores, winner, own_part = ops.class_scores(e, centroids, pixel_map(part, sampled[pixels])[:, 0])
+        else:
+            scores, winner, own_part, lse[pixels], pull = sweep.scores_and_contrast(
+                e, centroids, sampled[pixels], contrast_temperature, gradient
+            )
+            if gradient:
+                torch.mul(pull, contrast, out=band.of(grad))
+        own[pixels] = own_part
+        length = pixel_map(part, rstd.reciprocal()) if confidence else None
+        finite = scores[0, 0].isfinite().reshape(-1)
+
+        # the cross-entropy of the label rows between the last row of the band above and the last row of this one
+        first, last = apart or band.top == 0, apart or band.bottom == height
+        top = band.top if first else band.top - 1
+        if not first:
+            assert pending is not None
+            scores, winner, length = pending.before(scores, winner, length)
+        logits = head.forward(scores, length)
+        prediction[pixels] = torch.where(finite, logits[:, :, top < band.top :].argmax(1).reshape(-1), -1)
+        # label rows whose lower feature row is in [top, bottom - 1), or to the end
+        above, below = bisect_left(lower, top), bisect_left(lower, band.bottom - (not last))
+        loss, to_logits = upsampling.cross_entropy_with_gradient(
+            logits, labels[band.sample : band.sample + 1, above:below], align_corners=align_corners, class_weight=class_weight,
+            ignore_index=-1, label_smoothing=label_smoothing, grad=gradient,
+            window=None if apart else (height, top, label_rows, above),
+        )  # fmt: skip
+        sums += loss
+        if gradient:
+            assert to_logits is not None
+            if pending is not None and not first:
+                to_logits[:, :, :1] += pending.grad
+            done = slice(0, to_logits.shape[2] - (not last))  # the next band adds to the last row
+            complete = Band(band.sample, top, top + done.stop, band.first - (band.top - top) * x.shape[3], 0)
+            shorter = None if length is None else length[:, :, done]
+            to_scores, to_length, to_scale, to_norm = head.backward(to_logits[:, :, done], scores[:, :, done], shorter)
+            from_classes = winners.scores_gradient(complete.of(x), centroids, winner[:, :, done], to_scores)
+            if contrast is None:
+                complete.of(grad).copy_(from_classes)
+            else:
+                complete.of(grad).add_(from_classes)
+            if to_length is not None and shorter is not None:
+                # d length / d rstd = -length^2
+                per_pixel = (-to_length * shorter.square()).reshape(-1)
+                grad_rstd[complete.first : complete.first + len(per_pixel)] = per_pixel
+            grad_scale += to_scale
+            grad_norm += to_norm
+        pending = None if last else Pending.last_row(scores, winner, length, to_logits)
+    total.copy_(sums)
+    return results
+
+
+@first_pass.register_fake
+def _first_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    centroids: Tensor,
+    labels: Tensor,
+    sampled: Tensor,
+    confidence: bool,
+    temperature: float,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    align_corners: bool,
+    contrast: Tensor | None,
+    contrast_temperature: float,
+    gradient: bool,
+    keep_embedding: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype, n = compute_dtype(x, centroids), pixel_count(x)
+    rows = x.new_empty((3, n), dtype=compute_dtype(x))
+    return (
+        x.new_empty((), dtype=dtype),
+        x.new_empty(n, dtype=torch.int64),
+        x.new_empty((n, centroids.shape[1]), dtype=dtype),
+        x.new_empty(n if contrast is not None else 0, dtype=dtype),
+        rows,
+        torch.empty_like(x) if gradient else x.new_empty(0),
+        x.new_empty(n if gradient and confidence else 0, dtype=compute_dtype(x)),
+        x.new_empty((), dtype=dtype),
+        x.new_empty((2, centroids.shape[0]), dtype=dtype),
+        torch.empty_like(x) if keep_embedding else x.new_empty(0),
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::head_second_pass", mutates_args=("grad",))
+def second_pass(
+    grad: Tensor,
+    x: Tensor,
+    embedded: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    statistics: Tensor,
+    grad_rstd: Tensor,
+    centroids: Tensor,
+    target: Tensor,
+    pull: Tensor | None,
+    cluster: Tensor | None,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grad` becomes the gradient of x; returns that of weight and bias [2,D], and sums [M,D] and counts [M] of `cluster`."""
+    grad_affine, sums, counts = _second_fake(
+        grad, x, embedded, weight, bias, eps, statistics, grad_rstd, centroids, target, pull, cluster, gradient
+    )
+    for t in (grad_affine, sums, counts):
+        t.zero_()
+    embedding = _implementation("normalize_embedding", x, embedding_native, embedding_reference)
+    rows = centroids.flatten(0, 1)
+    for band in bands(x):
+        part, pixels = band.of(x), slice(band.first, band.last)
+        if cluster is not None:
+            e = band.of(embedded) if embedded.ndim == 4 else embedding.normalize_embedding(part, weight, bias, eps)[0]
+            some = ops.cluster_sums(e, cluster[pixels], len(rows))
+            sums += some.sums
+            counts += some.counts
+        if not gradient:
+            continue
+        to_e = band.of(grad)
+        if pull is not None:
+            chosen = rows.index_select(0, target[pixels].clamp(min=0)).mul_(pull[pixels, None])
+            to_e += pixel_map(part, chosen)
+        to_rstd = grad_rstd[pixels] if len(grad_rstd) else None
+        to_weight, to_bias = embedding.gradient_in_place_(to_e, part, weight, bias, *statistics[:, pixels], to_rstd)
+        grad_affine[0] += to_weight
+        grad_affine[1] += to_bias
+    return grad_affine, sums, counts
+
+
+@second_pass.register_fake
+def _second_fake(
+    grad: Tensor,
+    x: Tensor,
+    embedded: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    statistics: Tensor,
+    grad_rstd: Tensor,
+    centroids: Tensor,
+    target: Tensor,
+    pull: Tensor | None,
+    cluster: Tensor | None,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = centroids.shape[0] * centroids.shape[1] if cluster is not None else 0
+    return (
+        x.new_empty((2, x.shape[1]), dtype=compute_dtype(x)),
+        x.new_empty((m, x.shape[1]), dtype=compute_dtype(x)),
+        x.new_empty(m, dtype=torch.int64),
+    )
+
+
+class Made(torch.autograd.Function):
+    """A summed loss whose gradients exist already: `apply(total, *gradients, *inputs)`, as many of one as of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.count = len(tensors) // 2
+        ctx.save_for_backward(*tensors[: ctx.count])
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1 + ctx.count :]
+        made = (
+            scale_saved(g, grad) if need and g is not None else None for g, need in zip(ctx.saved_tensors, needed, strict=True)
+        )
+        return None, *(None,) * ctx.count, *made
+
+
+for _op in (first_pass, second_pass):
+    keep_dtypes_under_autocast(_op)
