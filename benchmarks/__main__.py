@@ -11,15 +11,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from . import bench_head, bench_momentum, bench_similarity, bench_sinkhorn
+from . import bench_embedding, bench_head, bench_momentum, bench_similarity, bench_sinkhorn, bench_upsample
 from .harness import Case, Row, Settings, peak, run_case
 
 BENCHES: dict[str, Any] = {
-    "similarity": bench_similarity,
-    "sinkhorn": bench_sinkhorn,
-    "momentum": bench_momentum,
-    "head": bench_head,
-}
+    "similarity": bench_similarity, "sinkhorn": bench_sinkhorn, "momentum": bench_momentum, "embedding": bench_embedding,
+    "upsample": bench_upsample, "head": bench_head,
+}  # fmt: skip
 _TABLE = (
     "variant", "p50_ms", "p20_ms", "p80_ms", "ratio_to_best_baseline", "pct_gemm_probe", "pct_copy_probe", "peak_delta_mb",
     "allowed_peak_delta_mb", "error_over_allowed", "status",
@@ -31,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure, print tables and write rows to --out")
-    run.add_argument(
-        "--op", action="append", help="a benchmark file (similarity, sinkhorn, momentum) or an op; may be repeated"
-    )
+    run.add_argument("--op", action="append", help=f"a benchmark file ({', '.join(BENCHES)}) or an op; may be repeated")
     run.add_argument("--case", action="append", help="only cases of this name; may be repeated")
     run.add_argument("--out", type=Path, help="write rows here as JSON lines")
     run.add_argument("--device", default="cpu")

@@ -30,6 +30,10 @@ FACTORS = {
     "embedding": 4.0,  # two statistics of D terms, then element-wise; scale: the length 1 spread over D channels
     "embedding_grad": 8.0,  # five sums of D terms combined; scale: |grad_y * weight| * inverse_norm * rstd of the worst pixel
     "embedding_param_grad": 4.0,  # sums of N products of a gradient (8 of them rounded alike) and xhat
+    # interpolation, power of 2 and log-sum-exp of C terms; scale: largest score. Gradient: sums of all target pixels between two source
+    # pixels; scale: the largest gradient times the largest score, whose rounding the power amplifies
+    "upsampled_loss": 1.0,
+    "upsampled_gradient": 0.2,
     "interpolated_loss": 8.0,  # four products, log-sum-exp of C terms, then a sum over pixels
     # a whole training: terms = steps * channels. Errors of a step are unlike each other and a stable training amplifies them little:
     # tests/test_fidelity.py holds a float64 run whose weights are rounded to float32 after every step to the same bound

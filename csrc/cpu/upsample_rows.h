@@ -91,27 +91,27 @@ struct UpsamplePlan {
   }
 };
 
-// out[x*width + c] = scores[b,c,r,x]; classes beyond C are lower than any.
+// out[x*width + c] = scores[b,c,r,x] * factor; classes beyond C are lower than any.
 template <class T, class S>
-void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T* out) {
+void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T factor, T* out) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int64_t C = v.size[1], w = v.size[3], sc = v.stride[1], sw = v.stride[3];
   const S* in = static_cast<const S*>(v.data) + b * v.stride[0] + r * v.stride[2];
   if (sw == 1 && C > 1) {
-    for (int64_t x = 0; x < w; x += L) {
-      const int64_t n = w - x < L ? w - x : L;
-      for (int64_t c = 0; c < width; c += L) {
+    for (int64_t c = 0; c < width; c += L) {  // along a few channels: their planes may lie a power of two apart
+      for (int64_t x = 0; x < w; x += L) {
+        const int64_t n = w - x < L ? w - x : L;
         V tile[L];
         for (int k = 0; k < L; k++) {
           if (c + k >= C) {
             tile[k] = V::splat(kLowest<T>);
           } else if (n == L) {
-            tile[k] = Load<T, S>::at(in + (c + k) * sc + x);
+            tile[k] = Load<T, S>::at(in + (c + k) * sc + x) * V::splat(factor);
           } else {
             T t[L] = {};
             read_n(t, in + (c + k) * sc + x, n);
-            tile[k] = V::load(t);
+            tile[k] = V::load(t) * V::splat(factor);
           }
         }
         transpose<T>(tile);
@@ -126,16 +126,17 @@ void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T* out) {
       read_n(pixel, in + x * sw, C);
     else
       for (int64_t c = 0; c < C; c++) pixel[c] = read<T>(in + x * sw + c * sc);
+    for (int64_t c = 0; c < C; c++) pixel[c] *= factor;
     for (int64_t c = C; c < width; c++) pixel[c] = kLowest<T>;
   }
 }
 template <class T>
-void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T* out) {
+void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T factor, T* out) {
   switch (v.dtype) {
-    case DType::float64: return load_classes<T, double>(v, b, r, width, out);
-    case DType::float16: return load_classes<T, Float16>(v, b, r, width, out);
-    case DType::bfloat16: return load_classes<T, BFloat16>(v, b, r, width, out);
-    default: return load_classes<T, float>(v, b, r, width, out);
+    case DType::float64: return load_classes<T, double>(v, b, r, width, factor, out);
+    case DType::float16: return load_classes<T, Float16>(v, b, r, width, factor, out);
+    case DType::bfloat16: return load_classes<T, BFloat16>(v, b, r, width, factor, out);
+    default: return load_classes<T, float>(v, b, r, width, factor, out);
   }
 }
 
@@ -147,9 +148,9 @@ void store_classes(const View& v, int64_t b, int64_t r, int64_t width, const T* 
   const int64_t C = v.size[1], w = v.size[3], sc = v.stride[1], sw = v.stride[3];
   T* out = static_cast<T*>(v.data) + b * v.stride[0] + r * v.stride[2];
   if (sw == 1 && C > 1) {
-    for (int64_t x = 0; x < w; x += L) {
-      const int n = int(w - x < L ? w - x : L);
-      for (int64_t c = 0; c < C; c += L) {
+    for (int64_t c = 0; c < C; c += L) {
+      for (int64_t x = 0; x < w; x += L) {
+        const int n = int(w - x < L ? w - x : L);
         V tile[L];
         for (int i = 0; i < L; i++) tile[i] = i < n ? V::load(in + (x + i) * width + c) : V::splat(0);
         transpose<T>(tile);
@@ -186,10 +187,10 @@ struct RowPair {
   T* data[2];
   int64_t held[2] = {-1, -1};
   // Returns the row; *fresh: it was loaded now.
-  const T* get(const View& scores, int64_t b, int64_t r, int64_t width, bool* fresh) {
+  const T* get(const View& scores, int64_t b, int64_t r, int64_t width, T factor, bool* fresh) {
     const int slot = int(r & 1);
     *fresh = held[slot] != r;
-    if (*fresh) load_classes(scores, b, r, width, data[slot]);
+    if (*fresh) load_classes(scores, b, r, width, factor, data[slot]);
     held[slot] = r;
     return data[slot];
   }

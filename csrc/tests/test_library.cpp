@@ -12,6 +12,7 @@
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
 #include "dnc/sinkhorn.h"
+#include "dnc/upsample.h"
 
 namespace {
 
@@ -216,6 +217,54 @@ void test_embedding(std::vector<float>& x) {
   check("normalize_embedding", error, 2e-6);
 }
 
+// 5 x 6 scores of C classes under 11 x 9 labels.
+void test_upsample(std::vector<float>& x, std::vector<int64_t>& labels) {
+  constexpr int64_t h = 5, w = 6, H = 11, W = 9;
+  std::vector<float> scores(x.begin(), x.begin() + C * h * w), grad(C * h * w);
+  std::vector<int64_t> y(labels.begin(), labels.begin() + H * W), label(H * W);
+  std::vector<double> sums(2), expected_grad(C * h * w);
+  y[7] = -100;
+  dnc::UpsampleCrossEntropy a{.scores = view(scores, {1, C, h, w}), .labels = view(y, {1, H, W})};
+  a.sums = view(sums.data(), dnc::DType::float64, {2});
+  a.grad_scores = view(grad, {1, C, h, w});
+  check("upsample_cross_entropy", dnc::upsample_cross_entropy(a));
+  check("upsample_argmax", dnc::upsample_argmax({.scores = a.scores, .label = view(label, {1, H, W})}));
+  const auto position = [](int64_t i, int64_t source, int64_t target) {
+    return std::fmax((double(i) + 0.5) * double(source) / double(target) - 0.5, 0.0);
+  };
+  double loss = 0, lost = 0, error = 0;
+  for (int64_t i = 0; i < H; i++)
+    for (int64_t j = 0; j < W; j++) {
+      const double at_y = position(i, h, H), at_x = position(j, w, W);
+      double u[C], sum = 0, most = -INFINITY, share[4];
+      int64_t corner[4];
+      for (int k = 0; k < 4; k++) {
+        const int64_t r = int64_t(at_y), q = int64_t(at_x), r1 = r + 1 < h ? r + 1 : r, q1 = q + 1 < w ? q + 1 : q;
+        corner[k] = (k / 2 ? r1 : r) * w + (k % 2 ? q1 : q);
+        share[k] = (k / 2 ? at_y - double(r) : 1 - at_y + double(r)) * (k % 2 ? at_x - double(q) : 1 - at_x + double(q));
+      }
+      for (int64_t c = 0; c < C; c++) {
+        u[c] = 0;
+        for (int k = 0; k < 4; k++) u[c] += share[k] * scores[c * h * w + corner[k]];
+        sum += std::exp(u[c]), most = std::fmax(most, u[c]);
+      }
+      const int64_t chosen = label[i * W + j], own = y[i * W + j];
+      grow(lost, chosen >= 0 && chosen < C ? most - u[chosen] : INFINITY);
+      if (own < 0) continue;
+      loss += std::log(sum) - u[own];
+      for (int64_t c = 0; c < C; c++)
+        for (int k = 0; k < 4; k++) expected_grad[c * h * w + corner[k]] += share[k] * (std::exp(u[c]) / sum - (c == own));
+    }
+  for (int64_t i = 0; i < C * h * w; i++) grow(error, std::fabs(grad[i] - expected_grad[i]));
+  check("upsample_cross_entropy: loss", std::fabs(sums[0] - loss), H * W * 1e-6);
+  check("upsample_cross_entropy: pixels", std::fabs(sums[1] - (H * W - 1)), 0);
+  check("upsample_cross_entropy: gradient", error, 4e-6);
+  check("upsample_argmax", lost, 1e-6);
+  y[5] = C;
+  const dnc::Status bad = dnc::upsample_cross_entropy(a);
+  check("upsample_cross_entropy: bad label", bad.code == dnc::Code::bad_label && bad.index == 5 && bad.value == C ? 0 : 1, 0);
+}
+
 }  // namespace
 
 int main() {
@@ -231,6 +280,7 @@ int main() {
     test_sinkhorn(x, p);
     test_momentum(x, p, cluster);
     test_embedding(x);
+    test_upsample(x, labels);
     std::printf("instruction set %d: %s\n", int(isa), failures == before ? "ok" : "failed");
     tested++;
   }

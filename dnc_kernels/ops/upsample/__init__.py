@@ -32,21 +32,24 @@ def upsample_cross_entropy(
 
     Args:
         scores: logits [B,C,h,w], any strides; float32, float64, float16 or bfloat16.
-        labels: [B,H,W], any integer dtype, in [0,C) or `ignore_index`.
+        labels: [B,H,W], any strides, any integer dtype, in [0,C) or `ignore_index`. The kernel reads int64, int32 and uint8 in
+            place.
         align_corners: whether corner pixels (True) or corners of corner pixels (False) of both grids coincide.
         class_weight: [C], not differentiated; None: 1. It also weights the mean, as in torch.
         ignore_index: label of pixels to leave out; not a class. Their loss and gradient are exactly 0.
         label_smoothing: share of the target that is spread over all classes, in [0,1].
         reduction: ``mean`` (over the class weights of the pixels that are not ignored), ``sum`` or ``none``.
-        backend: ``auto`` or ``reference``, the only one so far; None: the choice in force.
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
 
     Returns:
-        A scalar, or [B,H,W] for ``none``; float64 for float64 `scores`, else float32. Differentiable in `scores`. The mean over
-        no pixel is NaN, as in torch, and its gradient is exactly 0. The reference keeps [B,C,H,W] for the backward pass.
+        A scalar, or [B,H,W] for ``none``; float64 for float64 `scores`, else float32. Differentiable once in `scores` (the
+        reference: any number of times). The mean over no pixel is NaN, as in torch, and its gradient is exactly 0. The kernel is
+        deterministic, bit-equal for any number of threads, and never holds [B,C,H,W]: a scalar loss makes its gradient in the
+        forward pass and keeps that, one more [B,C,h,w]; ``none`` keeps `scores` and recomputes. The reference keeps [B,C,H,W].
 
     Raises:
-        ValueError, TypeError: wrong shape, device, dtype or option; `ignore_index` inside [0,C); on CPU outside torch.compile
-        also a label that is neither in [0,C) nor `ignore_index`.
+        ValueError, TypeError: wrong shape, device, dtype or option; `ignore_index` inside [0,C); on CPU (the reference: outside
+        torch.compile) also a label that is neither in [0,C) nor `ignore_index`.
     """
     op = "upsample_cross_entropy"
     _check_scores(op, scores)
@@ -86,11 +89,11 @@ def upsample_argmax(
         scores: [B,C,h,w], any strides; float32, float64, float16 or bfloat16.
         size: (H, W), or one number for both.
         align_corners: whether corner pixels (True) or corners of corner pixels (False) of both grids coincide.
-        backend: ``auto`` or ``reference``, the only one so far; None: the choice in force.
+        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
 
     Returns:
         [B,H,W] int64, the lowest class where upsampled scores tie; as in torch, NaN counts as the highest. Not differentiable.
-        Outside torch.compile one [C,H,W] exists at a time.
+        The kernel never holds [C,H,W]; the reference holds one at a time outside torch.compile.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype or size.
