@@ -232,11 +232,23 @@ def centroid_cross_entropy(
     """Loss, prediction [N], own-class similarities [N,K]; gradients are made early where that is exact and cheaper."""
     once = torch.is_grad_enabled() and reduction != "none" and not centroids.requires_grad
     early = [bool(once and t is not None and t.requires_grad) for t in (x, norm_weight, norm_bias, scale)]
+    # early gradients of a mean are made of the sum: 1/N would take them below what float16 holds
+    made = "sum" if any(early) else reduction
     loss, prediction, own, *_ = _loss_op(
         x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, reduction, early,
+        label_smoothing, made, early,
     )  # fmt: skip
-    return loss, prediction, own
+    return _mean(loss, labels, ignore_index, class_weight) if made != reduction else loss, prediction, own
+
+
+def _mean(total: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor | None = None) -> Tensor:
+    """`total` over the class weights of the pixels that count; NaN with zero gradients without any."""
+    kept = labels != ignore_index
+    if class_weight is None:
+        weight = kept.sum().to(total.dtype)
+    else:
+        weight = torch.where(kept, class_weight.to(total.dtype)[torch.where(kept, labels, 0)], 0).sum()
+    return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1), torch.nan)
 
 
 # subcentroid_cross_entropy. The gradient of a pixel is its incoming gradient times a row that does not depend on it, so the row
@@ -318,10 +330,7 @@ def subcentroid_cross_entropy(
     loss, _ = _contrast_op(x, centroids, target, temperature, ignore_index, early)
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return loss.sum()
-    count = (target != ignore_index).sum()
-    return torch.where(count > 0, loss.sum() / count.clamp(min=1), torch.nan)  # without a pixel: NaN with zero gradients
+    return loss.sum() if reduction == "sum" else _mean(loss.sum(), target, ignore_index)
 
 
 def scores_and_contrast(
