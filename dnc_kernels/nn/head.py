@@ -196,8 +196,10 @@ class DNCHead(CentroidModel):
         gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         with torch.no_grad():
             total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, sampled, joint=update))
-            # gradients are made of `unit` times the loss: the size of probabilities and unit vectors, whatever the sizes
-            unit = count * temperature if scale is None else count * temperature / scale
+            # gradients are made of `unit` times the loss: in half precision they get the size of probabilities and unit vectors
+            unit = torch.ones_like(count)
+            if x.dtype in (torch.float16, torch.bfloat16):
+                unit = count * temperature if scale is None else count * temperature / scale
             pull, contrast, distance = unit / total_weight, self.ppc_weight * unit / count, self.ppd_weight * unit / count
             needs_embedding = update and (self._start_pending or self.revive_after is not None)
             total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, e = first_pass(

@@ -134,6 +134,8 @@ def scale_saved(saved: Tensor, grad: Tensor) -> Tensor:
     traced = torch.compiler.is_compiling() or type(saved) is not Tensor
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return (saved * grad).to(saved.dtype)
+    if saved.device.type == "cpu" and grad.numel() == 1 and grad.item() == 1:  # the usual end of a loss; a CPU has no sync
+        return saved
     if saved.dtype == grad.dtype or saved.device.type == "cpu":
         return saved.mul_(grad)
     return saved.copy_(saved * grad)
