@@ -11,12 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from . import bench_embedding, bench_momentum, bench_similarity, bench_sinkhorn, bench_upsample
+from . import bench_embedding, bench_head, bench_momentum, bench_similarity, bench_sinkhorn, bench_upsample
 from .harness import Case, Row, Settings, peak, run_case
 
 BENCHES: dict[str, Any] = {
     "similarity": bench_similarity, "sinkhorn": bench_sinkhorn, "momentum": bench_momentum, "embedding": bench_embedding,
-    "upsample": bench_upsample,
+    "upsample": bench_upsample, "head": bench_head,
 }  # fmt: skip
 _TABLE = (
     "variant", "p50_ms", "p20_ms", "p80_ms", "ratio_to_best_baseline", "pct_gemm_probe", "pct_copy_probe", "peak_delta_mb",

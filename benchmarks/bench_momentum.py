@@ -74,7 +74,7 @@ def _scatter_add(centroids: Tensor, x: Tensor, cluster: Tensor) -> None:
     _ema_(centroids, sums[:-1], torch.bincount(target, minlength=rows + 1)[:-1])
 
 
-def _class_step_(centroids: Tensor, x: Tensor, sub: Tensor, keep: Tensor) -> None:
+def class_step_(centroids: Tensor, x: Tensor, sub: Tensor, keep: Tensor) -> None:
     """One class of the released update: centroids [K,D], x [n,D], sub [n]; `keep` [n] marks the pixels that count."""
     one_hot = F.one_hot(sub, len(centroids)) * keep[:, None]
     seen = one_hot.sum(0) > 0
@@ -88,7 +88,7 @@ def _loop(centroids: Tensor, x: Tensor, cluster: Tensor) -> None:
     for c in range(len(centroids)):
         mask = label == c
         if mask.any():
-            _class_step_(centroids[c], x[mask], cluster[mask] % centroids.shape[1], mask[mask])
+            class_step_(centroids[c], x[mask], cluster[mask] % centroids.shape[1], mask[mask])
 
 
 def _training_loop(i: Any, similarity_of: Callable[[int, Tensor], Tensor]) -> None:
@@ -96,7 +96,7 @@ def _training_loop(i: Any, similarity_of: Callable[[int, Tensor], Tensor]) -> No
         mask = i.group == c
         if mask.any():
             sub = sinkhorn.loop_sinkhorn(similarity_of(c, mask))
-            _class_step_(i.centroids[c], i.x[mask], sub, i.correct[mask])
+            class_step_(i.centroids[c], i.x[mask], sub, i.correct[mask])
 
 
 def _reference(i: Any, cluster: Tensor) -> Any:

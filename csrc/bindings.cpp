@@ -104,17 +104,17 @@ PYBIND11_MODULE(_C, m) {
     run(op, class_scores, ClassScores{x, centroids, labels, Metric(metric), distance, scores, winner, own_similarity, threads});
   });
   m.def("class_scores_backward", [](View x, View centroids, View labels, int metric, View winner, View grad_scores,
-                                    View grad_own_similarity, View grad_x, View grad_centroids, int threads) {
+                                    View grad_own_similarity, View grad_x, bool accumulate, View grad_centroids, int threads) {
     run("class_scores", class_scores_backward,
-        ClassScoresBackward{x, centroids, labels, Metric(metric), winner, grad_scores, grad_own_similarity, grad_x,
+        ClassScoresBackward{x, centroids, labels, Metric(metric), winner, grad_scores, grad_own_similarity, grad_x, accumulate,
                             grad_centroids, threads});
   });
   m.def("nearest_centroid", [](View x, View centroids, int metric, View label, View sub, View score, int threads) {
     run("nearest_centroid", nearest_centroid, NearestCentroid{x, centroids, Metric(metric), label, sub, score, threads});
   });
   m.def("subcentroid_cross_entropy",
-        [](View x, View centroids, View target, double temperature, int64_t ignore_index, View loss, View grad_x, View labels,
-           View scores, View winner, View own_similarity, int threads) {
+        [](View x, View centroids, View target, double temperature, int64_t ignore_index, View scale, View loss, View grad_x,
+           View labels, View scores, View winner, View own_similarity, int threads) {
           const ClassScores outputs{.x = x,
                                     .centroids = centroids,
                                     .labels = labels,
@@ -123,7 +123,7 @@ PYBIND11_MODULE(_C, m) {
                                     .own_similarity = own_similarity,
                                     .threads = threads};
           run("subcentroid_cross_entropy", subcentroid_cross_entropy,
-              SubcentroidCrossEntropy{outputs, target, temperature, ignore_index, loss, grad_x});
+              SubcentroidCrossEntropy{outputs, target, temperature, ignore_index, scale, loss, grad_x});
         });
   m.def("centroid_cross_entropy",
         [](View x, View centroids, View labels, int metric, View norm_weight, View norm_bias, double norm_eps, View scale,

@@ -245,17 +245,34 @@ def test_compiles_for_any_size(backend):
 def test_scores_from_the_same_product_are_the_scores(gradient, isa):
     x, p, target = problem(70, 19, 10, 24)
     labels = torch.where(target < 0, -1, target // 10)
-    scores, winner, own, lse, mean = native_loss.scores_and_contrast(x, p, labels, 0.5, gradient)
-    for actual, expected in zip((scores, winner, own), native.class_scores(x, p, labels, "dot"), strict=True):
+    mean = torch.full_like(x, float("nan")) if gradient else None
+    results = native_loss.scores_and_contrast(x, p, labels, 0.5, torch.tensor(3.0), mean)
+    for actual, expected in zip(results[:3], native.class_scores(x, p, labels, "dot"), strict=True):
         assert torch.equal(actual, expected)
     s = x.double() @ p.double().flatten(0, 1).T / 0.5
     kept = (labels >= 0)[:, None]
-    assert_close(lse, torch.where(kept[:, 0], s.logsumexp(1), 0), "loss", terms=24 + 190, scale=2)
+    assert_close(results[3], torch.where(kept[:, 0], s.logsumexp(1), 0), "loss", terms=24 + 190, scale=2)
     if gradient:
-        expected = torch.where(kept, s.softmax(1) @ p.double().flatten(0, 1) / 0.5, 0)
-        assert_close(mean, expected, "contrast_gradient", terms=24 + 190, scale=2)
-    else:
-        assert mean is None
+        expected = torch.where(kept, 3 * s.softmax(1) @ p.double().flatten(0, 1) / 0.5, 0)
+        assert_close(mean, expected, "contrast_gradient", terms=24 + 190, scale=6)
+
+
+@pytest.mark.parametrize("layout", ("rows", "nchw"))
+def test_gradients_add_up_in_place(layout, isa):
+    x, p, target = problem(2 * 5 * 7, 19, 10, 24)
+    labels = torch.where(target < 0, -1, target // 10)
+    if layout == "nchw":
+        x = x.view(2, 5, 7, 24).permute(0, 3, 1, 2).contiguous()
+    shaped = labels.view(2, 5, 7) if layout == "nchw" else labels
+    leaf = x.clone().requires_grad_()
+    scores, winner, own = native.class_scores(leaf, p, shaped.flatten(), "dot")
+    to_scores, to_own = torch.randn_like(scores), torch.randn_like(own)
+    to_own[:, ::2] = 0
+    (expected,) = torch.autograd.grad([scores, own], leaf, [to_scores, to_own])
+    grad = x.clone()
+    native.add_scores_gradient_(grad, p, winner, to_scores)
+    native.add_own_gradient_(grad, p, labels, to_own)
+    torch.testing.assert_close(grad - x, expected)
 
 
 X, P, T = torch.zeros(6, 4), torch.ones(3, 2, 4), torch.zeros(6, dtype=torch.int64)

@@ -538,6 +538,18 @@ def test_autocast_keeps_dtypes():
             assert ops.centroid_cross_entropy(x.bfloat16(), p, y, backend=backend).loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_a_mean_survive_half_precision(dtype):
+    """1/N times a probability is below what float16 holds; GradScaler's first scale, 65536, above."""
+    x, p, y = problem(n=20000, c=5, k=2, d=8, ignored=0.1)
+    x = x.to(dtype).requires_grad_()
+    (65536 * ops.centroid_cross_entropy(x, p, y).loss).backward()
+    wide = x.detach().double().requires_grad_()
+    (65536 * ops.centroid_cross_entropy(wide, p.double(), y, backend="reference").loss).backward()
+    # rounded when it is made and when it is scaled
+    assert (x.grad.double() - wide.grad).abs().max() <= 2 * torch.finfo(dtype).eps * wide.grad.abs().max()
+
+
 # --- torch's own checks of the registrations
 
 

@@ -50,7 +50,7 @@ Status scores(const ClassScores& a) {
 
 template <class T>
 Status scores_backward(const ClassScoresBackward& a) {
-  const Pixels x(a.x), win(a.winner);
+  const Pixels x(a.x), win(a.winner ? a.winner : a.x);
   const int64_t N = x.N();
   const PanelLayout<T> lay(a.centroids.size[0], a.centroids.size[1], x.D);
   const bool to_centroids = bool(a.grad_centroids), own = bool(a.grad_own_similarity), indexed = lay.K > 1;
@@ -85,8 +85,10 @@ Status scores_backward(const ClassScoresBackward& a) {
         else
           std::memset(g, 0, size_t(n) * lay.width * sizeof(T));
         for (int r = 0; r < n; r++) {
-          const uint8_t* w = reinterpret_cast<const uint8_t*>(win.data) + win.offset(n0 + r);
-          for (int64_t c = 0; c < lay.C; c++) winner[r * lay.width + c] = w[c * win.sd];
+          if (a.grad_scores) {
+            const uint8_t* w = reinterpret_cast<const uint8_t*>(win.data) + win.offset(n0 + r);
+            for (int64_t c = 0; c < lay.C; c++) winner[r * lay.width + c] = w[c * win.sd];
+          }
           if (!own) continue;
           const int64_t y = a.labels.as<int64_t>()[n0 + r];
           label[r] = y >= 0 && y < lay.C ? y : -1;
@@ -102,12 +104,20 @@ Status scores_backward(const ClassScoresBackward& a) {
               terms[r] = 1 / (std::sqrt(square) > T(1e-12) ? std::sqrt(square) : T(1e-12));
             }
         }
+        if (to_centroids) CentroidGradient<T>(lay, sums).add(tg, a.metric, tile, terms);
         if (a.grad_x) {
-          gather(tg, centroids.rows, gradient);
+          if (a.grad_scores)
+            gather(tg, centroids.rows, gradient);
+          else
+            std::memset(gradient, 0, size_t(n) * x.D * sizeof(T));
+          gather_own(tg, centroids.rows, gradient);
           finish_pixel_gradient(tg, a.metric, tile, terms, gradient);
+          if (a.accumulate) {
+            load_tile(Pixels(a.grad_x), n0, n, tile, x.D);
+            for (int64_t i = 0; i < n * x.D; i++) gradient[i] += tile[i];
+          }
           store_tile(Pixels(a.grad_x), n0, n, gradient, x.D);
         }
-        if (to_centroids) CentroidGradient<T>(lay, sums).add(tg, a.metric, tile, terms);
       }
     }
   }

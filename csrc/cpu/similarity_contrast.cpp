@@ -123,7 +123,7 @@ Status contrast(const SubcentroidCrossEntropy& a) {
   const int rows = tile_rows(x.D, wide * sizeof(T) + (scored ? lay.width * (sizeof(T) + 1) : 0), N, sizeof(T));
   const int blocks = rows / kRows;
   const int64_t tiles = (N + rows - 1) / rows;
-  const T scale = T(1 / a.temperature);
+  const T scale = T(1 / a.temperature), coefficient = scale * (a.scale ? a.scale.as<T>()[0] : T(1));
   int failed = 0;
 #pragma omp parallel num_threads(s.threads) reduction(| : failed)
   {
@@ -183,10 +183,10 @@ Status contrast(const SubcentroidCrossEntropy& a) {
           std::memset(g, 0, size_t(x.D) * sizeof(T));
           continue;
         }
-        const T factor = scale / sum[r];
+        const T factor = coefficient / sum[r];
         if (a.target) {
           const T* p = centroids.rows + target(r) * x.D;
-          for (int64_t d = 0; d < x.D; d++) g[d] = g[d] * factor - p[d] * scale;
+          for (int64_t d = 0; d < x.D; d++) g[d] = g[d] * factor - p[d] * coefficient;
         } else {
           for (int64_t d = 0; d < x.D; d++) g[d] *= factor;
         }

@@ -78,7 +78,7 @@ DNC_INLINE void gather_block(const TileGradient<T>& t, const T* rows, int64_t c0
   }
 }
 
-// out[rows][D] = sum over classes of g * winning centroid (+ own_g * own centroids). Classes go in blocks whose sub-centroids'
+// out[rows][D] = sum over classes of g * winning centroid. Classes go in blocks whose sub-centroids'
 // channels fit in L1, since every pixel of the tile picks among them.
 template <class T>
 void gather(const TileGradient<T>& t, const T* rows, T* out) {
@@ -99,11 +99,18 @@ void gather(const TileGradient<T>& t, const T* rows, T* out) {
         out[r * D + d] = a;
       }
   }
+}
+
+// out[rows][D] += sum over k of own_g * own centroids, for rows with a label.
+template <class T>
+void gather_own(const TileGradient<T>& t, const T* rows, T* out) {
+  const int64_t D = t.lay.D, K = t.lay.K;
   if (!t.own_g) return;
   for (int64_t r = 0; r < t.rows; r++) {
     if (t.label[r] < 0) continue;
     for (int64_t k = 0; k < K; k++) {
       const T g = t.own_g[r * K + k];
+      if (g == 0) continue;
       const T* p = rows + (t.label[r] * K + k) * D;
       for (int64_t d = 0; d < D; d++) out[r * D + d] += g * p[d];
     }

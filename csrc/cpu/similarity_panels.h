@@ -9,7 +9,7 @@
 #pragma once
 #include <type_traits>
 
-#include "simd.h"
+#include "tile.h"
 
 namespace dnc::cpu::DNC_ISA {
 namespace {
@@ -133,9 +133,14 @@ void pack_tile(const Pixels& x, int64_t n0, int rows, T* out) {
         const int run = int(x.run(n0 + r, rows - r));
         const S* base = data + x.offset(n0 + r);
         for (int64_t d = 0; d < D; d++)
-          for (int i = 0; i < run; i++) {
-            const int q = r + i;
-            out[(q / R) * D * R + d * R + q % R] = read<T>(base + d * x.sd + i);
+          for (int i = 0; i < run;) {
+            const int q = r + i, row = q % R, piece = int(min64(R - row, run - i));
+            T* o = out + (q / R * D + d) * R + row;
+            if (piece == R)
+              read_n(o, base + d * x.sd + i, R);
+            else
+              read_n(o, base + d * x.sd + i, piece);
+            i += piece;
           }
         r += run;
       }
@@ -147,6 +152,42 @@ void pack_tile(const Pixels& x, int64_t n0, int rows, T* out) {
       for (int64_t d = 0; d < D; d++) o[d * R] = read<T>(row + d * x.sd);
     }
   });
+}
+
+// Channels of `run` neighbouring pixels, to and from rows [run][ld]; squares of lanes are transposed in registers.
+template <class T, class S>
+void load_columns(const Pixels& x, const S* base, int run, T* out, int64_t ld) {
+  constexpr int L = Vec<T>::lanes;
+  const int64_t whole = x.sw == 1 ? x.D / L * L : 0;
+  const int squares = x.sw == 1 ? run / L * L : 0;
+  for (int64_t d = 0; d < whole; d += L)
+    for (int i = 0; i < squares; i += L) {
+      Vec<T> v[L];
+      for (int j = 0; j < L; j++) v[j] = Load<T, S>::at(base + (d + j) * x.sd + i);
+      transpose<T>(v);
+      for (int j = 0; j < L; j++) v[j].store(out + (i + j) * ld + d);
+    }
+  for (int64_t d = 0; d < x.D; d++)
+    for (int i = d < whole ? squares : 0; i < run; i++) out[i * ld + d] = read<T>(base + d * x.sd + i * x.sw);
+}
+template <class T, class S>
+void store_columns(const Pixels& x, S* base, int run, const T* in, int64_t ld) {
+  constexpr int L = Vec<T>::lanes;
+  const int64_t whole = x.sw == 1 ? x.D / L * L : 0;
+  const int squares = x.sw == 1 ? run / L * L : 0;
+  for (int64_t d = 0; d < whole; d += L)
+    for (int i = 0; i < squares; i += L) {
+      Vec<T> v[L];
+      for (int j = 0; j < L; j++) v[j] = Vec<T>::load(in + (i + j) * ld + d);
+      transpose<T>(v);
+      for (int j = 0; j < L; j++) {
+        T lane[L];
+        v[j].store(lane);
+        write_n(base + (d + j) * x.sd + i, lane, L);
+      }
+    }
+  for (int64_t d = 0; d < x.D; d++)
+    for (int i = d < whole ? squares : 0; i < run; i++) write(base + d * x.sd + i * x.sw, in[i * ld + d]);
 }
 
 // Reads `rows` pixels from n0 as rows [rows][ld].
@@ -162,9 +203,7 @@ void load_tile(const Pixels& x, int64_t n0, int rows, T* out, int64_t ld) {
         continue;
       }
       const int run = int(x.run(n0 + r, min64(rows - r, 32)));  // 32 rows: a channel's piece of them fills whole cache lines
-      const S* base = data + x.offset(n0 + r);
-      for (int64_t d = 0; d < x.D; d++)
-        for (int i = 0; i < run; i++) out[(r + i) * ld + d] = read<T>(base + d * x.sd + i * x.sw);
+      load_columns(x, data + x.offset(n0 + r), run, out + r * ld, ld);
       r += run;
     }
   });
@@ -183,9 +222,7 @@ void store_tile(const Pixels& x, int64_t n0, int rows, const T* in, int64_t ld) 
         continue;
       }
       const int run = int(x.run(n0 + r, min64(rows - r, 32)));
-      S* base = data + x.offset(n0 + r);
-      for (int64_t d = 0; d < x.D; d++)
-        for (int i = 0; i < run; i++) write(base + d * x.sd + i * x.sw, in[(r + i) * ld + d]);
+      store_columns(x, data + x.offset(n0 + r), run, in + r * ld, ld);
       r += run;
     }
   });

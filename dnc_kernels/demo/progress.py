@@ -28,8 +28,8 @@ class TrainingProgress(ABC):
         self.console, self.steps = console, steps
 
     @abstractmethod
-    def begin(self, head: HeadName, seed: int) -> Report:
-        """What to call after every step of a run that begins now."""
+    def begin(self, head: HeadName, seed: int, done: int = 0) -> Report:
+        """What to call after every step of a run that begins now, or goes on now after `done` steps."""
 
     def __enter__(self) -> Self:
         return self
@@ -48,9 +48,14 @@ class _Bars(TrainingProgress):
             console=console,
         )  # fmt: skip
 
-    def begin(self, head: HeadName, seed: int) -> Report:
+    def begin(self, head: HeadName, seed: int, done: int = 0) -> Report:
         task = self.progress.add_task(
-            f"{TITLES[head]:12}  seed {seed}", total=self.steps, loss=float("nan"), accuracy=float("nan"), miou="-"
+            f"{TITLES[head]:12}  seed {seed}",
+            total=self.steps,
+            completed=done,
+            loss=float("nan"),
+            accuracy=float("nan"),
+            miou="-",
         )
 
         def report(step: int, loss: float, accuracy: float, miou: float | None) -> None:
@@ -79,16 +84,16 @@ class _Rate(ProgressColumn):
 class _Lines(TrainingProgress):
     """A line whenever the held-out scenes were measured."""
 
-    def begin(self, head: HeadName, seed: int) -> Report:
+    def begin(self, head: HeadName, seed: int, done: int = 0) -> Report:
         first = time.perf_counter()
 
         def report(step: int, loss: float, accuracy: float, miou: float | None) -> None:
             nonlocal first
-            if step == 1:
+            if step == done + 1:
                 first = time.perf_counter()  # starting the process is no part of the rate
             if miou is None:
                 return
-            rate = (step - 1) / max(time.perf_counter() - first, 1e-9)
+            rate = (step - done - 1) / max(time.perf_counter() - first, 1e-9)
             self.console.print(
                 f"{TITLES[head]:12}  seed {seed}  step {step:{len(str(self.steps))}}/{self.steps}  loss {loss:.3f}"
                 f"  accuracy {accuracy:.3f}  held-out mIoU {miou:.3f}  {rate:.1f} steps/s"

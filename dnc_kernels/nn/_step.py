@@ -5,8 +5,9 @@ gradient. Then the caller clusters, which needs the own-class similarities [N,K]
 of a pixel decides (its target's share of the gradient, the sums that move the sub-centroids), and the gradient of the
 embedding, in place.
 
-Gradients are made in the forward pass because the sub-centroids need none and the loss is a scalar; they are those of a sum
-over pixels, so that half precision does not lose them, and meet 1/N together with the incoming gradient in `Made`.
+Gradients are made in the forward pass because the sub-centroids need none and the loss is a scalar. They are those of a
+multiple of the loss, chosen so that in half precision they neither vanish nor overflow, and meet its reciprocal together with
+the incoming gradient in `Made`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..ops.upsample import native as upsample_native
 from ..ops.upsample import reference as upsample_reference
 
 #: Pixels of a band, about: their embedding and similarities stay in cache, and the calls of a band cost little beside its work.
-BAND_PIXELS = 8192
+BAND_PIXELS = 4096
 
 
 class Band(NamedTuple):
@@ -144,6 +145,7 @@ def first_pass(
     class_weight: Tensor | None,
     label_smoothing: float,
     align_corners: bool,
+    pull: Tensor,
     contrast: Tensor | None,
     contrast_temperature: float,
     gradient: bool,
@@ -152,12 +154,12 @@ def first_pass(
     """Summed cross-entropy []; prediction [N] (-1: not finite), own similarities [N,K], log-sum-exp [N]; statistics [3,N];
     gradients of the embedding, of rstd [N], of the scale [], of the norm over classes [2,C]; the embedding.
 
-    labels [B,H,W]: of the cross-entropy; sampled [N]: of own similarities and contrast; both int64, -1 for none. contrast []:
-    what the contrast's gradient is multiplied by; None: no contrast.
+    labels [B,H,W]: of the cross-entropy; sampled [N]: of own similarities and contrast; both int64, -1 for none. pull and
+    contrast []: what the gradients of both sums are multiplied by; contrast None: no contrast.
     """
     results = _first_fake(
         x, weight, bias, eps, centroids, labels, sampled, confidence, temperature, scale, norm_weight, norm_bias,
-        norm_eps, class_weight, label_smoothing, align_corners, contrast, contrast_temperature, gradient, keep_embedding,
+        norm_eps, class_weight, label_smoothing, align_corners, pull, contrast, contrast_temperature, gradient, keep_embedding,
     )  # fmt: skip
     total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, kept = results
     for t in (total, grad_scale, grad_norm, grad_rstd):
@@ -179,14 +181,15 @@ def first_pass(
         statistics[0, pixels], statistics[1, pixels], statistics[2, pixels] = mean, rstd, inverse_norm
         if keep_embedding:
             band.of(kept).copy_(e)
+        to_e = band.of(grad) if gradient else None
         if contrast is None:
             scores, winner, own_part = ops.class_scores(e, centroids, pixel_map(part, sampled[pixels])[:, 0])
+            if to_e is not None:
+                to_e.zero_()
         else:
-            scores, winner, own_part, lse[pixels], pull = sweep.scores_and_contrast(
-                e, centroids, sampled[pixels], contrast_temperature, gradient
+            scores, winner, own_part, lse[pixels] = sweep.scores_and_contrast(
+                e, centroids, sampled[pixels], contrast_temperature, contrast, to_e
             )
-            if gradient:
-                torch.mul(pull, contrast, out=band.of(grad))
         own[pixels] = own_part
         length = pixel_map(part, rstd.reciprocal()) if confidence else None
         finite = scores[0, 0].isfinite().reshape(-1)
@@ -209,17 +212,14 @@ def first_pass(
         sums += loss
         if gradient:
             assert to_logits is not None
+            to_logits *= pull
             if pending is not None and not first:
                 to_logits[:, :, :1] += pending.grad
             done = slice(0, to_logits.shape[2] - (not last))  # the next band adds to the last row
             complete = Band(band.sample, top, top + done.stop, band.first - (band.top - top) * x.shape[3], 0)
             shorter = None if length is None else length[:, :, done]
             to_scores, to_length, to_scale, to_norm = head.backward(to_logits[:, :, done], scores[:, :, done], shorter)
-            from_classes = winners.scores_gradient(complete.of(x), centroids, winner[:, :, done], to_scores)
-            if contrast is None:
-                complete.of(grad).copy_(from_classes)
-            else:
-                complete.of(grad).add_(from_classes)
+            winners.add_scores_gradient_(complete.of(grad), centroids, winner[:, :, done], to_scores)
             if to_length is not None and shorter is not None:
                 # d length / d rstd = -length^2
                 per_pixel = (-to_length * shorter.square()).reshape(-1)
@@ -249,6 +249,7 @@ def _first_fake(
     class_weight: Tensor | None,
     label_smoothing: float,
     align_corners: bool,
+    pull: Tensor,
     contrast: Tensor | None,
     contrast_temperature: float,
     gradient: bool,
@@ -281,32 +282,37 @@ def second_pass(
     statistics: Tensor,
     grad_rstd: Tensor,
     centroids: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     pull: Tensor | None,
     cluster: Tensor | None,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`grad` becomes the gradient of x; returns that of weight and bias [2,D], and sums [M,D] and counts [M] of `cluster`."""
+    """`grad` becomes the gradient of x; returns that of weight and bias [2,D], and sums [M,D] and counts [M] of `cluster` [N].
+
+    target [N]: ``c*K + k`` or -1; pull [N]: gradient of the similarity to it.
+    """
     grad_affine, sums, counts = _second_fake(
         grad, x, embedded, weight, bias, eps, statistics, grad_rstd, centroids, target, pull, cluster, gradient
     )
     for t in (grad_affine, sums, counts):
         t.zero_()
     embedding = _implementation("normalize_embedding", x, embedding_native, embedding_reference)
-    rows = centroids.flatten(0, 1)
+    winners = _implementation("class_scores", x, scores_native, similarity_reference)
+    k = centroids.shape[1]
     for band in bands(x):
         part, pixels = band.of(x), slice(band.first, band.last)
         if cluster is not None:
             e = band.of(embedded) if embedded.ndim == 4 else embedding.normalize_embedding(part, weight, bias, eps)[0]
-            some = ops.cluster_sums(e, cluster[pixels], len(rows))
+            some = ops.cluster_sums(e, cluster[pixels], len(counts))
             sums += some.sums
             counts += some.counts
         if not gradient:
             continue
         to_e = band.of(grad)
-        if pull is not None:
-            chosen = rows.index_select(0, target[pixels].clamp(min=0)).mul_(pull[pixels, None])
-            to_e += pixel_map(part, chosen)
+        if target is not None and pull is not None:
+            label = torch.div(target[pixels], k, rounding_mode="floor")
+            to_own = pull.new_zeros(len(label), k).scatter_(1, (target[pixels] % k)[:, None], pull[pixels, None])
+            winners.add_own_gradient_(to_e, centroids, label, to_own)
         to_rstd = grad_rstd[pixels] if len(grad_rstd) else None
         to_weight, to_bias = embedding.gradient_in_place_(to_e, part, weight, bias, *statistics[:, pixels], to_rstd)
         grad_affine[0] += to_weight
@@ -325,7 +331,7 @@ def _second_fake(
     statistics: Tensor,
     grad_rstd: Tensor,
     centroids: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     pull: Tensor | None,
     cluster: Tensor | None,
     gradient: bool,
@@ -349,6 +355,8 @@ class Made(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            raise RuntimeError("DNCHead.loss is differentiable once: call backward without create_graph=True")
         needed = ctx.needs_input_grad[1 + ctx.count :]
         made = (
             scale_saved(g, grad) if need and g is not None else None for g, need in zip(ctx.saved_tensors, needed, strict=True)

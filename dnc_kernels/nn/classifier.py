@@ -179,7 +179,7 @@ class DNCClassifier(CentroidModel):
     @torch.no_grad()
     def explain(self, x: Tensor) -> ops.NearestCentroid:
         """The sub-centroid that each sample is nearest to: (label, sub, score), each [N]; see `NearestSamples`."""
-        return ops.nearest_centroid(self.embed(x), self.prototypes)
+        return ops.nearest_centroid(self.embed(x), self.snapshot())
 
     @torch.no_grad()
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:

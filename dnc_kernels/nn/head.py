@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -10,7 +13,7 @@ from ..errors import check_value
 from ..ops._common import check_choice, compute_dtype
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._labels import resize_labels, sample_of_each_class, sort_out_labels
-from ._step import Made, first_pass, second_pass
+from ._step import BAND_PIXELS, Made, first_pass, second_pass
 from .subcentroids import Momentum
 
 LOSS_SIZES = ("labels", "features")
@@ -164,6 +167,12 @@ class DNCHead(CentroidModel):
         check_features("DNCHead", features, 4, self.in_channels)
         check_labels("DNCHead", labels, features)
         update = self.training if update is None else update
+        if update and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "DNCHead.loss: run again inside a backward pass, as activation checkpointing does, it would move the "
+                "sub-centroids twice; put the checkpoint around the backbone alone (DNCHead(checkpoint=...) saves the head's "
+                "own memory)"
+            )
         labels, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
         small = resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode)
         sampled = small.reshape(-1)
@@ -173,8 +182,9 @@ class DNCHead(CentroidModel):
         return step(self._projected(features), labels if self.loss_size == "labels" else small, small, sampled, wrong, update)
 
     def _step_in_bands(self, x: Tensor, labels: Tensor, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool) -> DNCLoss:
-        p, dtype = self.prototypes, compute_dtype(x)
-        weight, bias = self.feat_norm.weight.to(dtype), self.feat_norm.bias.to(dtype)
+        dtype = compute_dtype(x, self.prototypes)
+        p = (self.prototypes if self.training else self.snapshot()).to(dtype)
+        weight, bias = (t.to(compute_dtype(x)) for t in (self.feat_norm.weight, self.feat_norm.bias))
         temperature, scale, gains, shift = 1.0, None, None, None
         if self.scores == "norm":
             gains, shift = self.mask_norm.weight.to(dtype), self.mask_norm.bias.to(dtype)
@@ -185,15 +195,16 @@ class DNCHead(CentroidModel):
         inputs = (x, weight, bias, scale, gains, shift)
         gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         with torch.no_grad():
-            total_weight, count = self._denominators(labels, sampled, joint=update)
-            # the loss is a sum over pixels divided by total_weight
-            contrast, distance = (w * total_weight / count for w in (self.ppc_weight, self.ppd_weight))
+            total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, sampled, joint=update))
+            # gradients are made of `unit` times the loss: the size of probabilities and unit vectors, whatever the sizes
+            unit = count * temperature if scale is None else count * temperature / scale
+            pull, contrast, distance = unit / total_weight, self.ppc_weight * unit / count, self.ppd_weight * unit / count
             needs_embedding = update and (self._start_pending or self.revive_after is not None)
             total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, e = first_pass(
                 x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, sampled,
                 self.confidence == "length" and self.scores != "norm", temperature, *_detached(scale, gains, shift),
                 self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
-                contrast if self.ppc_weight else None, self.ppc_temperature, gradient,
+                pull, contrast if self.ppc_weight else None, self.ppc_temperature, gradient,
                 needs_embedding or (update and self.checkpoint == "scores"),
             )  # fmt: skip
             finite = prediction >= 0
@@ -202,24 +213,24 @@ class DNCHead(CentroidModel):
             accuracy = correct.sum() / (group >= 0).sum().clamp(min=1)
             cross_entropy = total / total_weight
             ppc = ppd = total.new_zeros(())
-            target = pull = moving = None
+            target = to_target = moving = None
             if update or self.ppc_weight or self.ppd_weight:
                 target = self.cluster(own, torch.where(finite, sampled, -1), joint=update)
                 counted = target >= 0
                 towards = own.gather(1, (target.clamp(min=0) % self.num_subcentroids)[:, None])[:, 0]
-                pull = torch.zeros_like(towards)
+                to_target = torch.zeros_like(towards)
                 if self.ppc_weight:
                     ppc = torch.where(counted, lse - towards / self.ppc_temperature, 0).sum() / count
-                    pull -= contrast / self.ppc_temperature
+                    to_target -= contrast / self.ppc_temperature
                 if self.ppd_weight:
                     ppd = torch.where(counted, (1 - towards).square(), 0).sum() / count
-                    pull -= 2 * distance * (1 - towards)
-                pull = torch.where(counted, pull, 0)
+                    to_target -= 2 * distance * (1 - towards)
+                to_target = torch.where(counted, to_target, 0) if self.ppc_weight or self.ppd_weight else None
                 if update:
                     moving = torch.where(correct, target, -1) if self.update_from == "correct" else target
             grad_affine, sums, counts = second_pass(
                 grad, x.detach(), e, weight.detach(), bias.detach(), self.feat_norm.eps, statistics, grad_rstd, p,
-                target, pull if self.ppc_weight or self.ppd_weight else None, moving, gradient,
+                target, to_target, moving, gradient,
             )  # fmt: skip
             if update:
                 assert target is not None
@@ -228,7 +239,7 @@ class DNCHead(CentroidModel):
             loss = self._weighted(cross_entropy, ppc, ppd)
         if gradient:
             made = (grad, *grad_affine, grad_scale, *grad_norm)
-            loss = Made.apply(loss * total_weight, *made, *inputs) / total_weight
+            loss = Made.apply(loss * unit, *made, *inputs) / unit
         return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
 
     def _compose(self, x: Tensor, labels: Tensor, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool) -> DNCLoss:
@@ -262,6 +273,30 @@ class DNCHead(CentroidModel):
         loss = self._weighted(cross_entropy, ppc, ppd)
         return DNCLoss(loss, cross_entropy.detach(), ppc.detach(), ppd.detach(), accuracy)
 
+    def step_bytes(self, features: Sequence[int], labels: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        """Memory that `loss` and its backward need on a CPU beside features, labels and the head itself, at most: a formula.
+
+        With N feature pixels of D channels and b bytes, L label pixels, M = C*K and bands of P pixels (`BAND_PIXELS`)::
+
+            all     N (D b + 4 K + 60) + 20 L + P (8 D + 32 C) + 48 M D + 8 MB
+            scores  the same, and N D b for the embedding
+            none    N (5 D b + 26 C + 4 K + 60) + 20 L + 48 M D + 8 MB
+
+        The gradient of the features is the N D b of ``all``. A projection's own output and gradient come on top.
+
+        Args:
+            features: shape [B,D,h,w] of the features, after the projection if there is one.
+            labels: shape [B,H,W].
+            dtype: of the features.
+        """
+        batch, channels, height, width = features
+        n, row, m = batch * height * width, channels * dtype.itemsize, self.num_classes * self.num_subcentroids
+        rest = n * (4 * self.num_subcentroids + 60) + 20 * math.prod(labels) + 48 * m * channels + 8_000_000
+        if self.checkpoint == "none":
+            return n * (5 * row + 26 * self.num_classes) + rest
+        band = min(n, max(BAND_PIXELS, width))
+        return n * row * (1 + (self.checkpoint == "scores")) + band * (8 * channels + 32 * self.num_classes) + rest
+
     @torch.no_grad()
     def predict(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Classes [B,H,W] int64 at `size` (None: that of the features): argmax of the upsampled logits, never stored."""
@@ -278,7 +313,7 @@ class DNCHead(CentroidModel):
 
         `label` is the prediction at feature size unless the affine of the LayerNorm over classes overrules the nearest.
         """
-        return ops.nearest_centroid(self.embed(features), self.prototypes)
+        return ops.nearest_centroid(self.embed(features), self.snapshot())
 
     @torch.no_grad()
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:

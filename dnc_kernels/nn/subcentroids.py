@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from .. import ops
 from ..errors import check_value
-from ..ops._common import check_choice
+from ..ops._common import NAMESPACE, check_choice
 from ..ops.momentum import reference as _momentum_reference
 from . import _starts, _sync
 
@@ -65,8 +65,6 @@ class SubCentroids(nn.Module):
     num_updates: Tensor
     last_counts: Tensor
     idle_updates: Tensor
-    pending_sums: Tensor
-    pending_counts: Tensor
 
     def __init__(
         self,
@@ -122,10 +120,10 @@ class SubCentroids(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), **count), persistent=needs_count)  # type: ignore[arg-type]
         self.register_buffer("last_counts", torch.zeros(size, **count), persistent=False)  # type: ignore[arg-type]
         self.register_buffer("idle_updates", torch.zeros(size, **count), persistent=bool(revive_after))  # type: ignore[arg-type]
-        sums = torch.zeros(math.prod(size) if accumulation_steps > 1 else 0, channels, device=device, dtype=dtype)
-        self.register_buffer("pending_sums", sums, persistent=False)
-        self.register_buffer("pending_counts", torch.zeros(len(sums), **count), persistent=False)  # type: ignore[arg-type]
-        self._pending = 0  # updates in them; counted on the host, where the decision to move is made
+        # sums and counts of the updates since the last move, and how many: no buffers, which DistributedDataParallel would
+        # overwrite with rank 0's; counted on the host, where the decision to move is made
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._pending_updates = 0
         self._start_pending = False
         self._updates_before_start = 0
         self.reset_prototypes()
@@ -133,9 +131,9 @@ class SubCentroids(nn.Module):
     @torch.no_grad()
     def reset_prototypes(self) -> None:
         """Start over: sub-centroids as `init` says, counters at zero."""
-        for buffer in (self.num_updates, self.last_counts, self.idle_updates, self.pending_sums, self.pending_counts):
-            buffer.zero_()
-        self._pending = 0
+        for counter in (self.num_updates, self.last_counts, self.idle_updates):
+            counter.zero_()
+        self._pending, self._pending_updates = None, 0
         self._start_pending, self._updates_before_start = self.init == "data", self.init_step
         if self.prototypes.is_meta:
             return
@@ -236,18 +234,15 @@ class SubCentroids(nn.Module):
             totals, packed = _sync.sum_over_ranks(totals, packed)
             counts, tally = packed[:rows], None if tally is None else packed[rows:]
         if self.accumulation_steps > 1:
-            if not started:  # or these pixels were clustered by sub-centroids that are no more
-                self.pending_sums.add_(totals)
-                self.pending_counts.add_(counts)
-            totals, counts = self.pending_sums, self.pending_counts
-            self._pending += 1
-            if self._pending < self.accumulation_steps:
+            if started:  # these pixels were clustered by sub-centroids that are no more
+                totals, counts = torch.zeros_like(totals), torch.zeros_like(counts)
+            if self._pending is not None:
+                totals, counts = totals + self._pending[0].to(totals), counts + self._pending[1].to(counts)
+            self._pending, self._pending_updates = (totals, counts), self._pending_updates + 1
+            if self._pending_updates < self.accumulation_steps:
                 return tally
+            self._pending, self._pending_updates = None, 0
         self._finish_update(totals, counts, started)
-        if self.accumulation_steps > 1:
-            self.pending_sums.zero_()
-            self.pending_counts.zero_()
-            self._pending = 0
         if self.revive_after is not None and own_similarity is not None and not started:
             assert x is not None
             self._revive(x.detach(), group, own_similarity, self.revive_after, gathered)
@@ -350,8 +345,13 @@ class SubCentroids(nn.Module):
         return due
 
     def snapshot(self, update: bool = False) -> Tensor:
-        """The sub-centroids to compute with: a copy where an update could come before backward, else the buffer itself."""
-        return self.prototypes.clone() if (update or self.training) and torch.is_grad_enabled() else self.prototypes
+        """The sub-centroids to compute with, [C,K,D]: a copy where an update could come before backward, else the buffer.
+
+        Out of training they are of unit length, also where a moving average of models has shortened the buffer's rows.
+        """
+        if (update or self.training) and torch.is_grad_enabled():
+            return _copy(self.prototypes)
+        return self.prototypes if self.training else _unit_rows(self.prototypes, self.prototypes.norm(dim=2, keepdim=True))
 
     def extra_repr(self) -> str:
         """Sizes and the choices that differ in kind."""
@@ -361,10 +361,10 @@ class SubCentroids(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubCentroids:
-        master = self.prototypes, self.pending_sums
+        master = self.prototypes
         super()._apply(fn, recurse)
         if self.prototypes.dtype in (torch.float16, torch.bfloat16):
-            self.prototypes, self.pending_sums = (t.to(self.prototypes.device) for t in master)
+            self.prototypes = master.to(self.prototypes.device)
         return self
 
     def _load_from_state_dict(
@@ -382,8 +382,8 @@ class SubCentroids(nn.Module):
                 error_msgs.append(
                     f"{name}: every sub-centroid must be finite and not zero; got {int((~(length > 0)).sum())} zero or NaN"
                 )
-            # a saved unit row comes back bit for bit: resuming is exact
-            state_dict[name] = torch.where((length - 1).abs() <= 1e-6, rows, rows / length)
+            state_dict[name] = _unit_rows(rows, length)
+            self._pending, self._pending_updates = None, 0
             done = state_dict.get(f"{prefix}num_updates")
             done = int(done) if isinstance(done, Tensor) and not done.is_meta else None
             self._start_pending = self.init == "data" and done is not None and done <= self.init_step
@@ -392,6 +392,22 @@ class SubCentroids(nn.Module):
         for counter in ("num_updates", "idle_updates"):  # a released checkpoint has none
             if f"{prefix}{counter}" in missing_keys:
                 missing_keys.remove(f"{prefix}{counter}")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::copy_of_subcentroids", mutates_args=())
+def _copy(rows: Tensor) -> Tensor:
+    """A clone that no compiler makes again in the backward pass, when the rows have moved."""
+    return rows.clone()
+
+
+@_copy.register_fake
+def _(rows: Tensor) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def _unit_rows(rows: Tensor, length: Tensor) -> Tensor:
+    """Rows over their length; a row that is of unit length already keeps every bit, so that resuming is exact."""
+    return torch.where((length - 1).abs() <= 1e-6, rows, rows / length)
 
 
 def _check_momentum(op: str, momentum: Momentum) -> None:

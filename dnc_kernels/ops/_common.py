@@ -131,7 +131,8 @@ def scale_saved(saved: Tensor, grad: Tensor) -> Tensor:
     The product is made in `grad`'s own precision: in 16 bits a loss scale of 65536 is infinite, and 1/N loses 8 bits.
     """
     # under tracing the compiler decides about memory
-    if type(saved) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+    traced = torch.compiler.is_compiling() or type(saved) is not Tensor
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return (saved * grad).to(saved.dtype)
     if saved.dtype == grad.dtype or saved.device.type == "cpu":
         return saved.mul_(grad)

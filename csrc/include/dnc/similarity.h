@@ -23,10 +23,11 @@ Status class_scores(const ClassScores&);
 struct ClassScoresBackward {
   View x, centroids, labels;
   Metric metric = Metric::dot;
-  View winner;               // as written by class_scores
+  View winner;               // with grad_scores: as written by class_scores
   View grad_scores;          // optional, the shape of scores, any strides
   View grad_own_similarity;  // optional [N,K] contiguous
   View grad_x;               // out, optional, x's shape and dtype, any strides
+  bool accumulate = false;   // add to grad_x instead of overwriting it
   View grad_centroids;       // out, optional [C,K,D] of the compute type, contiguous
   int threads = 1;
 };
@@ -77,6 +78,7 @@ struct SubcentroidCrossEntropy {
   View target;         // optional [N] int64: c*K + k, or ignore_index
   double temperature = 1.0;
   int64_t ignore_index = -100;
+  View scale;   // optional, one element of the compute type: grad_x is multiplied by it
   View loss;    // out [N] of the compute type, 0 where left out
   View grad_x;  // out, optional, x's shape and dtype, any strides; 0 where left out
 };

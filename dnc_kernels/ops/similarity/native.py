@@ -127,7 +127,7 @@ def class_scores_backward(
     )
     native().class_scores_backward(
         view(x), view(rows), view(labels), METRICS.index(metric), view(winner), view(grad_scores),
-        view(None if grad_own is None else grad_own.contiguous()), view(grad_x if to_x else None),
+        view(None if grad_own is None else grad_own.contiguous()), view(grad_x if to_x else None), False,
         view(total if to_centroids else None), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_centroids if total is grad_centroids else total.to(grad_centroids.dtype)
@@ -176,9 +176,20 @@ def _scores_backward(ctx: Any, grad_scores: Tensor | None, _: Any, grad_own: Ten
 class_scores.register_autograd(_scores_backward, setup_context=_save_scores)
 
 
-def scores_gradient(x: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> Tensor:
-    """Gradient of x from that of the class scores (metric dot), in the shape and dtype of x; no autograd."""
-    return class_scores_backward(x, centroids, None, "dot", winner, grad_scores, None, True, False)[0]
+def add_scores_gradient_(grad: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> None:
+    """Add to `grad`, of pixels, what the gradient of their class scores (metric dot) gives. No autograd."""
+    native().class_scores_backward(
+        view(grad), view(centroids.contiguous()), view(None), METRICS.index("dot"), view(winner), view(grad_scores), view(None),
+        view(grad), True, view(None), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def add_own_gradient_(grad: Tensor, centroids: Tensor, labels: Tensor, grad_own: Tensor) -> None:
+    """Add to `grad`, of pixels, what the gradient [N,K] of their own-class similarities (metric dot) gives. No autograd."""
+    native().class_scores_backward(
+        view(grad), view(centroids.contiguous()), view(labels), METRICS.index("dot"), view(None), view(None), view(grad_own),
+        view(grad), True, view(None), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 @torch.library.custom_op(f"{NAMESPACE}::nearest_centroid", mutates_args=(), device_types="cpu")

@@ -232,11 +232,23 @@ def centroid_cross_entropy(
     """Loss, prediction [N], own-class similarities [N,K]; gradients are made early where that is exact and cheaper."""
     once = torch.is_grad_enabled() and reduction != "none" and not centroids.requires_grad
     early = [bool(once and t is not None and t.requires_grad) for t in (x, norm_weight, norm_bias, scale)]
+    # early gradients of a mean are made of the sum: 1/N would take them below what float16 holds
+    made = "sum" if any(early) else reduction
     loss, prediction, own, *_ = _loss_op(
         x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, reduction, early,
+        label_smoothing, made, early,
     )  # fmt: skip
-    return loss, prediction, own
+    return _mean(loss, labels, ignore_index, class_weight) if made != reduction else loss, prediction, own
+
+
+def _mean(total: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor | None = None) -> Tensor:
+    """`total` over the class weights of the pixels that count; NaN with zero gradients without any."""
+    kept = labels != ignore_index
+    if class_weight is None:
+        weight = kept.sum().to(total.dtype)
+    else:
+        weight = torch.where(kept, class_weight.to(total.dtype)[torch.where(kept, labels, 0)], 0).sum()
+    return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1), torch.nan)
 
 
 # subcentroid_cross_entropy. The gradient of a pixel is its incoming gradient times a row that does not depend on it, so the row
@@ -250,8 +262,9 @@ def _contrast_op(
     """Losses [N] and the gradient of their sum with respect to x ([0] where not wanted)."""
     loss, grad_x = _contrast_fake(x, centroids, target, temperature, ignore_index, early)
     native().subcentroid_cross_entropy(
-        view(x), view(centroids.contiguous()), view(target), temperature, ignore_index, view(loss),
-        view(grad_x if early else None), view(None), view(None), view(None), view(None), torch.get_num_threads(),
+        view(x), view(centroids.contiguous()), view(target), temperature, ignore_index,
+        view(None), view(loss), view(grad_x if early else None), view(None), view(None), view(None), view(None),
+        torch.get_num_threads(),
     )  # fmt: skip
     return loss, grad_x
 
@@ -317,31 +330,35 @@ def subcentroid_cross_entropy(
     loss, _ = _contrast_op(x, centroids, target, temperature, ignore_index, early)
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return loss.sum()
-    count = (target != ignore_index).sum()
-    return torch.where(count > 0, loss.sum() / count.clamp(min=1), torch.nan)  # without a pixel: NaN with zero gradients
+    return loss.sum() if reduction == "sum" else _mean(loss.sum(), target, ignore_index)
 
 
 def scores_and_contrast(
-    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, scale: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Class scores and contrast from one product; no autograd.
 
+    Args:
+        x: as of `class_scores`.
+        centroids: as there.
+        labels: [N] int64, negative: none.
+        temperature: of the contrast.
+        scale: [] in the compute type.
+        gradient: like x, overwritten with `scale` times the gradient of the log-sum-exp with respect to x; None: not made.
+
     Returns:
-        scores, winner, own similarities as `class_scores`; log-sum-exp [N] over all similarities / temperature; its gradient
-        with respect to x. The last two are 0 for pixels without a label.
+        scores, winner, own similarities as `class_scores`; log-sum-exp [N] over all similarities / temperature. It and its
+        gradient are 0 for pixels without a label.
     """
     dtype = compute_dtype(x, centroids)
     scores, winner = (empty_scores(x, centroids.shape[0], t) for t in (dtype, torch.uint8))
     own = x.new_empty((pixel_count(x), centroids.shape[1]), dtype=dtype)
     lse = x.new_empty(pixel_count(x), dtype=dtype)
-    mean = torch.empty_like(x) if gradient else None
     native().subcentroid_cross_entropy(
-        view(x), view(centroids.contiguous()), view(None), temperature, -1, view(lse), view(mean), view(labels), view(scores),
-        view(winner), view(own), torch.get_num_threads(),
+        view(x), view(centroids.contiguous()), view(None), temperature, -1, view(scale), view(lse), view(gradient),
+        view(labels), view(scores), view(winner), view(own), torch.get_num_threads(),
     )  # fmt: skip
-    return scores, winner, own, lse, mean
+    return scores, winner, own, lse
 
 
 for _op in (_loss_op, _loss_backward_op, _contrast_op, _contrast_centroid_gradient):

@@ -93,32 +93,32 @@ def subcentroid_cross_entropy(
 
 
 def scores_and_contrast(
-    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Class scores and contrast from one product; no autograd.
-
-    Returns:
-        scores and winner [N,C] or [B,C,H,W]; own similarities [N,K]; log-sum-exp [N] over all similarities / temperature; its
-        gradient with respect to x. The last two are 0 for pixels without a label.
-    """
+    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, scale: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `native_loss.scores_and_contrast` says."""
     scores, winner, own = class_scores(x, centroids, labels, "dot")
     assert own is not None
     dtype, kept = scores.dtype, (labels >= 0)[:, None]
     logits = similarity(x, centroids, "dot").flatten(1) / temperature
-    mean = None
-    if gradient:
-        rows = torch.where(kept, logits.softmax(1) @ (centroids.to(dtype).flatten(0, 1) / temperature), 0)
-        mean = torch.empty_like(x).copy_(pixel_map(x, rows))
+    if gradient is not None:
+        rows = logits.softmax(1) @ (centroids.to(dtype).flatten(0, 1) * (scale / temperature))
+        gradient.copy_(pixel_map(x, torch.where(kept, rows, 0)))
     lse = torch.where(kept[:, 0], logits.logsumexp(1), 0)
-    return pixel_map(x, scores), pixel_map(x, winner), own, lse, mean
+    return pixel_map(x, scores), pixel_map(x, winner), own, lse
 
 
-def scores_gradient(x: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> Tensor:
-    """Gradient of x from that of the class scores (metric dot), in the shape and dtype of x; no autograd."""
-    grad = flat_pixels(grad_scores)
-    dense = grad.new_zeros(len(grad), *centroids.shape[:2])
-    dense.scatter_(2, flat_pixels(winner).long()[..., None], grad[..., None])
-    return torch.empty_like(x).copy_(pixel_map(x, dense.flatten(1) @ centroids.to(grad.dtype).flatten(0, 1)))
+def add_scores_gradient_(grad: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> None:
+    """What `native.add_scores_gradient_` says."""
+    to_scores = flat_pixels(grad_scores)
+    dense = to_scores.new_zeros(len(to_scores), *centroids.shape[:2])
+    dense.scatter_(2, flat_pixels(winner).long()[..., None], to_scores[..., None])
+    grad += pixel_map(grad, dense.flatten(1) @ centroids.to(dense.dtype).flatten(0, 1))
+
+
+def add_own_gradient_(grad: Tensor, centroids: Tensor, labels: Tensor, grad_own: Tensor) -> None:
+    """What `native.add_own_gradient_` says."""
+    rows = torch.einsum("nk,nkd->nd", grad_own, centroids.to(grad_own.dtype)[labels.clamp(min=0)])
+    grad += pixel_map(grad, torch.where((labels >= 0)[:, None], rows, 0))
 
 
 def _finite(scores: Tensor) -> Tensor:

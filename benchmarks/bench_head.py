@@ -1,0 +1,198 @@
+"""A whole training step of the segmentation head, forward and backward, against the eager composition and its compiled form.
+
+The composition is the released step: embedding, similarities to all sub-centroids, amax over K, LayerNorm over the classes,
+interpolation to the labels, cross-entropy, contrast and distance losses, then Sinkhorn and momentum class by class in a loop
+(linear domain, without the released Gumbel noise). Features at a quarter of the labels' size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnc_kernels import use_backend
+from dnc_kernels.nn import DNCHead
+
+from . import bench_momentum as momentum
+from . import bench_sinkhorn as sinkhorn
+from .harness import Call, Case, Settings, Variant, dtype_of, kernels
+
+K, CHANNELS, STRIDE = 10, 256, 4
+PPC, PPD = 0.01, 0.001
+_DATA = "blocks of 16 x 16 label pixels, Zipf class sizes, one class absent, 10% ignored"
+CASES = {
+    "512x1024 C=19": (512, 1024, 19),
+    "1024x1024 C=19": (1024, 1024, 19),
+    "512x1024 C=150": (512, 1024, 150),
+    "1024x1024 C=150": (1024, 1024, 150),
+}
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Every case at these settings."""
+    sizes = dict.fromkeys(CASES, (64, 64, 5)) if settings.quick else CASES
+    return [_case(name, *size, dtype, settings) for dtype in settings.dtypes for name, size in sizes.items()]
+
+
+def _case(name: str, height: int, width: int, classes: int, dtype: str, settings: Settings) -> Case:
+    h, w = height // STRIDE, width // STRIDE
+
+    def head(checkpoint: str) -> DNCHead:
+        return DNCHead(
+            CHANNELS, classes, K, recipe="released", ppc_weight=PPC, ppd_weight=PPD, checkpoint=checkpoint,
+            generator=torch.Generator().manual_seed(0),
+        ).to(settings.device)  # fmt: skip
+
+    def inputs() -> Any:
+        seed = torch.Generator().manual_seed(0)
+        start = head("none").prototypes.cpu()
+        # labels in blocks of 16 x 16 pixels, sizes by Zipf's law, one block in ten ignored
+        blocks = sinkhorn.zipf_labels(16 * (height // 16) * (width // 16), classes, seed)[::16].view(
+            1, height // 16, width // 16
+        )
+        labels = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        small = labels[:, ::STRIDE, ::STRIDE]
+        likeness = start[small.clamp(min=0), torch.randint(K, small.shape, generator=seed)]
+        x = (likeness + torch.randn(likeness.shape, generator=seed) / CHANNELS**0.5).permute(0, 3, 1, 2)
+        x = x.contiguous().to(settings.device, dtype_of(dtype))
+        return SimpleNamespace(
+            x=x, labels=torch.where(labels < 0, 255, labels).to(settings.device), start=start.to(settings.device)
+        )
+
+    def step(checkpoint: str) -> Callable[[Any], Call]:
+        def prepare(i: Any) -> Call:
+            model = head(checkpoint)
+
+            def call() -> tuple[Tensor, Tensor, Tensor]:
+                model.prototypes.copy_(i.start)
+                x = i.x.detach().requires_grad_()
+                loss = model.loss(x, i.labels).loss
+                loss.backward()
+                assert x.grad is not None
+                return loss.detach(), x.grad, model.prototypes
+
+            return call
+
+        return prepare
+
+    def composition(make_loss: Callable[..., Tensor]) -> Callable[[Any], Call]:
+        def prepare(i: Any) -> Call:
+            norms = [torch.ones(n, device=settings.device, requires_grad=True) for n in (CHANNELS, classes)]
+            biases = [torch.zeros(n, device=settings.device, requires_grad=True) for n in (CHANNELS, classes)]
+            parameters = [norms[0], biases[0], norms[1], biases[1]]
+
+            def call() -> tuple[Tensor, Tensor, Tensor]:
+                x, p = i.x.detach().requires_grad_(), i.start.clone()
+                loss = make_loss(x, i.labels, p, *parameters)
+                loss.backward()
+                assert x.grad is not None
+                return loss.detach(), x.grad, p
+
+            return call
+
+        return prepare
+
+    def reference(i: Any) -> tuple[Tensor, ...]:
+        wide = SimpleNamespace(x=i.x.double(), labels=i.labels, start=i.start.double())
+        model = head("all").double()
+        x = wide.x.requires_grad_()
+        model.prototypes.copy_(wide.start)
+        with use_backend("reference"):
+            loss = model.loss(x, wide.labels).loss
+            loss.backward()
+        assert x.grad is not None
+        return loss.detach(), x.grad, model.prototypes
+
+    def checked(checkpoint: str, backend: str) -> Callable[[Any], Call]:
+        def prepare(i: Any) -> Call:
+            call = step(checkpoint)(i)
+
+            def run() -> Any:
+                with use_backend(backend):
+                    return call()
+
+            return run
+
+        return prepare
+
+    needed = ["subcentroid_cross_entropy", "upsample_cross_entropy", "sinkhorn_assign", "cluster_sums", "normalize_embedding"]
+    ours = []
+    for checkpoint in ("all", "scores", "none"):
+        for v in kernels(settings, dtype, needed, lambda b, c=checkpoint: checked(c, "auto" if b == "cpu" else b)):  # type: ignore[misc]
+            ours.append(Variant(f"{v.name} checkpoint={checkpoint}", v.prepare, baseline=False, backend=v.backend))
+    return Case(
+        op="head_step", name=name, dtype=dtype, data=_DATA,
+        shape={"B": 1, "H": height, "W": width, "h": h, "w": w, "C": classes, "K": K, "D": CHANNELS},
+        inputs=inputs, reference=reference, check=_check,
+        variants=[
+            *ours,
+            Variant("eager", composition(eager)),
+            Variant("compiled_loss", composition(_compiled), compiled=True),
+        ],
+        flops=4.0 * h * w * classes * K * CHANNELS,
+        goals=settings.goals(dtype, {"best": 5}),
+    )  # fmt: skip
+
+
+def _check(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Loss to rounding; at most one pixel in a thousand may have another gradient, whose cluster was a near-tie."""
+    loss, grad, p = result
+    wrong = (grad.double() - expected[1]).abs().amax(1) > 1e-4 * expected[1].abs().max()
+    moved = (p.double() - expected[2]).abs().max() / 2e-5  # a step is about 1e-3 of a sub-centroid's length
+    return max(
+        float((loss.double() - expected[0]).abs() / expected[0]) / 1e-5, float(wrong.double().mean()) / 1e-3, float(moved)
+    )
+
+
+def _losses(
+    x: Tensor, labels: Tensor, p: Tensor, feat_weight: Tensor, feat_bias: Tensor, mask_weight: Tensor, mask_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy at label size, similarities [N,C,K], embedding [N,D], predictions [N]."""
+    batch, channels, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    e = F.normalize(F.layer_norm(rows, (channels,), feat_weight, feat_bias), dim=1)
+    similarity = (e @ p.flatten(0, 1).T).view(-1, *p.shape[:2])
+    logits = F.layer_norm(similarity.amax(2), (p.shape[0],), mask_weight, mask_bias)
+    maps = logits.view(batch, h, w, -1).permute(0, 3, 1, 2)
+    large = F.interpolate(maps, size=labels.shape[1:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(large, labels, ignore_index=255), similarity, e, logits.argmax(1)
+
+
+def _contrast(similarity: Tensor, target: Tensor) -> Tensor:
+    flat = similarity.flatten(1)
+    kept = target >= 0
+    towards = flat.gather(1, target.clamp(min=0)[:, None])[:, 0]
+    ppd = torch.where(kept, (1 - towards).square(), 0).sum() / kept.sum()
+    return PPC * F.cross_entropy(flat, target, ignore_index=-1) + PPD * ppd
+
+
+def eager(
+    x: Tensor, labels: Tensor, p: Tensor, *parameters: Tensor, losses: Any = _losses, contrast: Any = _contrast
+) -> Tensor:
+    """Loss of the composition; moves `p` [C,K,D] in place, class by class."""
+    cross_entropy, similarity, e, prediction = losses(x, labels, p.clone(), *parameters)
+    step = labels.shape[1] // x.shape[2]
+    group = labels[:, ::step, ::step].reshape(-1)
+    target = torch.full_like(group, -1)
+    with torch.no_grad():
+        for c in range(p.shape[0]):
+            mask = group == c
+            if mask.any():
+                sub = sinkhorn.loop_sinkhorn(similarity[mask, c])
+                target[mask] = c * K + sub
+                momentum.class_step_(p[c], e[mask], sub, prediction[mask] == c)
+    return cross_entropy + contrast(similarity, target)
+
+
+def _compiled(x: Tensor, labels: Tensor, p: Tensor, *parameters: Tensor) -> Tensor:
+    """The same with both differentiable parts compiled; the loop over classes cannot be."""
+    return eager(x, labels, p, *parameters, losses=_compiled_losses, contrast=_compiled_contrast)
+
+
+_compiled_losses = torch.compile(_losses, dynamic=False)
+_compiled_contrast = torch.compile(_contrast, dynamic=False)

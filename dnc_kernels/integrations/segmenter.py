@@ -1,0 +1,33 @@
+"""A backbone and a head as one module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..nn import DNCHead, DNCLoss
+
+
+class DNCSegmenter(nn.Module):
+    """A network that gives features and the head that classifies them, as one module to save, move and train.
+
+    Args:
+        backbone: images [B,3,H,W] -> features [B,head.in_channels,h,w], such as an adapter of this package.
+        head: on those features.
+    """
+
+    def __init__(self, backbone: nn.Module, head: DNCHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | DNCLoss:
+        """Logits [B,C,h,w] of images, or with labels [B,H,W] what `loss` gives: DistributedDataParallel sees forward alone."""
+        return self.head(self.backbone(images)) if labels is None else self.loss(images, labels)
+
+    def loss(self, images: Tensor, labels: Tensor) -> DNCLoss:
+        """Training loss of images and labels [B,H,W]; moves the sub-centroids in training mode (`DNCHead.loss`)."""
+        return self.head.loss(self.backbone(images), labels)
+
+    def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Classes [B,H,W] int64 of images at `size` (None: that of the images); call `eval()` first."""
+        features = self.backbone(images)
+        return self.head.predict(features, (images.shape[2], images.shape[3]) if size is None else size)

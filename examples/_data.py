@@ -1,0 +1,279 @@
+"""Training data: the digit scenes, or a user's folder of images and masks; crops, and whole images cut into tiles."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dnc_kernels.demo import scenes
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")  # without loss: a class id must come back as it was
+IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
+MASK_MODES = ("P", "L", "1", "I", "I;16", "I;16L", "I;16B")
+# What networks with published weights expect of an image in 0..1.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Picture = NDArray[np.uint8]
+Mask = NDArray[np.int64]
+Size = tuple[int, int]
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's files; one line that names the file, what was expected, what it is, and the fix."""
+
+
+class Source(Protocol):
+    """Images [H,W,3] with masks [H,W] by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Picture, Mask]:
+        """Image and mask of a number."""
+        ...
+
+
+class DigitScenes:
+    """Scenes of scikit-learn's handwritten digits, drawn once.
+
+    Args:
+        count, seed, split: as in `scenes.make_scenes`.
+        size: height and width.
+    """
+
+    def __init__(self, count: int, *, seed: int, split: scenes.Split, size: Size) -> None:
+        images, labels = scenes.make_scenes(count, seed=seed, split=split, config=scenes.SceneConfig(*size))
+        self.images = (images.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+        self.labels = labels.astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> tuple[Picture, Mask]:
+        """Image and mask of a scene."""
+        return self.images[index], self.labels[index].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its mask; `name` is the path of both below their folders, without the suffix."""
+
+    name: str
+    image: Path
+    mask: Path
+
+
+class FolderScenes:
+    """A user's images and masks.
+
+    Args:
+        pairs: from `find_pairs`.
+        num_classes: ids are in [0,num_classes).
+        ignore_index: an id to leave out.
+    """
+
+    def __init__(self, pairs: list[Pair], num_classes: int, ignore_index: int) -> None:
+        self.pairs, self.num_classes, self.ignore_index = pairs, num_classes, ignore_index
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> tuple[Picture, Mask]:
+        """Image and mask of a pair.
+
+        Raises:
+            DataError: a file cannot be read, or the mask holds an id that is no class.
+        """
+        pair = self.pairs[index]
+        image = np.asarray(_opened(pair.image, lambda opened: opened.convert("RGB")))
+        # not converted: the pixels of a palette image are its indices
+        mask = np.asarray(_opened(pair.mask, lambda opened: opened.copy())).astype(np.int64)
+        known = (mask >= 0) & (mask < self.num_classes) | (mask == self.ignore_index)
+        if not known.all():
+            unknown = np.unique(mask[~known]).tolist()
+            shown = f"{unknown[:8]}" if len(unknown) <= 8 else f"{unknown[:8]} and {len(unknown) - 8} more"
+            raise DataError(
+                f"unknown ids {shown} in {pair.mask}: expected 0 to {self.num_classes - 1}, or {self.ignore_index} to leave "
+                "a pixel out; set --num-classes or --ignore-index, or map the ids"
+            )
+        return image, mask
+
+
+def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
+    """Pairs of the image and mask of equal name (below their folders, without suffix), and how many masks have no image.
+
+    Reads headers, no pixels.
+
+    Raises:
+        DataError: a folder is missing or holds no pair, an image has no mask, two files share a name, a file is no image, a
+            mask is in colour or not of its image's size.
+    """
+    by_name, mask_by_name = _files(images, IMAGE_SUFFIXES, "image"), _files(masks, MASK_SUFFIXES, "mask")
+    if not by_name.keys() & mask_by_name.keys():
+        raise DataError(
+            f"no pairs found in {images} and {masks}: expected files of equal name such as images/a.jpg and masks/a.png; got "
+            f"{_counted(len(by_name), 'image')} ({', '.join(IMAGE_SUFFIXES)}) and {_counted(len(mask_by_name), 'mask')} "
+            f"({', '.join(MASK_SUFFIXES)}); rename the masks like their images"
+        )
+    pairs = []
+    for name, image in sorted(by_name.items()):
+        if name not in mask_by_name:
+            raise DataError(f"{image} has no mask: expected {masks / name}.png; add it or take the image away")
+        pairs.append(Pair(name, image, mask_by_name[name]))
+    for pair in pairs:
+        _check_pair(pair)
+    return pairs, len(mask_by_name) - len(pairs)
+
+
+def _check_pair(pair: Pair) -> None:
+    mode, size = _opened(pair.image, lambda opened: (opened.mode, opened.size))
+    if mode not in IMAGE_MODES:
+        raise DataError(f"{pair.image}: expected an 8-bit image; got mode {mode}; save it with 8 bits a channel")
+    mask_mode, mask_size = _opened(pair.mask, lambda opened: (opened.mode, opened.size))
+    if mask_mode not in MASK_MODES:
+        raise DataError(
+            f"{pair.mask}: expected a mask of class ids, with a palette or one channel; got mode {mask_mode}; save the ids "
+            "themselves, not their colours"
+        )
+    if size != mask_size:
+        raise DataError(
+            f"{pair.mask}: expected the size of its image {pair.image}, {size[0]}x{size[1]} (width x height); got "
+            f"{mask_size[0]}x{mask_size[1]}; resize the mask with nearest neighbour"
+        )
+
+
+def _files(folder: Path, suffixes: tuple[str, ...], kind: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder of {kind}s; got {'a file' if folder.exists() else 'nothing there'}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.is_file():
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise DataError(f"{path}: expected one {kind} of this name; got {found[name].name} too; take one of them away")
+        found[name] = path
+    return found
+
+
+def _opened(path: Path, use: Any) -> Any:
+    """What `use` makes of an opened image."""
+    try:
+        with Image.open(path) as opened:
+            return use(opened)
+    # Pillow's decoders raise all of these for files that are damaged
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: expected an image that can be read; got {error}; replace the file or take it away") from None
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def split_pairs(pairs: list[Pair], held_out: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs to measure on: a share `held_out` of all, drawn by `seed`; at least one of each."""
+    count = min(max(1, round(held_out * len(pairs))), len(pairs) - 1)
+    if held_out == 0 or count == 0:
+        return pairs, pairs
+    drawn = set(np.random.default_rng([seed, 2]).permutation(len(pairs))[:count].tolist())
+    return [p for i, p in enumerate(pairs) if i not in drawn], [p for i, p in enumerate(pairs) if i in drawn]
+
+
+def fingerprint(pairs: list[Pair]) -> str:
+    """Digest of the names, to tell whether a run goes on with the data it began with."""
+    return hashlib.sha256("\n".join(pair.name for pair in pairs).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of random crops. Every bit of a step's batch follows from `seed` and the step's number alone.
+
+    So a resumed run needs no state to go on with the same data.
+    """
+
+    source: Source
+    batch: int
+    size: Size
+    seed: int
+    flip: bool
+    ignore_index: int
+    workers: int = 2
+
+    def steps(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images [B,3,h,w] uint8 and labels [B,h,w] int64 of steps first..last; the next ones are read meanwhile."""
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            ahead = [pool.submit(self.sample, number) for number in self._numbers(first)] if first <= last else []
+            for step in range(first, last + 1):
+                now = ahead
+                ahead = [pool.submit(self.sample, number) for number in self._numbers(step + 1)] if step < last else []
+                yield _stacked([sample.result() for sample in now])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _numbers(self, step: int) -> range:
+        return range((step - 1) * self.batch, step * self.batch)
+
+    def sample(self, number: int) -> tuple[Picture, Mask]:
+        """Crop of the sample that comes `number`-th in training, from 0: one random permutation after another."""
+        epoch, position = divmod(number, len(self.source))
+        index = int(_order(len(self.source), self.seed, epoch)[position])
+        image, mask = self.source.read(index)
+        rng = np.random.default_rng([self.seed, 1, number])
+        space = [max(0, length - wanted) for length, wanted in zip(mask.shape, self.size, strict=True)]
+        top, left = (int(rng.integers(0, room + 1)) for room in space)
+        image, mask = cut(image, mask, top, left, self.size, self.ignore_index)
+        return (image[:, ::-1], mask[:, ::-1]) if self.flip and rng.random() < 0.5 else (image, mask)
+
+
+@lru_cache(maxsize=2)  # the epochs of a batch that spans two
+def _order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, 0, epoch]).permutation(length)
+
+
+def cut(image: Picture, mask: Mask, top: int, left: int, size: Size, ignore_index: int) -> tuple[Picture, Mask]:
+    """Window of an image and its mask; beyond their edges it is black and left out."""
+    window = (slice(top, top + size[0]), slice(left, left + size[1]))
+    image, mask = image[window], mask[window]
+    missing = [(0, wanted - length) for length, wanted in zip(mask.shape, size, strict=True)]
+    if any(after for _, after in missing):
+        image = np.pad(image, [*missing, (0, 0)])
+        mask = np.pad(mask, missing, constant_values=ignore_index)
+    return image, mask
+
+
+def tiles(source: Source, batch: int, size: Size, ignore_index: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every pixel of a source once: batches of windows side by side, of one size for networks that take no other."""
+    pending = []
+    for index in range(len(source)):
+        image, mask = source.read(index)
+        for top in range(0, mask.shape[0], size[0]):
+            for left in range(0, mask.shape[1], size[1]):
+                pending.append(cut(image, mask, top, left, size, ignore_index))
+                if len(pending) == batch:
+                    yield _stacked(pending)
+                    pending = []
+    if pending:
+        yield _stacked(pending)
+
+
+def _stacked(samples: list[tuple[Picture, Mask]]) -> tuple[Tensor, Tensor]:
+    images, masks = (np.stack(parts) for parts in zip(*samples, strict=True))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks)
+
+
+def network_input(images: Tensor, device: torch.device) -> Tensor:
+    """Images [B,3,H,W] uint8 as floats on a device, normalised as networks with published weights expect it."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    return (images.to(device).float() / 255 - mean) / std
