@@ -134,13 +134,14 @@ def test_a_class_masked_by_minus_infinity_takes_no_part(isa, size):
 
 
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
-def test_nan_and_inf_reach_only_pixels_they_have_a_share_in(isa, bad):
+@pytest.mark.parametrize("size", ((18, 28), (6, 7), (6, 28), (18, 7)), ids=str)
+def test_nan_and_inf_reach_only_pixels_they_have_a_share_in(isa, size, bad):
     scores = normal(1, 20, 6, 7).requires_grad_()
     with torch.no_grad():
-        scores[0, 11, 3, 4] = bad
-    rows, columns = interpolation(6, 18, False), interpolation(7, 28, False)
-    touched = (rows[:, 3, None] * columns[None, :, 4]) > 0
-    loss = ops.upsample_cross_entropy(scores, random_labels(1, 20, (18, 28), 0.0), reduction="none", backend="cpu")
+        scores[0, 11, 2, 4] = bad
+    rows, columns = interpolation(6, size[0], False), interpolation(7, size[1], False)
+    touched = (rows[:, 2, None] * columns[None, :, 4]) > 0
+    loss = ops.upsample_cross_entropy(scores, random_labels(1, 20, size, 0.0), reduction="none", backend="cpu")
     assert torch.equal(loss[0].isnan(), touched)
     loss.sum().backward()
     sources = torch.einsum("Hh,HW,Ww->hw", rows, touched.double(), columns) > 0
