@@ -106,7 +106,7 @@ def test_any_layout(
 @pytest.mark.parametrize("grad", ("expanded", "strided"))
 def test_incoming_gradients_of_none(grad):
     scores, labels = normal(2, 5, 4, 6), random_labels(2, 5, (9, 13))
-    given = {"expanded": torch.tensor(0.7).expand(2, 9, 13), "strided": torch.randn(13, 9, 4).T[::2]}[grad]
+    given = {"expanded": torch.tensor(0.7).expand(2, 9, 13), "strided": torch.randn(13, 9, 4).permute(2, 1, 0)[::2]}[grad]
     check(scores, labels, grad=given, reduction="none")
 
 

@@ -1,7 +1,8 @@
 // upsample_cross_entropy on the CPU: cross-entropy of bilinearly interpolated scores and the scores' gradient in one pass.
 //
-//   u_c = interpolated scores;  loss = on * lse(u) - own * u_y - s/C sum_c w_c u_c,   own = (1-s) w_y,  on = own + s/C sum_c
-//   w_c reads scores [B,C,h,w] (one row in 4 twice) and labels [B,H,W] once; writes grad_scores once (one row in 4 twice), loss
+//   u_c = interpolated scores;  loss = on * lse(u) - own * u_y - s/C sum_c w_c u_c
+//   own = (1-s) w_y;  on = own + s/C sum_c w_c                                        (s: label smoothing; w: class weights)
+//   reads scores [B,C,h,w] (one row in 4 twice) and labels [B,H,W] once; writes grad_scores once (one row in 4 twice), loss
 //   [B,H,W] if asked. [B,C,H,W] never exists: a group of 4 pixels x C lives in L1. Compute-bound: B*H*W*C exponentials.
 // Plan: a unit is a block of cell rows of one sample; vector lanes are classes (upsample_unit.h).
 // Deterministic: blocks depend on sizes alone. A block hands the gradient of the first row behind it to a border buffer that
