@@ -8,6 +8,7 @@ interpolation to the labels, cross-entropy, contrast and distance losses, then S
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,13 +150,26 @@ def _check(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     )
 
 
+def _embed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return F.normalize(F.layer_norm(rows, (x.shape[1],), weight, bias), dim=1)
+
+
+def _embed_written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same without layer_norm, whose gradient torch 2.13's compiler gets wrong before a normalisation of permuted rows."""
+    centred = x - x.mean(1, keepdim=True)
+    z = centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1e-5) * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+    z = z * torch.rsqrt(z.square().sum(1, keepdim=True))
+    return z.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
 def _losses(
-    x: Tensor, labels: Tensor, p: Tensor, feat_weight: Tensor, feat_bias: Tensor, mask_weight: Tensor, mask_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, labels: Tensor, p: Tensor, feat_weight: Tensor, feat_bias: Tensor, mask_weight: Tensor, mask_bias: Tensor,
+    embed: Any = _embed,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Cross-entropy at label size, similarities [N,C,K], embedding [N,D], predictions [N]."""
-    batch, channels, h, w = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    e = F.normalize(F.layer_norm(rows, (channels,), feat_weight, feat_bias), dim=1)
+    batch, _, h, w = x.shape
+    e = embed(x, feat_weight, feat_bias)
     similarity = (e @ p.flatten(0, 1).T).view(-1, *p.shape[:2])
     logits = F.layer_norm(similarity.amax(2), (p.shape[0],), mask_weight, mask_bias)
     maps = logits.view(batch, h, w, -1).permute(0, 3, 1, 2)
@@ -194,5 +208,5 @@ def _compiled(x: Tensor, labels: Tensor, p: Tensor, *parameters: Tensor) -> Tens
     return eager(x, labels, p, *parameters, losses=_compiled_losses, contrast=_compiled_contrast)
 
 
-_compiled_losses = torch.compile(_losses, dynamic=False)
+_compiled_losses = torch.compile(partial(_losses, embed=_embed_written_out), dynamic=False)
 _compiled_contrast = torch.compile(_contrast, dynamic=False)

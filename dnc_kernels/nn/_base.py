@@ -133,16 +133,17 @@ class CentroidModel(SubCentroids):
         # <gain * e, p> = gain * <e, p>: clustering and contrast want the cosines back
         return result if gain is None else result._replace(own_similarity=result.own_similarity / gain.detach().reshape(-1, 1))
 
-    def _denominators(self, labels: Tensor, sampled: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
+    def _denominators(self, labels: Tensor, ignored: int, sampled: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
         """What sums over pixels are divided by: the class weights of labelled pixels, and the number of sampled ones.
 
         1, not 0, without any. With `joint` and several ranks that cluster together both are means over the ranks: then the
         average of the ranks' gradients is the gradient of the mean over all pixels, however they are spread.
         """
+        kept = labels != ignored
         if self.class_weight is None:
-            weight = (labels >= 0).sum().to(torch.float64)
+            weight = kept.sum().to(torch.float64)
         else:
-            weight = torch.where(labels >= 0, self.class_weight[labels.clamp(min=0)], 0).sum(dtype=torch.float64)
+            weight = torch.where(kept, self.class_weight[torch.where(kept, labels, 0)], 0).sum(dtype=torch.float64)
         count = (sampled >= 0).sum().to(torch.float64)
         if joint and self.sync != "average" and (world := _sync.ranks(self.sync)) > 1:
             (both,) = _sync.sum_over_ranks(torch.stack([weight, count]))

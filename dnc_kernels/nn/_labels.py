@@ -14,23 +14,32 @@ from ._starts import uniform
 DEBUG = os.environ.get("DNC_KERNELS_DEBUG", "") == "1"
 
 
-def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Labels as int64 with -1 for pixels to leave out, and how many were wrong (0-d int64).
+def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, int, Tensor]:
+    """Labels, the one among them that means "leave out", and how many were wrong (0-d int64).
 
     A label outside [0,C) other than `ignore_index` raises ValueError where its value can be read without a sync (on CPU,
-    outside torch.compile) or under DNC_KERNELS_DEBUG=1; elsewhere it counts as wrong and is left out.
+    outside torch.compile) or under DNC_KERNELS_DEBUG=1; then the labels come back as they are. Elsewhere it counts as wrong,
+    and comes back as -1, as `ignore_index` does.
     """
-    labels = labels.to(torch.int64)
-    ignored = labels == ignore_index
-    inside = (labels >= 0) & (labels < num_classes)
-    wrong = (~inside & ~ignored).sum()
-    if not torch.compiler.is_compiling() and (DEBUG or labels.device.type == "cpu") and wrong:
-        index = int((~inside & ~ignored).flatten().nonzero()[0])
+    if labels.dtype not in (torch.int64, torch.int32):
+        labels = labels.to(torch.int32)  # an ignore_index of -1 or 1000 cannot be compared with uint8
+    outside = (labels < 0) | (labels >= num_classes)
+    bad = outside & (labels != ignore_index)
+    if torch.compiler.is_compiling() or not (DEBUG or labels.device.type == "cpu"):
+        return torch.where(outside, -1, labels.to(torch.int64)), -1, bad.sum()
+    if bad.any():
+        index = int(bad.flatten().nonzero()[0])
         check_value(
             False, op, "labels", f"in [0,{num_classes}) or ignore_index {ignore_index}",
             f"{int(labels.flatten()[index])} at pixel {index}", "set ignore_index, or num_classes",
         )  # fmt: skip
-    return torch.where(inside, labels, -1), wrong
+    return labels, ignore_index, torch.zeros((), dtype=torch.int64, device=labels.device)
+
+
+def without_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels as int64 with -1 for `ignore_index`."""
+    labels = labels.to(torch.int64)
+    return labels if ignore_index == -1 else torch.where(labels == ignore_index, -1, labels)
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int], mode: str = "nearest") -> Tensor:

@@ -135,6 +135,7 @@ def first_pass(
     eps: float,
     centroids: Tensor,
     labels: Tensor,
+    ignored: int,
     sampled: Tensor,
     confidence: bool,
     temperature: float,
@@ -154,11 +155,11 @@ def first_pass(
     """Summed cross-entropy []; prediction [N] (-1: not finite), own similarities [N,K], log-sum-exp [N]; statistics [3,N];
     gradients of the embedding, of rstd [N], of the scale [], of the norm over classes [2,C]; the embedding.
 
-    labels [B,H,W]: of the cross-entropy; sampled [N]: of own similarities and contrast; both int64, -1 for none. pull and
-    contrast []: what the gradients of both sums are multiplied by; contrast None: no contrast.
+    labels [B,H,W]: of the cross-entropy, `ignored` for none; sampled [N]: of own similarities and contrast, -1 for none. pull
+    and contrast []: what the gradients of both sums are multiplied by; contrast None: no contrast.
     """
     results = _first_fake(
-        x, weight, bias, eps, centroids, labels, sampled, confidence, temperature, scale, norm_weight, norm_bias,
+        x, weight, bias, eps, centroids, labels, ignored, sampled, confidence, temperature, scale, norm_weight, norm_bias,
         norm_eps, class_weight, label_smoothing, align_corners, pull, contrast, contrast_temperature, gradient, keep_embedding,
     )  # fmt: skip
     total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, kept = results
@@ -206,7 +207,7 @@ def first_pass(
         above, below = bisect_left(lower, top), bisect_left(lower, band.bottom - (not last))
         loss, to_logits = upsampling.cross_entropy_with_gradient(
             logits, labels[band.sample : band.sample + 1, above:below], align_corners=align_corners, class_weight=class_weight,
-            ignore_index=-1, label_smoothing=label_smoothing, grad=gradient,
+            ignore_index=ignored, label_smoothing=label_smoothing, grad=gradient,
             window=None if apart else (height, top, label_rows, above),
         )  # fmt: skip
         sums += loss
@@ -239,6 +240,7 @@ def _first_fake(
     eps: float,
     centroids: Tensor,
     labels: Tensor,
+    ignored: int,
     sampled: Tensor,
     confidence: bool,
     temperature: float,

@@ -9,7 +9,7 @@ from .. import ops
 from ..errors import check_value
 from . import _sync
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
-from ._labels import sort_out_labels
+from ._labels import sort_out_labels, without_ignored
 from .memory import FeatureMemory
 from .subcentroids import Momentum
 
@@ -122,10 +122,11 @@ class DNCClassifier(CentroidModel):
         check_features("DNCClassifier", x, 2, self.channels)
         check_labels("DNCClassifier", labels, x)
         update = self.training if update is None else update
-        labels, wrong = sort_out_labels("DNCClassifier", labels, self.num_classes, self.ignore_index)
+        labels, ignored, wrong = sort_out_labels("DNCClassifier", labels, self.num_classes, self.ignore_index)
+        labels = without_ignored(labels, ignored)
         (e, gain), p = self._embed_with_gain(x), self.snapshot(update)
         total, prediction, own = self._fused_cross_entropy(e, p, labels, gain)
-        total_weight, count = self._denominators(labels, labels, joint=update)
+        total_weight, count = self._denominators(labels, -1, labels, joint=update)
         cross_entropy = total / total_weight
         finite = prediction >= 0
         group = torch.where(finite, labels, -1)
@@ -185,8 +186,8 @@ class DNCClassifier(CentroidModel):
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:
         """Start the sub-centroids from features [N,D] and labels [N]; see `SubCentroids.initialize_from_`."""
         check_labels("DNCClassifier", labels, features)
-        labels, _ = sort_out_labels("DNCClassifier", labels, self.num_classes, self.ignore_index)
-        return super().initialize_from_(self.embed(features), labels, refinements=refinements)
+        labels, ignored, _ = sort_out_labels("DNCClassifier", labels, self.num_classes, self.ignore_index)
+        return super().initialize_from_(self.embed(features), without_ignored(labels, ignored), refinements=refinements)
 
     def extra_repr(self) -> str:
         """Sizes and the choices that differ in kind."""

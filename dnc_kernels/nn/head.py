@@ -12,7 +12,7 @@ from .. import ops
 from ..errors import check_value
 from ..ops._common import check_choice, compute_dtype
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
-from ._labels import resize_labels, sample_of_each_class, sort_out_labels
+from ._labels import resize_labels, sample_of_each_class, sort_out_labels, without_ignored
 from ._step import BAND_PIXELS, Made, first_pass, second_pass
 from .subcentroids import Momentum
 
@@ -173,15 +173,19 @@ class DNCHead(CentroidModel):
                 "sub-centroids twice; put the checkpoint around the backbone alone (DNCHead(checkpoint=...) saves the head's "
                 "own memory)"
             )
-        labels, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
-        small = resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode)
+        labels, ignored, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
+        small = without_ignored(resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
+        if self.loss_size == "features":
+            labels, ignored = small, -1
         sampled = small.reshape(-1)
         if self.pixels_per_class is not None:
             sampled = sample_of_each_class(sampled, self.num_classes, self.pixels_per_class, self.generator)
         step = self._compose if self.checkpoint == "none" else self._step_in_bands
-        return step(self._projected(features), labels if self.loss_size == "labels" else small, small, sampled, wrong, update)
+        return step(self._projected(features), labels, ignored, small, sampled, wrong, update)
 
-    def _step_in_bands(self, x: Tensor, labels: Tensor, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool) -> DNCLoss:
+    def _step_in_bands(
+        self, x: Tensor, labels: Tensor, ignored: int, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool
+    ) -> DNCLoss:
         dtype = compute_dtype(x, self.prototypes)
         p = (self.prototypes if self.training else self.snapshot()).to(dtype)
         weight, bias = (t.to(compute_dtype(x)) for t in (self.feat_norm.weight, self.feat_norm.bias))
@@ -195,7 +199,7 @@ class DNCHead(CentroidModel):
         inputs = (x, weight, bias, scale, gains, shift)
         gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         with torch.no_grad():
-            total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, sampled, joint=update))
+            total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, ignored, sampled, joint=update))
             # gradients are made of `unit` times the loss: in half precision they get the size of probabilities and unit vectors
             unit = torch.ones_like(count)
             if x.dtype in (torch.float16, torch.bfloat16):
@@ -203,7 +207,7 @@ class DNCHead(CentroidModel):
             pull, contrast, distance = unit / total_weight, self.ppc_weight * unit / count, self.ppd_weight * unit / count
             needs_embedding = update and (self._start_pending or self.revive_after is not None)
             total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, e = first_pass(
-                x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, sampled,
+                x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, ignored, sampled,
                 self.confidence == "length" and self.scores != "norm", temperature, *_detached(scale, gains, shift),
                 self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
                 pull, contrast if self.ppc_weight else None, self.ppc_temperature, gradient,
@@ -244,16 +248,18 @@ class DNCHead(CentroidModel):
             loss = Made.apply(loss * unit, *made, *inputs) / unit
         return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
 
-    def _compose(self, x: Tensor, labels: Tensor, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool) -> DNCLoss:
+    def _compose(
+        self, x: Tensor, labels: Tensor, ignored: int, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool
+    ) -> DNCLoss:
         p = self.snapshot(update)
         e, gain = self._embed_with_gain(x)
-        total_weight, count = self._denominators(labels, sampled, joint=update)
+        total_weight, count = self._denominators(labels, ignored, sampled, joint=update)
         if self.loss_size == "labels":
             scores, _, own = ops.class_scores(e, p, sampled.view_as(small))
             assert own is not None
             logits = self.logits(scores, gain)
             total = ops.upsample_cross_entropy(
-                logits, labels, align_corners=self.align_corners, class_weight=self.class_weight, ignore_index=-1,
+                logits, labels, align_corners=self.align_corners, class_weight=self.class_weight, ignore_index=ignored,
                 label_smoothing=self.label_smoothing, reduction="sum",
             )  # fmt: skip
             # a pixel with a non-finite feature has NaN scores in every class
@@ -322,8 +328,8 @@ class DNCHead(CentroidModel):
         """Start the sub-centroids from features [B,in_channels,h,w] and labels [B,H,W]; see `SubCentroids.initialize_from_`."""
         check_features("DNCHead", features, 4, self.in_channels)
         check_labels("DNCHead", labels, features)
-        labels, _ = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
-        small = resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode)
+        labels, ignored, _ = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
+        small = without_ignored(resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
         return super().initialize_from_(self.embed(features), small, refinements=refinements)
 
     def extra_repr(self) -> str:
