@@ -141,24 +141,31 @@ def _case(name: str, height: int, width: int, classes: int, dtype: str, settings
 
 
 def _check(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """Loss to rounding; at most one pixel in a thousand may have another gradient, whose cluster was a near-tie."""
+    """Loss and moved sub-centroids to rounding; of the gradient at most one pixel in a thousand may be another one.
+
+    Such a pixel's sub-centroids were a near-tie. With 16-bit features there are many, so only the gradient's size is held then.
+    """
     loss, grad, p = result
-    wrong = (grad.double() - expected[1]).abs().amax(1) > 1e-4 * expected[1].abs().max()
-    moved = (p.double() - expected[2]).abs().max() / 2e-5  # a step is about 1e-3 of a sub-centroid's length
-    return max(
-        float((loss.double() - expected[0]).abs() / expected[0]) / 1e-5, float(wrong.double().mean()) / 1e-3, float(moved)
-    )
+    if half := grad.dtype in (torch.bfloat16, torch.float16):
+        wrong = (grad.double() - expected[1]).norm() / expected[1].norm() / 0.2
+    else:
+        other = (grad.double() - expected[1]).abs().amax(1) > 1e-4 * expected[1].abs().max()
+        wrong = other.double().mean() / 1e-3
+    off = float((loss.double() - expected[0]).abs() / expected[0]) / (1e-2 if half else 1e-5)
+    # a step is about 1e-3 of a sub-centroid's length
+    return max(off, float(wrong), float((p.double() - expected[2]).abs().max()) / (5e-4 if half else 2e-5))
 
 
 def _embed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    return F.normalize(F.layer_norm(rows, (x.shape[1],), weight, bias), dim=1)
+    return F.normalize(F.layer_norm(rows, (x.shape[1],), weight.to(x.dtype), bias.to(x.dtype)), dim=1)
 
 
 def _embed_written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The same without layer_norm, whose gradient torch 2.13's compiler gets wrong before a normalisation of permuted rows."""
     centred = x - x.mean(1, keepdim=True)
-    z = centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1e-5) * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+    weight, bias = (t.to(x.dtype).view(1, -1, 1, 1) for t in (weight, bias))
+    z = centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1e-5) * weight + bias
     z = z * torch.rsqrt(z.square().sum(1, keepdim=True))
     return z.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
@@ -170,15 +177,15 @@ def _losses(
     """Cross-entropy at label size, similarities [N,C,K], embedding [N,D], predictions [N]."""
     batch, _, h, w = x.shape
     e = embed(x, feat_weight, feat_bias)
-    similarity = (e @ p.flatten(0, 1).T).view(-1, *p.shape[:2])
-    logits = F.layer_norm(similarity.amax(2), (p.shape[0],), mask_weight, mask_bias)
+    similarity = (e @ p.flatten(0, 1).T.to(e.dtype)).view(-1, *p.shape[:2])
+    logits = F.layer_norm(similarity.amax(2).float(), (p.shape[0],), mask_weight, mask_bias)
     maps = logits.view(batch, h, w, -1).permute(0, 3, 1, 2)
     large = F.interpolate(maps, size=labels.shape[1:], mode="bilinear", align_corners=False)
     return F.cross_entropy(large, labels, ignore_index=255), similarity, e, logits.argmax(1)
 
 
 def _contrast(similarity: Tensor, target: Tensor) -> Tensor:
-    flat = similarity.flatten(1)
+    flat = similarity.flatten(1).float()
     kept = target >= 0
     towards = flat.gather(1, target.clamp(min=0)[:, None])[:, 0]
     ppd = torch.where(kept, (1 - towards).square(), 0).sum() / kept.sum()

@@ -44,6 +44,8 @@ def cases(settings: Settings) -> list[Case]:
         for name, (sizes, goal, options) in _LOSS.items():
             found.append(_loss_case(name, _QUICK if settings.quick else sizes, dtype, goal, settings, **options))
         found.append(_nearest_case("ade20k", _QUICK if settings.quick else _ADE20K, dtype, settings))
+        for name in ("ade20k", "cityscapes"):
+            found.append(_contrast_case(name, _QUICK if settings.quick else _LOSS[name][0], dtype, settings))
     return found
 
 
@@ -192,4 +194,51 @@ def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settin
         reference=lambda i: (i.x.detach().double() @ i.centroids.flatten(0, 1).double().T, i.margin),
         check=lambda result, expected: choice_ratio(result, *expected),
         flops=2.0 * n * c * k * d, goals=settings.goals(dtype, {"faiss_flat_ip": 1.1}),
+    )  # fmt: skip
+
+
+def _contrast_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
+    """Loss and the gradient of x, together."""
+    k = sizes["K"]
+
+    def timed(loss_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Any], Call]:
+        def call(i: Any) -> Any:
+            loss = loss_of(i.x, i.centroids, i.labels * k)
+            return loss, *torch.autograd.grad(loss, i.x)
+
+        return lambda i: lambda: call(i)
+
+    def kernel(backend: str) -> Callable[[Any], Call]:
+        return timed(lambda x, p, target: ops.subcentroid_cross_entropy(x, p, target, backend=backend))
+
+    def mm(x: Tensor, p: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy((x @ p.flatten(0, 1).T).float(), target)
+
+    def reference(i: Any) -> Any:
+        x, p, target = i.x.detach().double(), i.centroids.flatten(0, 1).double(), i.labels * k
+        loss, dx = x.new_zeros(()), torch.empty_like(x)
+        for rows in torch.arange(len(x), device=x.device).split(1024):
+            log_p = (x[rows] @ p.T).log_softmax(1)
+            loss -= log_p.gather(1, target[rows, None]).sum() / len(x)
+            dx[rows] = (log_p.exp() @ p - p[target[rows]]) / len(x)
+        return loss, dx, torch.finfo(dtype_of(dtype)).eps
+
+    def check(result: Any, want: Any) -> float:
+        loss, dx, eps = want
+        return max(
+            error_ratio(result[0], loss, 8 * eps * (1 + loss.item())),
+            error_ratio(result[1], dx, _GRADIENT * eps * dx.abs().max()),
+        )
+
+    variants = [Variant("mm", timed(mm)), Variant("mm_compiled", timed(torch.compile(mm, dynamic=False)), compiled=True)]
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13: chunked
+        variants.append(
+            Variant("linear_cross_entropy", timed(lambda x, p, target: F.linear_cross_entropy(x, p.flatten(0, 1), target)))
+        )
+    n, c, _, d = sizes.values()
+    return Case(
+        op="subcentroid_cross_entropy", name=name, shape=sizes, dtype=dtype, data="unit pixels near own sub-centroid",
+        variants=[*kernels(settings, dtype, ["subcentroid_cross_entropy"], kernel), *variants],
+        inputs=lambda: _inputs(sizes, dtype, settings.device), reference=reference, check=check,
+        flops=4.0 * n * c * k * d, goals=settings.goals(dtype, {"best": 1.5}),
     )  # fmt: skip

@@ -183,7 +183,7 @@ def test_quick_run(bench, dtype, tmp_path, capsys):
 def test_quick_run_without_kernels(monkeypatch):
     monkeypatch.setattr(harness.backends, "resolve", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
     for quick in command.select(QUICK):
-        assert [v.backend for v in quick.variants if not v.baseline] == ["reference"]
+        assert {v.backend for v in quick.variants if not v.baseline} == {"reference"}
 
 
 @pytest.mark.parametrize("bench", command.BENCHES)
@@ -194,7 +194,11 @@ def test_checks_catch_a_small_fault(bench):
         reference, baseline = quick.reference(inputs), next(v for v in quick.variants if v.baseline and not v.compiled)
         result = baseline.prepare(inputs)()
         assert quick.check(result, reference) <= 1
-        if quick.op in ("centroid_cross_entropy", "normalize_embedding", "upsample_cross_entropy"):
+        if quick.op == "head_step":
+            result[2][1, 1, 3] += 1e-4
+        elif quick.op in (
+            "centroid_cross_entropy", "subcentroid_cross_entropy", "normalize_embedding", "upsample_cross_entropy",
+        ):  # fmt: skip
             dx = result[1]
             dx[(1, 2, 0, 0)[: dx.ndim]] += 2e-4 * dx.abs().max()
         elif isinstance(result, torch.Tensor):

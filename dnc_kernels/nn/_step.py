@@ -32,7 +32,7 @@ from ..ops.upsample import native as upsample_native
 from ..ops.upsample import reference as upsample_reference
 
 #: Pixels of a band, about: their embedding and similarities stay in cache, and the calls of a band cost little beside its work.
-BAND_PIXELS = 4096
+BAND_PIXELS = 2048
 
 
 class Band(NamedTuple):
