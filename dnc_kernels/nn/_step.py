@@ -36,28 +36,31 @@ BAND_PIXELS = 2048
 
 
 class Band(NamedTuple):
-    """Rows [top, bottom) of sample `sample`: pixels [first, last) of all."""
+    """Rows [top, bottom) of samples [begin, end): pixels [first, last) of all. More than one sample: all of their rows."""
 
-    sample: int
+    begin: int
+    end: int
     top: int
     bottom: int
     first: int
     last: int
 
     def of(self, maps: Tensor) -> Tensor:
-        """[1,D,rows,w] of maps [B,D,h,w], a view."""
-        return maps[self.sample : self.sample + 1, :, self.top : self.bottom]
+        """[samples,D,rows,w] of maps [B,D,h,w], a view."""
+        return maps[self.begin : self.end, :, self.top : self.bottom]
 
 
 def bands(x: Tensor) -> Iterator[Band]:
     """The bands of features [B,D,h,w], in order."""
     batch, _, height, width = x.shape
-    rows = max(1, BAND_PIXELS // max(width, 1))
-    for sample in range(batch):
+    rows = min(height, max(1, BAND_PIXELS // max(width, 1)))
+    samples = max(1, BAND_PIXELS // max(height * width, 1)) if rows == height else 1
+    for begin in range(0, batch, samples):
+        end = min(begin + samples, batch)
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
-            first = (sample * height + top) * width
-            yield Band(sample, top, bottom, first, first + (bottom - top) * width)
+            first = (begin * height + top) * width
+            yield Band(begin, end, top, bottom, first, first + (end - begin) * (bottom - top) * width)
 
 
 def _implementation(op: str, x: Tensor, native: ModuleType, reference: ModuleType) -> ModuleType:
@@ -193,7 +196,7 @@ def first_pass(
             )
         own[pixels] = own_part
         length = pixel_map(part, rstd.reciprocal()) if confidence else None
-        finite = scores[0, 0].isfinite().reshape(-1)
+        finite = scores[:, 0].isfinite().reshape(-1)
 
         # the cross-entropy of the label rows between the last row of the band above and the last row of this one
         first, last = apart or band.top == 0, apart or band.bottom == height
@@ -206,7 +209,7 @@ def first_pass(
         # label rows whose lower feature row is in [top, bottom - 1), or to the end
         above, below = bisect_left(lower, top), bisect_left(lower, band.bottom - (not last))
         loss, to_logits = upsampling.cross_entropy_with_gradient(
-            logits, labels[band.sample : band.sample + 1, above:below], align_corners=align_corners, class_weight=class_weight,
+            logits, labels[band.begin : band.end, above:below], align_corners=align_corners, class_weight=class_weight,
             ignore_index=ignored, label_smoothing=label_smoothing, grad=gradient,
             window=None if apart else (height, top, label_rows, above),
         )  # fmt: skip
@@ -217,7 +220,7 @@ def first_pass(
             if pending is not None and not first:
                 to_logits[:, :, :1] += pending.grad
             done = slice(0, to_logits.shape[2] - (not last))  # the next band adds to the last row
-            complete = Band(band.sample, top, top + done.stop, band.first - (band.top - top) * x.shape[3], 0)
+            complete = band._replace(top=top, bottom=top + done.stop, first=band.first - (band.top - top) * x.shape[3])
             shorter = None if length is None else length[:, :, done]
             to_scores, to_length, to_scale, to_norm = head.backward(to_logits[:, :, done], scores[:, :, done], shorter)
             winners.add_scores_gradient_(complete.of(grad), centroids, winner[:, :, done], to_scores)
