@@ -31,8 +31,10 @@ from ..ops.similarity import reference as similarity_reference
 from ..ops.upsample import native as upsample_native
 from ..ops.upsample import reference as upsample_reference
 
-#: Pixels of a band, about: their embedding and similarities stay in cache, and the calls of a band cost little beside its work.
+#: Pixels of a band, about, on a CPU: their embedding and scores stay in cache, and a band's calls cost little beside its work.
 BAND_PIXELS = 2048
+#: On other devices, where a call costs more and there is more to keep busy (not measured yet).
+DEVICE_BAND_PIXELS = 32768
 
 
 class Band(NamedTuple):
@@ -53,8 +55,9 @@ class Band(NamedTuple):
 def bands(x: Tensor) -> Iterator[Band]:
     """The bands of features [B,D,h,w], in order."""
     batch, _, height, width = x.shape
-    rows = min(height, max(1, BAND_PIXELS // max(width, 1)))
-    samples = max(1, BAND_PIXELS // max(height * width, 1)) if rows == height else 1
+    pixels = BAND_PIXELS if x.device.type == "cpu" else DEVICE_BAND_PIXELS
+    rows = min(height, max(1, pixels // max(width, 1)))
+    samples = max(1, pixels // max(height * width, 1)) if rows == height else 1
     for begin in range(0, batch, samples):
         end = min(begin + samples, batch)
         for top in range(0, height, rows):
