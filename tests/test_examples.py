@@ -456,7 +456,11 @@ def test_second_interrupt_does_not_wait_for_the_step(tmp_path, tiny, monkeypatch
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(training.Training, "learn", interrupted)
-    assert script.main(common(tmp_path / "out", "--steps", "6")) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins with it ignored
+    try:
+        assert script.main(common(tmp_path / "out", "--steps", "6")) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert one_line_error(capsys) == "train.py: interrupted\n"
 
 
