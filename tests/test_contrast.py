@@ -246,7 +246,8 @@ def test_scores_from_the_same_product_are_the_scores(gradient, isa):
     x, p, target = problem(70, 19, 10, 24)
     labels = torch.where(target < 0, -1, target // 10)
     mean = torch.full_like(x, float("nan")) if gradient else None
-    results = native_loss.scores_and_contrast(x, p, labels, 0.5, torch.tensor(3.0), mean)
+    results = torch.empty(70, 19), torch.empty(70, 19, dtype=torch.uint8), torch.empty(70, 10), torch.empty(70)
+    native_loss.scores_and_contrast_into(x, p, labels, 0.5, torch.tensor(3.0), *results, mean)
     for actual, expected in zip(results[:3], native.class_scores(x, p, labels, "dot"), strict=True):
         assert torch.equal(actual, expected)
     s = x.double() @ p.double().flatten(0, 1).T / 0.5

@@ -90,22 +90,27 @@ class Logits(NamedTuple):
             factor = factor if part is None else part * factor
         return factor
 
-    def forward(self, scores: Tensor, length: Tensor | None) -> Tensor:
-        """Logits [1,C,rows,w]."""
+    def forward(self, scores: Tensor, length: Tensor | None, out: Tensor) -> Tensor:
+        """Logits [B,C,rows,w]; in `out` where that saves a copy."""
         if self.norm_weight is None:
-            return scores * self.factor(length)
+            return torch.mul(scores, self.factor(length), out=out)
         return torch.native_layer_norm(
             scores.movedim(1, -1), [scores.shape[1]], self.norm_weight, self.norm_bias, self.norm_eps
         )[0].movedim(-1, 1)
 
-    def backward(self, grad: Tensor, scores: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Gradients of the scores, the length, the scale [] and the norm's weight and bias [2,C]."""
+    def backward_(
+        self, grad: Tensor, scores: Tensor, length: Tensor | None, scratch: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Gradients of the scores, the length, the scale [] and the norm's weight and bias [2,C]; overwrites the first and last
+        argument.
+        """
         to_scale, to_norm = grad.new_zeros(()), grad.new_zeros(2, grad.shape[1])
         if self.norm_weight is None:
-            along = (grad * scores).sum(1, keepdim=True)
+            along = torch.mul(grad, scores, out=scratch).sum(1, keepdim=True)
             if self.scale is not None:
                 to_scale = (along if length is None else along * length).sum() / self.temperature
-            return grad * self.factor(length), None if length is None else along * self.factor(None), to_scale, to_norm
+            to_length = None if length is None else along * self.factor(None)
+            return grad.mul_(self.factor(length)), to_length, to_scale, to_norm
         rows, shape = scores.movedim(1, -1).contiguous(), [scores.shape[1]]
         _, mean, rstd = torch.native_layer_norm(rows, shape, self.norm_weight, self.norm_bias, self.norm_eps)
         to_rows, to_weight, to_bias = torch.ops.aten.native_layer_norm_backward(
@@ -114,23 +119,42 @@ class Logits(NamedTuple):
         return to_rows.movedim(-1, 1), None, to_scale, torch.stack([to_weight, to_bias])
 
 
-class Pending(NamedTuple):
-    """The last row of a band: its logits are upsampled together with the next band's."""
+class Workspace:
+    """Tensors of one band, used by all: memory that is given back and taken again costs a page fault each time.
 
-    scores: Tensor
-    winner: Tensor
-    length: Tensor | None
-    grad: Tensor | None  # of its logits, so far
+    Maps have one row more than the band: row 0 is the last row of the band above, whose logits are upsampled together with it.
+    """
 
-    @staticmethod
-    def last_row(scores: Tensor, winner: Tensor, length: Tensor | None, grad: Tensor | None) -> Pending:
-        return Pending(*(None if t is None else t[:, :, -1:].clone() for t in (scores, winner, length, grad)))  # type: ignore[arg-type]
+    def __init__(self, x: Tensor, classes: int, dtype: torch.dtype, keep_embedding: bool) -> None:
+        largest = next(bands(x), Band(0, 0, 0, 0, 0, 0))
+        samples, rows, width = largest.end - largest.begin, largest.bottom - largest.top, x.shape[3]
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        layout: Any = {"memory_format": torch.channels_last} if last else {}
 
-    def before(self, scores: Tensor, winner: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The row and a band under it, in one piece."""
-        pairs = ((self.scores, scores), (self.winner, winner), (self.length, length))
-        joined = (None if b is None else torch.cat([a, b], 2) for a, b in pairs)  # type: ignore[list-item]
-        return tuple(joined)  # type: ignore[return-value]
+        def empty(channels: int, rows: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((samples, channels, rows, width), dtype=dtype, device=x.device, **layout)
+
+        self.embedding = None if keep_embedding else empty(x.shape[1], rows, x.dtype)
+        self.scores, self.logits, self.to_logits = (empty(classes, rows + 1, dtype) for _ in range(3))
+        self.winner, self.length = empty(classes, rows + 1, torch.uint8), empty(1, rows + 1, dtype)
+        self.pending_grad: Tensor | None = None
+
+    def embedding_of(self, band: Band, kept: Tensor) -> Tensor:
+        """Where the embedding of a band goes: into all of it where that is kept."""
+        if self.embedding is None:
+            return band.of(kept)
+        return self.embedding[: band.end - band.begin, :, : band.bottom - band.top]
+
+    def window(self, maps: Tensor, band: Band, *, with_row_above: bool) -> Tensor:
+        """The rows of a band in one of the maps."""
+        return maps[: band.end - band.begin, :, 1 - with_row_above : 1 + band.bottom - band.top]
+
+    def carry(self, band: Band, grad: Tensor | None) -> None:
+        """The band's last row becomes the row above; `grad` is what its logits have received so far."""
+        row = band.bottom - band.top
+        for maps in (self.scores, self.winner, self.length):
+            maps[:, :, 0] = maps[:, :, row]
+        self.pending_grad = None if grad is None else grad[:, :, -1:].clone()
 
 
 @torch.library.custom_op(f"{NAMESPACE}::head_first_pass", mutates_args=())
@@ -181,59 +205,58 @@ def first_pass(
     apart = tuple(labels.shape[1:]) == tuple(x.shape[2:])
     lower = upsample_reference.target_rows_of(height, label_rows, align_corners)
     sums = torch.zeros((), dtype=torch.float64, device=x.device)
-    pending: Pending | None = None
+    work = Workspace(x, centroids.shape[0], own.dtype, keep_embedding)
     for band in bands(x):
         part, pixels = band.of(x), slice(band.first, band.last)
-        e, mean, rstd, inverse_norm = embedding.normalize_embedding(part, weight, bias, eps)
-        statistics[0, pixels], statistics[1, pixels], statistics[2, pixels] = mean, rstd, inverse_norm
-        if keep_embedding:
-            band.of(kept).copy_(e)
+        e = work.embedding_of(band, kept)
+        embedding.normalize_into(part, weight, bias, eps, e, *statistics[:, pixels])
         to_e = band.of(grad) if gradient else None
+        outputs = (*(work.window(t, band, with_row_above=False) for t in (work.scores, work.winner)), own[pixels])
         if contrast is None:
-            scores, winner, own_part = ops.class_scores(e, centroids, pixel_map(part, sampled[pixels])[:, 0])
+            winners.scores_into(e, centroids, sampled[pixels], *outputs)
             if to_e is not None:
                 to_e.zero_()
         else:
-            scores, winner, own_part, lse[pixels] = sweep.scores_and_contrast(
-                e, centroids, sampled[pixels], contrast_temperature, contrast, to_e
+            sweep.scores_and_contrast_into(
+                e, centroids, sampled[pixels], contrast_temperature, contrast, *outputs, lse[pixels], to_e
             )
-        own[pixels] = own_part
-        length = pixel_map(part, rstd.reciprocal()) if confidence else None
-        finite = scores[:, 0].isfinite().reshape(-1)
+        if confidence:
+            work.window(work.length, band, with_row_above=False).copy_(pixel_map(part, statistics[1, pixels].reciprocal()))
+        finite = outputs[0][:, 0].isfinite().reshape(-1)
 
         # the cross-entropy of the label rows between the last row of the band above and the last row of this one
         first, last = apart or band.top == 0, apart or band.bottom == height
         top = band.top if first else band.top - 1
-        if not first:
-            assert pending is not None
-            scores, winner, length = pending.before(scores, winner, length)
-        logits = head.forward(scores, length)
-        prediction[pixels] = torch.where(finite, logits[:, :, top < band.top :].argmax(1).reshape(-1), -1)
+        maps = (work.scores, work.winner, work.length, work.logits, work.to_logits)
+        scores, winner, length, logits, to_logits = (work.window(t, band, with_row_above=not first) for t in maps)
+        scratch, logits = logits, head.forward(scores, length if confidence else None, logits)
+        prediction[pixels] = torch.where(finite, logits[:, :, band.top - top :].argmax(1).reshape(-1), -1)
         # label rows whose lower feature row is in [top, bottom - 1), or to the end
         above, below = bisect_left(lower, top), bisect_left(lower, band.bottom - (not last))
-        loss, to_logits = upsampling.cross_entropy_with_gradient(
+        sums += upsampling.cross_entropy_with_gradient(
             logits, labels[band.begin : band.end, above:below], align_corners=align_corners, class_weight=class_weight,
-            ignore_index=ignored, label_smoothing=label_smoothing, grad=gradient,
+            ignore_index=ignored, label_smoothing=label_smoothing, grad=gradient, out=to_logits,
             window=None if apart else (height, top, label_rows, above),
-        )  # fmt: skip
-        sums += loss
+        )[0]  # fmt: skip
         if gradient:
-            assert to_logits is not None
             to_logits *= pull
-            if pending is not None and not first:
-                to_logits[:, :, :1] += pending.grad
+            if not first and work.pending_grad is not None:
+                to_logits[:, :, :1] += work.pending_grad
             done = slice(0, to_logits.shape[2] - (not last))  # the next band adds to the last row
             complete = band._replace(top=top, bottom=top + done.stop, first=band.first - (band.top - top) * x.shape[3])
-            shorter = None if length is None else length[:, :, done]
-            to_scores, to_length, to_scale, to_norm = head.backward(to_logits[:, :, done], scores[:, :, done], shorter)
+            lengths = length[:, :, done] if confidence else None
+            to_scores, to_length, to_scale, to_norm = head.backward_(
+                to_logits[:, :, done], scores[:, :, done], lengths, scratch[:, :, done]
+            )
             winners.add_scores_gradient_(complete.of(grad), centroids, winner[:, :, done], to_scores)
-            if to_length is not None and shorter is not None:
+            if to_length is not None and lengths is not None:
                 # d length / d rstd = -length^2
-                per_pixel = (-to_length * shorter.square()).reshape(-1)
+                per_pixel = (-to_length * lengths.square()).reshape(-1)
                 grad_rstd[complete.first : complete.first + len(per_pixel)] = per_pixel
             grad_scale += to_scale
             grad_norm += to_norm
-        pending = None if last else Pending.last_row(scores, winner, length, to_logits)
+        if not last:
+            work.carry(band, to_logits if gradient else None)
     total.copy_(sums)
     return results
 
@@ -307,10 +330,14 @@ def second_pass(
     embedding = _implementation("normalize_embedding", x, embedding_native, embedding_reference)
     winners = _implementation("class_scores", x, scores_native, similarity_reference)
     k = centroids.shape[1]
+    keep = embedded.ndim == 4
+    work = Workspace(x, 0, sums.dtype, keep)
     for band in bands(x):
         part, pixels = band.of(x), slice(band.first, band.last)
         if cluster is not None:
-            e = band.of(embedded) if embedded.ndim == 4 else embedding.normalize_embedding(part, weight, bias, eps)[0]
+            e = work.embedding_of(band, embedded)
+            if not keep:
+                embedding.normalize_into(part, weight, bias, eps, e, *torch.empty_like(statistics[:, pixels]))
             some = ops.cluster_sums(e, cluster[pixels], len(counts))
             sums += some.sums
             counts += some.counts

@@ -147,8 +147,11 @@ def flat_pixels(x: Tensor) -> Tensor:
 
 
 def pixel_map(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows [N,M] as [N,M] (x [N,D]) or [B,M,H,W] (x [B,D,H,W]), a view: the inverse of `flat_pixels`."""
-    return rows if x.ndim == 2 else rows.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
+    """Rows [N,M], or [N] for M = 1, as they are (x [N,D]) or as [B,M,H,W] (x [B,D,H,W]), a view: `flat_pixels` undone."""
+    if x.ndim == 2:
+        return rows
+    channels = rows.shape[1] if rows.ndim == 2 else 1
+    return rows.view(x.shape[0], x.shape[2], x.shape[3], channels).permute(0, 3, 1, 2)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:

@@ -16,11 +16,24 @@ def normalize_embedding(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Embedding in the shape, dtype and memory format of x; mean, rstd and inverse_norm [N] (csrc/cpu/embedding.cpp)."""
-    y, mean, rstd, inverse_norm = _outputs(x)
-    native().normalize_embedding(
-        view(x), view(weight), view(bias), eps, view(y), view(mean), view(rstd), view(inverse_norm), torch.get_num_threads()
-    )
-    return y, mean, rstd, inverse_norm
+    outputs = _outputs(x)
+    normalize_into(x, weight, bias, eps, *outputs)
+    return outputs
+
+
+def normalize_into(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    inverse_norm: Tensor,
+) -> None:
+    """The same into given tensors: `y` of any strides, statistics [N] contiguous. No autograd."""
+    outputs = (view(t) for t in (y, mean, rstd, inverse_norm))
+    native().normalize_embedding(view(x), view(weight), view(bias), eps, *outputs, torch.get_num_threads())
 
 
 @normalize_embedding.register_fake

@@ -29,6 +29,21 @@ def normalize_embedding(
     return y, mean.reshape(-1), rstd.reshape(-1), inverse_norm.reshape(-1)
 
 
+def normalize_into(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    inverse_norm: Tensor,
+) -> None:
+    """The same into given tensors."""
+    for out, made in zip((y, mean, rstd, inverse_norm), normalize_embedding(x, weight, bias, eps), strict=True):
+        out.copy_(made)
+
+
 def gradient_in_place_(
     grad: Tensor,
     x: Tensor,

@@ -88,11 +88,18 @@ centroid_distance.register_autograd(_distance_backward, setup_context=_save_dist
 def class_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, winners, own-class similarities ([0] without labels)."""
     scores, winner, own = _class_scores_fake(x, centroids, labels, metric)
+    scores_into(x, centroids, labels, scores, winner, own if labels is not None else None, metric)
+    return scores, winner, own
+
+
+def scores_into(
+    x: Tensor, centroids: Tensor, labels: Tensor | None, scores: Tensor, winner: Tensor, own: Tensor | None, metric: str = "dot"
+) -> None:
+    """The same into given tensors: scores and winner of any strides, `own` contiguous. No autograd."""
     native().class_scores(
         "class_scores", view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), False, view(scores),
-        view(winner), view(own if labels is not None else None), torch.get_num_threads(),
+        view(winner), view(own), torch.get_num_threads(),
     )  # fmt: skip
-    return scores, winner, own
 
 
 @class_scores.register_fake

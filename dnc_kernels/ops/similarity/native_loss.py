@@ -19,7 +19,6 @@ from .._common import (
     scale_saved,
     view,
 )
-from .native import empty_scores
 
 # centroid_cross_entropy. `early` makes the gradients of the loss (for an incoming gradient of 1) in the forward pass.
 
@@ -333,10 +332,19 @@ def subcentroid_cross_entropy(
     return loss.sum() if reduction == "sum" else _mean(loss.sum(), target, ignore_index)
 
 
-def scores_and_contrast(
-    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, scale: Tensor, gradient: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Class scores and contrast from one product; no autograd.
+def scores_and_contrast_into(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    temperature: float,
+    scale: Tensor,
+    scores: Tensor,
+    winner: Tensor,
+    own: Tensor,
+    lse: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """Class scores and contrast from one product, into given tensors; no autograd.
 
     Args:
         x: as of `class_scores`.
@@ -344,21 +352,16 @@ def scores_and_contrast(
         labels: [N] int64, negative: none.
         temperature: of the contrast.
         scale: [] in the compute type.
-        gradient: like x, overwritten with `scale` times the gradient of the log-sum-exp with respect to x; None: not made.
-
-    Returns:
-        scores, winner, own similarities as `class_scores`; log-sum-exp [N] over all similarities / temperature. It and its
-        gradient are 0 for pixels without a label.
+        scores: [N,C] or [B,C,H,W], of any strides.
+        winner: the same in uint8.
+        own: [N,K], contiguous.
+        lse: [N], log-sum-exp over all similarities / temperature; 0 for pixels without a label, as `gradient` is.
+        gradient: like x: `scale` times the gradient of `lse` with respect to x; None: not made.
     """
-    dtype = compute_dtype(x, centroids)
-    scores, winner = (empty_scores(x, centroids.shape[0], t) for t in (dtype, torch.uint8))
-    own = x.new_empty((pixel_count(x), centroids.shape[1]), dtype=dtype)
-    lse = x.new_empty(pixel_count(x), dtype=dtype)
     native().subcentroid_cross_entropy(
         view(x), view(centroids.contiguous()), view(None), temperature, -1, view(scale), view(lse), view(gradient),
         view(labels), view(scores), view(winner), view(own), torch.get_num_threads(),
     )  # fmt: skip
-    return scores, winner, own, lse
 
 
 for _op in (_loss_op, _loss_backward_op, _contrast_op, _contrast_centroid_gradient):

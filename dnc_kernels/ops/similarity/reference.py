@@ -92,19 +92,35 @@ def subcentroid_cross_entropy(
         return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 
 
-def scores_and_contrast(
-    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, scale: Tensor, gradient: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `native_loss.scores_and_contrast` says."""
-    scores, winner, own = class_scores(x, centroids, labels, "dot")
-    assert own is not None
-    dtype, kept = scores.dtype, (labels >= 0)[:, None]
+def scores_into(x: Tensor, centroids: Tensor, labels: Tensor, scores: Tensor, winner: Tensor, own: Tensor) -> None:
+    """What `native.scores_into` says."""
+    made = class_scores(x, centroids, labels, "dot")
+    assert made[2] is not None
+    scores.copy_(pixel_map(x, made[0]))
+    winner.copy_(pixel_map(x, made[1]))
+    own.copy_(made[2])
+
+
+def scores_and_contrast_into(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    temperature: float,
+    scale: Tensor,
+    scores: Tensor,
+    winner: Tensor,
+    own: Tensor,
+    lse: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """What `native_loss.scores_and_contrast_into` says."""
+    scores_into(x, centroids, labels, scores, winner, own)
+    dtype, kept = lse.dtype, (labels >= 0)[:, None]
     logits = similarity(x, centroids, "dot").flatten(1) / temperature
     if gradient is not None:
         rows = logits.softmax(1) @ (centroids.to(dtype).flatten(0, 1) * (scale / temperature))
         gradient.copy_(pixel_map(x, torch.where(kept, rows, 0)))
-    lse = torch.where(kept[:, 0], logits.logsumexp(1), 0)
-    return pixel_map(x, scores), pixel_map(x, winner), own, lse
+    lse.copy_(torch.where(kept[:, 0], logits.logsumexp(1), 0))
 
 
 def add_scores_gradient_(grad: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> None:

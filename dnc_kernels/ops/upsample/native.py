@@ -48,12 +48,16 @@ def cross_entropy_with_gradient(
     label_smoothing: float,
     window: Window | None = None,
     grad: bool = True,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss [] and its gradient like `scores`, both of the compute dtype and new; not differentiable.
+    """Summed loss [] and its gradient like `scores`, both of the compute dtype; not differentiable.
 
-    `window`: `scores` and `labels` are rows of larger maps (`reference.Window`).
+    `window`: `scores` and `labels` are rows of larger maps (`reference.Window`). `out`: where the gradient goes; None: it is
+    new.
     """
-    made = torch.empty_like(scores, dtype=compute_dtype(scores)) if grad else None
+    made = None
+    if grad:
+        made = torch.empty_like(scores, dtype=compute_dtype(scores)) if out is None else out
     sums = scores.new_empty(2, dtype=torch.float64)
     _run_loss(
         scores, labels, class_weight, align_corners, ignore_index, label_smoothing,

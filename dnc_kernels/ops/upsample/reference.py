@@ -91,10 +91,11 @@ def cross_entropy_with_gradient(
     label_smoothing: float,
     window: Window | None = None,
     grad: bool = True,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss [] and its gradient like `scores`, both of the compute dtype and new; not differentiable.
+    """Summed loss [] and its gradient like `scores`, both of the compute dtype; not differentiable.
 
-    `window`: `scores` and `labels` are rows of larger maps (`Window`).
+    `window`: `scores` and `labels` are rows of larger maps (`Window`). `out`: where the gradient goes; None: it is new.
     """
     logits = upsample_alike(scores.detach(), (labels.shape[1], labels.shape[2]), align_corners, window)
     weight = logits.new_ones(logits.shape[1]) if class_weight is None else class_weight.to(logits.dtype)
@@ -108,7 +109,8 @@ def cross_entropy_with_gradient(
         return loss, None
     to_logits = log_p.exp_() * (own + smooth.sum()) - smooth.view(-1, 1, 1)
     to_logits = torch.where(kept, to_logits.scatter_add_(1, target, -own), 0)
-    return loss, _upsample_alike_adjoint(to_logits, (scores.shape[2], scores.shape[3]), align_corners, window)
+    to_scores = _upsample_alike_adjoint(to_logits, (scores.shape[2], scores.shape[3]), align_corners, window)
+    return loss, to_scores if out is None else out.copy_(to_scores)
 
 
 def target_rows_of(source_rows: int, target_rows: int, align_corners: bool) -> list[int]:
