@@ -28,9 +28,9 @@ constexpr bool same<A, A> = true;
 
 constexpr int64_t kRows = 16;  // pixels of a tile of rows: one cache line where another tensor is NCHW
 constexpr int kGroup = 2;      // vectors of pixels that a column kernel works on at a time
-constexpr int64_t kTile =
-    64;  // pixels of a tile of columns: whole cache lines also in 16 bits; multiple of every kGroup * lanes
-constexpr int64_t kTileBytes = 1 << 18;  // a tile of columns above this takes 32 pixels: it must stay in L2
+// Most pixels of a tile of columns, a multiple of every kGroup * lanes: a channel's piece of it is read at full speed. Halved,
+// to 32 at least, while the tile takes more than kTileBytes: it must stay in L2.
+constexpr int64_t kTile = 256, kTileBytes = 1 << 18;
 
 // Element (p,d) of a tile lies at p*tp + d*td. Copies `count` pixels from n0 on.
 template <class T, class S>
@@ -281,7 +281,8 @@ struct Plan {
   int threads;
   Plan(const Pixels& x, int wanted, size_t element) : N(x.N()), D(x.D) {
     rows = x.sd == 1 && x.sw != 1;
-    P = rows ? kRows : D * kTile * int64_t(element) > kTileBytes ? kTile / 2 : kTile;
+    P = rows ? kRows : kTile;
+    while (!rows && P > 32 && D * P * int64_t(element) > kTileBytes) P /= 2;
     const int64_t share = (N + 63) / 64;  // 64 chunks, of at most 512 pixels
     chunk = ((share < 512 ? share : 512) + P - 1) / P * P;
     chunks = (N + chunk - 1) / chunk;

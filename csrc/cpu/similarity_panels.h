@@ -154,6 +154,8 @@ void pack_tile(const Pixels& x, int64_t n0, int rows, T* out) {
   });
 }
 
+constexpr int kRun = 128;  // pixels whose channels are read one after the other: pieces of several cache lines
+
 // Channels of `run` neighbouring pixels, to and from rows [run][ld]; squares of lanes are transposed in registers.
 template <class T, class S>
 void load_columns(const Pixels& x, const S* base, int run, T* out, int64_t ld) {
@@ -202,7 +204,7 @@ void load_tile(const Pixels& x, int64_t n0, int rows, T* out, int64_t ld) {
         r++;
         continue;
       }
-      const int run = int(x.run(n0 + r, min64(rows - r, 32)));  // 32 rows: a channel's piece of them fills whole cache lines
+      const int run = int(x.run(n0 + r, min64(rows - r, kRun)));
       load_columns(x, data + x.offset(n0 + r), run, out + r * ld, ld);
       r += run;
     }
@@ -221,7 +223,7 @@ void store_tile(const Pixels& x, int64_t n0, int rows, const T* in, int64_t ld) 
         r++;
         continue;
       }
-      const int run = int(x.run(n0 + r, min64(rows - r, 32)));
+      const int run = int(x.run(n0 + r, min64(rows - r, kRun)));
       store_columns(x, data + x.offset(n0 + r), run, in + r * ld, ld);
       r += run;
     }
