@@ -48,6 +48,6 @@ gpu-check: ## build in place for this GPU alone with PYTHON, run the tests marke
 	$(PYTHON) -m benchmarks run --device cuda --out benchmarks/results/$(GPU_NAME)/$(shell date -u +%Y-%m-%dT%H%M%S).jsonl
 
 clean: ## remove builds, caches and .venv
-	rm -rf build dist *.egg-info $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out
 	find dnc_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	rm -f dnc_kernels/_C*.so
