@@ -151,6 +151,12 @@ class CentroidModel(SubCentroids):
         dtype = self.prototypes.dtype
         return torch.where(weight > 0, weight, 1).to(dtype), torch.where(count > 0, count, 1).to(dtype)
 
+    def _judge(self, prediction: Tensor, finite: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels [N] with -1 where the feature is not finite, which predictions are right, and the share of right ones."""
+        group = torch.where(finite, labels.reshape(-1), -1)
+        correct = (prediction == group) & (group >= 0)
+        return group, correct, correct.sum() / (group >= 0).sum().clamp(min=1)
+
     def _contrast(self, e: Tensor, p: Tensor, target: Tensor, own: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """PPC and PPD (ProtoSeg, eq. 11 and 12): sums over the pixels that have a target [N], over `count`; zeros where their
         weight is 0.

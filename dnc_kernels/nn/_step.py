@@ -331,7 +331,7 @@ def second_pass(
     winners = _implementation("class_scores", x, scores_native, similarity_reference)
     k = centroids.shape[1]
     keep = embedded.ndim == 4
-    work = Workspace(x, 0, sums.dtype, keep)
+    work = Workspace(x, 0, sums.dtype, keep or cluster is None)
     for band in bands(x):
         part, pixels = band.of(x), slice(band.first, band.last)
         if cluster is not None:

@@ -129,9 +129,7 @@ class DNCClassifier(CentroidModel):
         total_weight, count = self._denominators(labels, -1, labels, joint=update)
         cross_entropy = total / total_weight
         finite = prediction >= 0
-        group = torch.where(finite, labels, -1)
-        correct = (prediction == group) & (group >= 0)
-        accuracy = correct.sum() / (group >= 0).sum().clamp(min=1)
+        group, correct, accuracy = self._judge(prediction, finite, labels)
         ppc = ppd = cross_entropy.new_zeros(())
         if update:
             with torch.no_grad():

@@ -148,7 +148,8 @@ class DNCHead(CentroidModel):
         """Training loss; afterwards the sub-centroids move.
 
         Cross-entropy + ppc_weight * PPC + ppd_weight * PPD. No host sync. Clustering, PPC and PPD look at the features' own
-        pixels, with the nearest label; what backward needs is a copy of the sub-centroids, so the update may come first.
+        pixels, with the nearest label. Differentiable once in the features and the head's parameters; backward does not look at
+        the sub-centroids again, so the update may come first. `step_bytes` says what memory it takes.
 
         Args:
             features: [B,in_channels,h,w], any float dtype, either memory format.
@@ -161,8 +162,9 @@ class DNCHead(CentroidModel):
 
         Raises:
             ValueError, TypeError: wrong shape, device or dtype; a label out of range (on CUDA or when compiled such labels are
-                left
-            out and counted in `bad_labels`; DNC_KERNELS_DEBUG=1 makes CUDA raise too).
+                left out and counted in `bad_labels`; DNC_KERNELS_DEBUG=1 makes CUDA raise too).
+            RuntimeError: a step that moves sub-centroids runs inside a backward pass (activation checkpointing around the
+                head), or backward is called with create_graph=True.
         """
         check_features("DNCHead", features, 4, self.in_channels)
         check_labels("DNCHead", labels, features)
@@ -214,9 +216,7 @@ class DNCHead(CentroidModel):
                 needs_embedding or (update and self.checkpoint == "scores"),
             )  # fmt: skip
             finite = prediction >= 0
-            group = torch.where(finite, small.reshape(-1), -1)
-            correct = (prediction == group) & (group >= 0)
-            accuracy = correct.sum() / (group >= 0).sum().clamp(min=1)
+            _, correct, accuracy = self._judge(prediction, finite, small)
             cross_entropy = total / total_weight
             ppc = ppd = total.new_zeros(())
             target = to_target = moving = None
@@ -268,9 +268,7 @@ class DNCHead(CentroidModel):
             total, prediction, own = self._fused_cross_entropy(e, p, small, gain)
             finite, prediction = (prediction >= 0).reshape(-1), prediction.reshape(-1)
         cross_entropy = total / total_weight
-        group = torch.where(finite, small.reshape(-1), -1)
-        correct = (prediction == group) & (group >= 0)
-        accuracy = correct.sum() / (group >= 0).sum().clamp(min=1)
+        _, correct, accuracy = self._judge(prediction, finite, small)
         ppc = ppd = cross_entropy.new_zeros(())
         if update or self.ppc_weight or self.ppd_weight:
             cluster = self.cluster(own, torch.where(finite, sampled, -1), joint=update)
