@@ -23,6 +23,15 @@ def isa(request):
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For files whose tensors are so small that a second thread gains nothing, and loses much where the cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -20,13 +20,7 @@ WORLD = 2
 FUSED = {"loss_size": "features", "scores": "scale", "update_from": "all"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # tensors this small gain nothing from a second thread, and lose much where the cores are shared
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(torch.nn.Module):

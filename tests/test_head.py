@@ -19,13 +19,7 @@ from dnc_kernels.nn._labels import resize_labels
 C, K, D = 5, 3, 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # tensors this small gain nothing from a second thread, and lose much where the cores are shared
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SCORES = ("norm", "temperature", "scale")

@@ -26,12 +26,7 @@ from dnc_kernels.demo.scenes import NUM_CLASSES, SceneConfig, make_scenes
 SIZE = (64, 64)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # test workers share the cores, and two threads that wait for each other take longer than one
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def segformer():

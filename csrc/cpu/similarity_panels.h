@@ -136,7 +136,7 @@ void pack_tile(const Pixels& x, int64_t n0, int rows, T* out) {
           for (int i = 0; i < run;) {
             const int q = r + i, row = q % R, piece = int(min64(R - row, run - i));
             T* o = out + (q / R * D + d) * R + row;
-            if (piece == R)
+            if (piece == R)  // nearly always: a constant count is unrolled
               read_n(o, base + d * x.sd + i, R);
             else
               read_n(o, base + d * x.sd + i, piece);

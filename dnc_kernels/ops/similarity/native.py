@@ -11,7 +11,7 @@ from ...backends import native
 from .._common import METRICS, NAMESPACE, compute_dtype, flat_pixels, keep_dtypes_under_autocast, pixel_count, view
 
 
-def empty_scores(x: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+def _empty_scores(x: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """[N,C], or [B,C,H,W] in the memory format of x."""
     if x.ndim == 2:
         return x.new_empty((x.shape[0], classes), dtype=dtype)
@@ -105,7 +105,7 @@ def scores_into(
 @class_scores.register_fake
 def _class_scores_fake(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x, centroids)
-    scores, winner = (empty_scores(x, centroids.shape[0], t) for t in (dtype, torch.uint8))
+    scores, winner = (_empty_scores(x, centroids.shape[0], t) for t in (dtype, torch.uint8))
     own = x.new_empty((pixel_count(x), centroids.shape[1]) if labels is not None else (0,), dtype=dtype)
     return scores, winner, own
 
