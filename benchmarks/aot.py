@@ -26,7 +26,18 @@ FAMILIES = ("similarity", "sinkhorn", "momentum", "embedding", "upsample")
 #: Architecture -> shared memory a block may have, in bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 #: Instructions worth knowing about, as they appear in PTX.
-FEATURES = ("wgmma", "tcgen05", "mma.sync", "cp.async", "cp.async.bulk.tensor", "mbarrier", "setmaxnreg", "redux", "atom", "red.")
+FEATURES = (
+    "wgmma",
+    "tcgen05",
+    "mma.sync",
+    "cp.async",
+    "cp.async.bulk.tensor",
+    "mbarrier",
+    "setmaxnreg",
+    "redux",
+    "atom",
+    "red.",
+)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
 """Fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Triton reads this once, at its import: without a GPU its kernels run under its interpreter, on CPU tensors
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from dnc_kernels import backends
 
