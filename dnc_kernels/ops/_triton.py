@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ def processors(device: torch.device) -> int:
     return 132 if _recorder is not None else 2
 
 
-@lru_cache(maxsize=None)
+@cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
@@ -74,7 +74,7 @@ def device_kinds(device: torch.device) -> tuple[str, ...]:
     return _device_kinds(device.index or 0) if device.type == "cuda" else ("interpreter",)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_kinds(index: int) -> tuple[str, ...]:
     capability = 10 * torch.cuda.get_device_capability(index)[0]
     return slug(torch.cuda.get_device_name(index)), f"sm_{min(max(capability, 80), 100)}"
@@ -85,7 +85,7 @@ def slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-@lru_cache(maxsize=None)
+@cache
 def stored(family: str, kind: str) -> dict[str, list[dict[str, Any]]]:
     """Configurations of a family for a device kind; empty where there are none."""
     path = Path(__file__).parent / family / "configs" / f"{kind}.json"
