@@ -1,6 +1,6 @@
 """Which implementation runs: one pure resolver, a user's choice, and why.
 
-Backends: ``reference`` (plain torch, any device, float64 too), ``cpu`` (C++), ``cuda`` (C++), later ``triton``.
+Backends: ``reference`` (plain torch, any device, float64 too), ``cpu`` (C++), ``triton`` and ``cuda`` (C++) on NVIDIA GPUs.
 The choice comes from an op's ``backend=`` argument, else the innermost `use_backend` block, else the environment variable
 ``DNC_KERNELS_BACKEND`` (read once, at import), else ``auto``.
 """
@@ -11,7 +11,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from .errors import FLOATS
 
-BACKENDS = ("auto", "reference", "cpu", "cuda")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ISAS = ("portable", "avx2", "avx512")
 
 _native: Any = None
@@ -36,28 +38,35 @@ class Kernel:
 
     device: str
     dtypes: tuple[torch.dtype, ...] = FLOATS
-    # A CUDA or Triton kernel that no GPU has proven is opt-in: `auto` passes it over.
+    # A CUDA C++ kernel that no GPU has proven is opt-in: `auto` passes it over.
     proven: bool = True
+    #: Oldest compute capability.
+    capability: tuple[int, int] | None = None
+    #: Most sub-centroids a class; None: any number.
+    max_subcentroids: int | None = None
 
 
 _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-_CPU = {"cpu": Kernel("cpu")}
+_TRITON = Kernel("cuda", _HALF_AND_SINGLE, capability=(8, 0))
+_CPU_AND_TRITON = {"cpu": Kernel("cpu"), "triton": _TRITON}
+# a row of the plan lies in registers
+_SINKHORN = {"cpu": Kernel("cpu"), "triton": Kernel("cuda", _HALF_AND_SINGLE, capability=(8, 0), max_subcentroids=64)}
 
 #: Kernels of every op beside the reference, best first.
 KERNELS: dict[str, dict[str, Kernel]] = {
-    "centroid_distance": _CPU,
-    "class_scores": _CPU,
-    "nearest_centroid": _CPU,
-    "centroid_cross_entropy": _CPU,
-    "subcentroid_cross_entropy": _CPU,
-    "sinkhorn_assign": _CPU,
-    "sinkhorn_plan": _CPU,
-    "cluster_sums": _CPU,
-    "momentum_update_": {**_CPU, "cuda": Kernel("cuda", _HALF_AND_SINGLE, proven=False)},
-    "apply_momentum_": _CPU,
-    "normalize_embedding": _CPU,
-    "upsample_cross_entropy": _CPU,
-    "upsample_argmax": _CPU,
+    "centroid_distance": _CPU_AND_TRITON,
+    "class_scores": _CPU_AND_TRITON,
+    "nearest_centroid": _CPU_AND_TRITON,
+    "centroid_cross_entropy": _CPU_AND_TRITON,
+    "subcentroid_cross_entropy": _CPU_AND_TRITON,
+    "sinkhorn_assign": _SINKHORN,
+    "sinkhorn_plan": _SINKHORN,
+    "cluster_sums": _CPU_AND_TRITON,
+    "momentum_update_": {**_CPU_AND_TRITON, "cuda": Kernel("cuda", _HALF_AND_SINGLE, proven=False)},
+    "apply_momentum_": _CPU_AND_TRITON,
+    "normalize_embedding": _CPU_AND_TRITON,
+    "upsample_cross_entropy": _CPU_AND_TRITON,
+    "upsample_argmax": _CPU_AND_TRITON,
 }
 
 
@@ -69,14 +78,23 @@ class Resolution:
     reason: str
 
 
+#: Triton kernels run on CPU tensors, under Triton's interpreter: for tests. Triton reads the same variable at its import.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 def _probe() -> dict[str, str]:
     """Why each backend cannot run in this process; empty: it can."""
+    no_device = "" if torch.cuda.is_available() else "torch sees no CUDA device"
     cuda = NATIVE_ERROR
     if _native is not None and _native.cuda_archs is None:
         cuda = "this build has no CUDA kernels (build with DNC_KERNELS_BUILD=cuda where nvcc is found)"
-    elif _native is not None and not torch.cuda.is_available():
-        cuda = "torch sees no CUDA device"
-    return {"reference": "", "cpu": NATIVE_ERROR, "cuda": cuda}
+    elif _native is not None:
+        cuda = no_device
+    if find_spec("triton") is None:
+        triton = "triton is not installed (a CUDA build of torch brings it; else `pip install triton`)"
+    else:
+        triton = "" if INTERPRETED else no_device
+    return {"reference": "", "cpu": NATIVE_ERROR, "triton": triton, "cuda": cuda}
 
 
 #: Probed once, at import, so that no call does it: backend -> why it cannot run here, or the empty string.
@@ -88,8 +106,24 @@ def unusable(backend: str) -> str:
     return UNUSABLE[backend]
 
 
-def resolve(op: str, device: str, dtype: torch.dtype, choice: str = "auto") -> Resolution:
-    """Backend for `op` on a device type and input dtype, with the reason. Pure: no environment, no tensor, no side effect.
+def resolve(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    choice: str = "auto",
+    *,
+    capability: tuple[int, int] | None = None,
+    subcentroids: int | None = None,
+) -> Resolution:
+    """Backend for `op`, with the reason. Pure: no environment, no tensor, no side effect.
+
+    Args:
+        op: a key of `KERNELS`.
+        device: type of the tensors' device.
+        dtype: of the inputs; float64 if any of them is.
+        choice: a backend, or ``auto``.
+        capability: compute capability of a CUDA device; None: not asked about.
+        subcentroids: K, where an op's kernels have a limit.
 
     Raises:
         RuntimeError: a backend named by `choice` cannot run this op here; the message says why.
@@ -104,10 +138,16 @@ def resolve(op: str, device: str, dtype: torch.dtype, choice: str = "auto") -> R
         kernel = KERNELS[op].get(name)
         if kernel is None:
             return f"{op} has no {name} kernel"
-        if kernel.device != device:
+        interpreted = name == choice == "triton" and INTERPRETED and device == "cpu"
+        if kernel.device != device and not interpreted:
             return f"the {name} backend runs on {kernel.device} tensors, not {device}"
         if dtype not in kernel.dtypes:
             return f"the {name} kernel does not take {str(dtype).removeprefix('torch.')}"
+        if kernel.capability is not None and capability is not None and capability < kernel.capability:
+            have, need = (".".join(map(str, pair)) for pair in (capability, kernel.capability))
+            return f"the {name} kernel needs compute capability {need}, this GPU has {have}"
+        if kernel.max_subcentroids is not None and subcentroids is not None and subcentroids > kernel.max_subcentroids:
+            return f"the {name} kernel takes at most {kernel.max_subcentroids} sub-centroids a class, not {subcentroids}"
         return unusable(name)
 
     if choice != "auto":
@@ -149,9 +189,20 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = before
 
 
-def pick(op: str, x: Tensor, backend: str | None) -> str:
-    """Backend for a call on `x`: the argument if given, else the choice in force."""
-    return resolve(op, x.device.type, x.dtype, _choice if backend is None else backend).backend
+def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, subcentroids: int | None = None) -> str:
+    """Backend for a call on `x`: the argument if given, else the choice in force. A float64 tensor among `others` counts."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in others) else x.dtype
+    return resolve(
+        op, x.device.type, dtype, _choice if backend is None else backend,
+        capability=capability(x.device.index) if x.device.type == "cuda" else None, subcentroids=subcentroids,
+    ).backend  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+@cache
+def capability(index: int | None) -> tuple[int, int]:
+    """Compute capability of a CUDA device; None: the current one."""
+    return torch.cuda.get_device_capability(index)
 
 
 def cpu_isa() -> str:

@@ -107,7 +107,7 @@ def test_the_resolver_reads_no_environment(fake_kernels, monkeypatch):
 
 @pytest.mark.parametrize("choice", ["gpu", "", "CPU"])
 def test_an_unknown_backend_is_a_value_error(choice):
-    with pytest.raises(ValueError, match="cluster_sums: backend must be one of auto, reference, cpu, cuda"):
+    with pytest.raises(ValueError, match="cluster_sums: backend must be one of auto, reference, cpu, triton, cuda"):
         resolve("cluster_sums", "cpu", torch.float32, choice)
     with pytest.raises(ValueError, match="backend must be one of"), use_backend(choice):
         pass

@@ -13,7 +13,7 @@ from tolerances import assert_close
 
 from dnc_kernels import backends, ops, use_isa
 from dnc_kernels.ops._common import view
-from dnc_kernels.ops.embedding import native
+from dnc_kernels.ops.embedding import op
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -137,7 +137,7 @@ def test_strided_parameters():
 def test_a_large_mean_costs_no_variance(layout, isa):
     x = LAYOUTS[layout](torch.float32, 256) + 1000
     weight, bias = affine(256, torch.float32)
-    y, mean, rstd, inverse_norm = native.normalize_embedding(x, weight, bias, EPS)
+    y, mean, rstd, inverse_norm = op.normalize_embedding(x, weight, bias, EPS, "cpu")
     wide = x.double().movedim(1, -1).reshape(-1, 256) if x.ndim == 4 else x.double()
     # one rounding of the mean; the variance as exact as without the offset
     assert (mean - wide.mean(1)).abs().max() <= 1000 * torch.finfo(torch.float32).eps
@@ -222,13 +222,13 @@ def test_only_gradients_that_are_needed(need):
 
 def test_gradients_that_are_not_needed_are_not_made():
     x, (weight, bias) = normal(6, 8), affine(8, torch.float32)
-    y, *statistics = native.normalize_embedding(x, weight, bias, EPS)
-    grads = native.normalize_embedding_backward(x, weight, bias, *statistics, torch.ones_like(y), None, False, True, False)
+    y, *statistics = op.normalize_embedding(x, weight, bias, EPS, "cpu")
+    grads = op.normalize_embedding_backward(x, weight, bias, *statistics, torch.ones_like(y), None, False, True, False, "cpu")
     assert [g.numel() for g in grads] == [0, 8, 0]
 
 
 def test_embedding_and_rstd_carry_gradients():
-    outputs = native.normalize_embedding(normal(4, 5).requires_grad_(), None, None, EPS)
+    outputs = op.normalize_embedding(normal(4, 5).requires_grad_(), None, None, EPS, "cpu")
     assert [t.requires_grad for t in outputs] == [True, False, True, False]  # of rstd, the length is made
 
 
@@ -439,8 +439,8 @@ def test_there_are_golden_files():
 def test_opcheck(layout, dtype):
     x = LAYOUTS[layout](dtype, 6).requires_grad_()
     weight, bias = (t.requires_grad_() for t in affine(6, torch.float32))
-    torch.library.opcheck(native.normalize_embedding, (x, weight, bias, EPS))
-    y, *statistics = native.normalize_embedding(x.detach(), weight.detach(), None, EPS)
+    torch.library.opcheck(op.normalize_embedding, (x, weight, bias, EPS, "cpu"))
+    y, *statistics = op.normalize_embedding(x.detach(), weight.detach(), None, EPS, "cpu")
     args = (
         x.detach(),
         weight.detach(),
@@ -452,7 +452,7 @@ def test_opcheck(layout, dtype):
         True,
         False,
     )
-    torch.library.opcheck(native.normalize_embedding_backward, args)
+    torch.library.opcheck(op.normalize_embedding_backward, (*args, "cpu"))
 
 
 def compiled_equals_eager(function, sizes, layout):
@@ -558,7 +558,7 @@ def test_wrong_eps(eps):
 
 
 def test_wrong_backend():
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, cuda; got 'gpu'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, triton, cuda; got 'gpu'"):
         ops.normalize_embedding(torch.zeros(2, 3), backend="gpu")
     with pytest.raises(
         RuntimeError, match="backend 'cuda' was asked for but cannot run: normalize_embedding has no cuda kernel"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close, assert_golden
 
 from dnc_kernels import backends, ops
-from dnc_kernels.ops.momentum import native, reference
+from dnc_kernels.ops.momentum import op, reference
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LAYOUTS = (
@@ -408,10 +408,10 @@ def test_reference_equals_kernel(isa):
 def test_opcheck(dtype):
     x = make("planes", 60, 12, dtype)
     cluster = clusters_for(x, 6).flatten()
-    torch.library.opcheck(native.cluster_sums, (x, cluster, 6))
+    torch.library.opcheck(op.cluster_sums, (x, cluster, 6, "cpu"))
     sums, counts = ops.cluster_sums(x, cluster, 6)
-    torch.library.opcheck(native.apply_momentum_, (unit(2, 3, 12), sums, counts, 0.9))
-    torch.library.opcheck(native.momentum_update_, (unit(2, 3, 12), x, cluster, 0.9))
+    torch.library.opcheck(op.apply_momentum_, (unit(2, 3, 12), sums, counts, 0.9, "cpu"))
+    torch.library.opcheck(op.momentum_update_, (unit(2, 3, 12), x, cluster, 0.9, "cpu"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

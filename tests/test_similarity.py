@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from dnc_kernels import ops
-from dnc_kernels.ops.similarity import native, native_loss
+from dnc_kernels.ops.similarity import op, op_loss
 
 METRICS = ("dot", "cosine", "sqeuclidean")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -560,20 +560,20 @@ def test_opcheck():
     q, w, s = p.clone().requires_grad_(), torch.ones(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     options = ("dot", 1e-5, 1.0, -100, 0.1)
     check = torch.library.opcheck
-    check(native.centroid_distance._opoverload, (x, q, "cosine"))
-    check(native.class_scores._opoverload, (x, p, y, "dot"))
-    check(native.class_scores._opoverload, (x, q, None, "cosine"))
-    check(native.nearest_centroid._opoverload, (x.detach(), p, "dot"))
-    check(native_loss._loss_op._opoverload, (x, p, y, w, w.detach(), s, None, *options, "mean", [True, True, False, True]))
-    check(native_loss._loss_op._opoverload, (x, q, y, w, None, None, torch.rand(3), *options, "none", [False] * 4))
+    check(op.centroid_distance._opoverload, (x, q, "cosine", "cpu"))
+    check(op.class_scores._opoverload, (x, p, y, "dot", "cpu"))
+    check(op.class_scores._opoverload, (x, q, None, "cosine", "cpu"))
+    check(op.nearest_centroid._opoverload, (x.detach(), p, "dot", "cpu"))
+    check(op_loss._loss_op._opoverload, (x, p, y, w, w.detach(), s, None, *options, "mean", [True, True, False, True], "cpu"))
+    check(op_loss._loss_op._opoverload, (x, q, y, w, None, None, torch.rand(3), *options, "none", [False] * 4, "cpu"))
 
 
 def test_opcheck_of_images():
     x = torch.randn(2, 4, 2, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
     p, y = torch.randn(3, 2, 4), torch.randint(0, 3, (12,))
-    torch.library.opcheck(native.class_scores._opoverload, (x, p, y, "dot"))
+    torch.library.opcheck(op.class_scores._opoverload, (x, p, y, "dot", "cpu"))
     torch.library.opcheck(
-        native_loss._loss_op._opoverload, (x, p, y, *(None,) * 4, "dot", 1e-5, 1.0, -100, 0.0, "mean", [True, *[False] * 3])
+        op_loss._loss_op._opoverload, (x, p, y, *(None,) * 4, "dot", 1e-5, 1.0, -100, 0.0, "mean", [True, *[False] * 3], "cpu")
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from dnc_kernels import ops, use_backend
-from dnc_kernels.ops.sinkhorn import native, reference
+from dnc_kernels.ops.sinkhorn import op, reference
 
 DATA = Path(__file__).parent / "data"
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -292,7 +292,7 @@ def test_each_group_stops_by_itself(isa, epsilon, tolerance):
     s[group == 0] = 0.5
     s[group == 2, 0] += 0.7
     want = exact(s, group, 4, epsilon=epsilon, iterations=60, tolerance=tolerance)
-    plan, _, steps = native.sinkhorn_plan(s, group, 4, epsilon, 60, tolerance)
+    plan, _, steps = op.sinkhorn_plan(s, group, 4, epsilon, 60, tolerance, "cpu")
     assert steps.tolist() == want.steps.tolist() and steps[0] == 1 and len(set(steps.tolist())) > 1
     torch.testing.assert_close(plan, want.plan, rtol=1e-11, atol=0)
     for g in range(4):
@@ -312,7 +312,7 @@ def test_a_loose_tolerance_stops_after_one_step(isa):
 
 def test_absent_groups_count_no_step():
     s, _ = problem(20, 4, 1)
-    _, history, steps = native.sinkhorn_plan(s, torch.full((20,), 2), 4, 0.05, 3, -1.0)
+    _, history, steps = op.sinkhorn_plan(s, torch.full((20,), 2), 4, 0.05, 3, -1.0, "cpu")
     assert steps.tolist() == [0, 0, 3, 0] and (history[:, [0, 1, 3]] == 0).all() and history.isfinite().all()
 
 
@@ -449,7 +449,7 @@ def test_gradcheck(backend, epsilon, iterations):
 def test_gradcheck_where_groups_stop_at_different_steps(backend):
     s, group = problem(12, 3, 3, dtype=torch.float64, ignored=False)
     s[group == 0] = 0.25
-    assert len(set(native.sinkhorn_plan(s, group, 3, 0.5, 40, 1e-3)[2].tolist())) > 1
+    assert len(set(op.sinkhorn_plan(s, group, 3, 0.5, 40, 1e-3, "cpu")[2].tolist())) > 1
     s.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: ops.sinkhorn_plan(x, group, 3, epsilon=0.5, iterations=40, tolerance=1e-3, backend=backend), (s,)
@@ -500,12 +500,12 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     s, group = problem(40, 5, 3, dtype=dtype)
-    torch.library.opcheck(native.sinkhorn_assign, (s, group, 3, 0.05, 3, -1.0))
-    torch.library.opcheck(native.sinkhorn_plan, (s.requires_grad_(), group, 3, 0.05, 3, -1.0))
-    torch.library.opcheck(native.sinkhorn_plan, (strided(s.detach(), "columns").requires_grad_(), None, 1, 0.05, 3, 0.1))
-    _, history, steps = native.sinkhorn_plan(s.detach(), group, 3, 0.05, 3, -1.0)
+    torch.library.opcheck(op.sinkhorn_assign, (s, group, 3, 0.05, 3, -1.0, "cpu"))
+    torch.library.opcheck(op.sinkhorn_plan, (s.requires_grad_(), group, 3, 0.05, 3, -1.0, "cpu"))
+    torch.library.opcheck(op.sinkhorn_plan, (strided(s.detach(), "columns").requires_grad_(), None, 1, 0.05, 3, 0.1, "cpu"))
+    _, history, steps = op.sinkhorn_plan(s.detach(), group, 3, 0.05, 3, -1.0, "cpu")
     torch.library.opcheck(
-        native.sinkhorn_plan_backward, (s.detach(), group, 3, 0.05, history, steps, torch.randn(5).expand(40, 5))
+        op.sinkhorn_plan_backward, (s.detach(), group, 3, 0.05, history, steps, torch.randn(5).expand(40, 5), "cpu")
     )
 
 

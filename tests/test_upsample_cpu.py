@@ -13,7 +13,7 @@ from test_upsample import DTYPES, IGNORE, expected_loss, interpolation, normal, 
 from tolerances import assert_close
 
 from dnc_kernels import ops
-from dnc_kernels.ops.upsample import native, reference
+from dnc_kernels.ops.upsample import op, reference
 
 NO_OPTIONS = {"class_weight": None, "ignore_index": IGNORE, "label_smoothing": 0.0}
 
@@ -186,7 +186,7 @@ def test_two_backward_passes_agree():
 def test_early_and_late_gradients_agree():
     scores, labels = normal(2, 5, 4, 6).requires_grad_(), random_labels(2, 5, (9, 13))
     options = (labels, None, False, IGNORE, 0.1, "mean")
-    early, late = (torch.autograd.grad(native._loss_op(scores, *options, e)[0], scores)[0] for e in (True, False))
+    early, late = (torch.autograd.grad(op._loss_op(scores, *options, e, "cpu")[0], scores)[0] for e in (True, False))
     torch.testing.assert_close(early, late)
 
 
@@ -202,8 +202,8 @@ def test_bit_equal_for_any_number_of_threads(sizes):
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             runs.append((
-                *native.cross_entropy_with_gradient(scores, labels, align_corners=False, **NO_OPTIONS),
-                native.upsample_argmax(scores, *size, False),
+                *op.cross_entropy_with_gradient(scores, labels, align_corners=False, backend="cpu", **NO_OPTIONS),
+                op.upsample_argmax(scores, *size, False, "cpu"),
             ))  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -247,28 +247,33 @@ def test_backward_of_a_scaled_loss_makes_no_second_gradient():
 @pytest.mark.parametrize("sizes", ((16, 64), (16, 7), (5, 5), (30, 3), (1, 6), (7, 1), (37, 90)), ids=str)
 def test_lower_source_rows_are_exact(sizes, align_corners):
     source, target = sizes
-    for i, low in enumerate(native.target_rows_of(source, target, align_corners)):
+    for i, low in enumerate(reference.target_rows_of(source, target, align_corners)):
         at = Fraction(i * (source - 1), max(target - 1, 1)) if align_corners else Fraction((2 * i + 1) * source, 2 * target)
         assert low == max(int(at if align_corners else at - Fraction(1, 2)), 0)
 
 
-@pytest.mark.parametrize("module", (native, reference), ids=("cpu", "reference"))
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
 @pytest.mark.parametrize("align_corners", (False, True))
 @pytest.mark.parametrize(
     "sizes", (((16, 12), (64, 50)), ((16, 12), (7, 9)), ((5, 5), (5, 5)), ((9, 4), (31, 4)), ((7, 3), (7, 9)))
 )
-def test_bands_add_up_to_the_map(module, sizes, align_corners):
+def test_bands_add_up_to_the_map(backend, sizes, align_corners):
     (h, w), size = sizes
     scores, labels = normal(2, 5, h, w), random_labels(2, 5, size)
     options = {"class_weight": torch.rand(5) + 0.1, "ignore_index": IGNORE, "label_smoothing": 0.1}
-    low = native.target_rows_of(h, size[0], align_corners)
+    low = reference.target_rows_of(h, size[0], align_corners)
     loss, grad = torch.zeros(()), torch.zeros_like(scores)
     for r0 in range(0, h, 3):
         r1 = min(r0 + 3, h)
         i0, i1 = bisect.bisect_left(low, r0), bisect.bisect_left(low, r1)
         rows = slice(r0, min(r1, h - 1) + 1)
-        some, some_grad = module.cross_entropy_with_gradient(
-            scores[:, :, rows], labels[:, i0:i1], align_corners=align_corners, window=(h, r0, size[0], i0), **options
+        some, some_grad = op.cross_entropy_with_gradient(
+            scores[:, :, rows],
+            labels[:, i0:i1],
+            align_corners=align_corners,
+            window=(h, r0, size[0], i0),
+            backend=backend,
+            **options,
         )
         loss += some
         grad[:, :, rows] += some_grad
@@ -282,7 +287,7 @@ def test_bands_add_up_to_the_map(module, sizes, align_corners):
 def test_a_window_without_gradient():
     scores, labels = normal(2, 5, 4, 4), random_labels(2, 5, (8, 8))
     both = [
-        native.cross_entropy_with_gradient(scores, labels, align_corners=False, grad=grad, **NO_OPTIONS)
+        op.cross_entropy_with_gradient(scores, labels, align_corners=False, backend="cpu", grad=grad, **NO_OPTIONS)
         for grad in (True, False)
     ]
     assert torch.equal(both[0][0], both[1][0]) and both[1][1] is None
@@ -293,7 +298,7 @@ def test_a_window_without_the_rows_it_needs(window):
     """Rows 4 to 11 of 16 lie between the source rows 1 to 6 of 8."""
     scores, labels = normal(1, 3, 4, 4), random_labels(1, 3, (8, 8))
     with pytest.raises(ValueError, match=r"upsample_cross_entropy: the window (lies outside the map|lacks source rows)"):
-        native.cross_entropy_with_gradient(scores, labels, align_corners=False, window=window, **NO_OPTIONS)
+        op.cross_entropy_with_gradient(scores, labels, align_corners=False, backend="cpu", window=window, **NO_OPTIONS)
 
 
 # argmax
@@ -362,12 +367,12 @@ def test_opcheck(dtype):
     scores, labels = normal(2, 3, 3, 4, dtype=dtype).requires_grad_(), random_labels(2, 3, (5, 7))
     check = torch.library.opcheck
     for reduction, early in (("sum", True), ("none", False), ("mean", False)):
-        check(native._loss_op._opoverload, (scores, labels, torch.rand(3), True, IGNORE, 0.1, reduction, early))
+        check(op._loss_op._opoverload, (scores, labels, torch.rand(3), True, IGNORE, 0.1, reduction, early, "cpu"))
     # the early gradient, an output, is scaled in place by the backward pass, which the comparison of compiled outputs would see
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    check(native._loss_op._opoverload, (scores, labels, None, True, IGNORE, 0.1, "mean", True), test_utils=utilities)
-    check(native._backward_op._opoverload, (torch.rand(2, 5, 7), scores.detach(), labels, None, False, IGNORE, 0.0))
-    check(native.upsample_argmax._opoverload, (scores.detach(), 5, 7, False))
+    check(op._loss_op._opoverload, (scores, labels, None, True, IGNORE, 0.1, "mean", True, "cpu"), test_utils=utilities)
+    check(op._backward_op._opoverload, (torch.rand(2, 5, 7), scores.detach(), labels, None, False, IGNORE, 0.0, "cpu"))
+    check(op.upsample_argmax._opoverload, (scores.detach(), 5, 7, False, "cpu"))
 
 
 def test_channels_last_scores_have_a_channels_last_gradient():

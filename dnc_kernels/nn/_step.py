@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +21,19 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import pick
-from ..ops._common import NAMESPACE, compute_dtype, keep_dtypes_under_autocast, pixel_count, pixel_map, scale_saved
-from ..ops.embedding import native as embedding_native
-from ..ops.embedding import reference as embedding_reference
-from ..ops.similarity import native as scores_native
-from ..ops.similarity import native_loss as contrast_native
-from ..ops.similarity import reference as similarity_reference
-from ..ops.upsample import native as upsample_native
-from ..ops.upsample import reference as upsample_reference
+from ..ops._common import (
+    NAMESPACE,
+    compute_dtype,
+    keep_dtypes_under_autocast,
+    kernels,
+    pixel_count,
+    pixel_map,
+    scale_saved,
+)
+from ..ops.similarity import op as scores_op
+from ..ops.similarity import op_loss as contrast_op
+from ..ops.upsample import op as upsample_op
+from ..ops.upsample.reference import target_rows_of
 
 #: Pixels of a band, about, on a CPU: their embedding and scores stay in cache, and a band's calls cost little beside its work.
 BAND_PIXELS = 2048
@@ -64,10 +68,6 @@ def bands(x: Tensor) -> Iterator[Band]:
             bottom = min(top + rows, height)
             first = (begin * height + top) * width
             yield Band(begin, end, top, bottom, first, first + (end - begin) * (bottom - top) * width)
-
-
-def _implementation(op: str, x: Tensor, native: ModuleType, reference: ModuleType) -> ModuleType:
-    return reference if pick(op, x, None) == "reference" else native
 
 
 # Logits of a band and their gradients. A logit is LayerNorm over the classes of the scores, or the score times the pixel's
@@ -195,30 +195,30 @@ def first_pass(
     total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, kept = results
     for t in (total, grad_scale, grad_norm, grad_rstd):
         t.zero_()
-    embedding = _implementation("normalize_embedding", x, embedding_native, embedding_reference)
-    upsampling = _implementation("upsample_cross_entropy", x, upsample_native, upsample_reference)
-    sweep = _implementation("subcentroid_cross_entropy", x, contrast_native, similarity_reference)
-    winners = _implementation("class_scores", x, scores_native, similarity_reference)
+    embedding = kernels("embedding", pick("normalize_embedding", x, None))
+    upsampling = pick("upsample_cross_entropy", own, None)
+    sweep, winners = (pick(op, x, None, centroids) for op in ("subcentroid_cross_entropy", "class_scores"))
     head = Logits(temperature, scale, norm_weight, norm_bias, norm_eps)
     height, label_rows = x.shape[2], labels.shape[1]
     # at equal sizes nothing is interpolated, and bands do not touch each other
     apart = tuple(labels.shape[1:]) == tuple(x.shape[2:])
-    lower = upsample_reference.target_rows_of(height, label_rows, align_corners)
+    lower = target_rows_of(height, label_rows, align_corners)
     sums = torch.zeros((), dtype=torch.float64, device=x.device)
     work = Workspace(x, centroids.shape[0], own.dtype, keep_embedding)
     for band in bands(x):
         part, pixels = band.of(x), slice(band.first, band.last)
         e = work.embedding_of(band, kept)
-        embedding.normalize_into(part, weight, bias, eps, e, *statistics[:, pixels])
+        embedding.normalize(part, weight, bias, eps, e, *statistics[:, pixels])
         to_e = band.of(grad) if gradient else None
-        outputs = (*(work.window(t, band, with_row_above=False) for t in (work.scores, work.winner)), own[pixels])
+        own_scores, own_winner = (work.window(t, band, with_row_above=False) for t in (work.scores, work.winner))
+        outputs = (own_scores, own_winner, own[pixels])
         if contrast is None:
-            winners.scores_into(e, centroids, sampled[pixels], *outputs)
+            scores_op.scores_into(e, centroids, sampled[pixels], *outputs, winners)
             if to_e is not None:
                 to_e.zero_()
         else:
-            sweep.scores_and_contrast_into(
-                e, centroids, sampled[pixels], contrast_temperature, contrast, *outputs, lse[pixels], to_e
+            contrast_op.scores_and_contrast_into(
+                e, centroids, sampled[pixels], contrast_temperature, contrast, *outputs, lse[pixels], to_e, sweep
             )
         if confidence:
             work.window(work.length, band, with_row_above=False).copy_(pixel_map(part, statistics[1, pixels].reciprocal()))
@@ -233,10 +233,10 @@ def first_pass(
         prediction[pixels] = torch.where(finite, logits[:, :, band.top - top :].argmax(1).reshape(-1), -1)
         # label rows whose lower feature row is in [top, bottom - 1), or to the end
         above, below = bisect_left(lower, top), bisect_left(lower, band.bottom - (not last))
-        sums += upsampling.cross_entropy_with_gradient(
+        sums += upsample_op.cross_entropy_with_gradient(
             logits, labels[band.begin : band.end, above:below], align_corners=align_corners, class_weight=class_weight,
             ignore_index=ignored, label_smoothing=label_smoothing, grad=gradient, out=to_logits,
-            window=None if apart else (height, top, label_rows, above),
+            window=None if apart else (height, top, label_rows, above), backend=upsampling,
         )[0]  # fmt: skip
         if gradient:
             to_logits *= pull
@@ -248,7 +248,7 @@ def first_pass(
             to_scores, to_length, to_scale, to_norm = head.backward_(
                 to_logits[:, :, done], scores[:, :, done], lengths, scratch[:, :, done]
             )
-            winners.add_scores_gradient_(complete.of(grad), centroids, winner[:, :, done], to_scores)
+            scores_op.add_scores_gradient_(complete.of(grad), centroids, winner[:, :, done], to_scores, winners)
             if to_length is not None and lengths is not None:
                 # d length / d rstd = -length^2
                 per_pixel = (-to_length * lengths.square()).reshape(-1)
@@ -327,17 +327,18 @@ def second_pass(
     )
     for t in (grad_affine, sums, counts):
         t.zero_()
-    embedding = _implementation("normalize_embedding", x, embedding_native, embedding_reference)
-    winners = _implementation("class_scores", x, scores_native, similarity_reference)
+    embedding = kernels("embedding", pick("normalize_embedding", x, None))
+    winners = pick("class_scores", x, None, centroids)
     k = centroids.shape[1]
     keep = embedded.ndim == 4
     work = Workspace(x, 0, sums.dtype, keep or cluster is None)
+    to_affine = torch.empty_like(grad_affine)
     for band in bands(x):
         part, pixels = band.of(x), slice(band.first, band.last)
         if cluster is not None:
             e = work.embedding_of(band, embedded)
             if not keep:
-                embedding.normalize_into(part, weight, bias, eps, e, *torch.empty_like(statistics[:, pixels]))
+                embedding.normalize(part, weight, bias, eps, e, *torch.empty_like(statistics[:, pixels]))
             some = ops.cluster_sums(e, cluster[pixels], len(counts))
             sums += some.sums
             counts += some.counts
@@ -347,11 +348,10 @@ def second_pass(
         if target is not None and pull is not None:
             label = torch.div(target[pixels], k, rounding_mode="floor")
             to_own = pull.new_zeros(len(label), k).scatter_(1, (target[pixels] % k)[:, None], pull[pixels, None])
-            winners.add_own_gradient_(to_e, centroids, label, to_own)
+            scores_op.add_own_gradient_(to_e, centroids, label, to_own, winners)
         to_rstd = grad_rstd[pixels] if len(grad_rstd) else None
-        to_weight, to_bias = embedding.gradient_in_place_(to_e, part, weight, bias, *statistics[:, pixels], to_rstd)
-        grad_affine[0] += to_weight
-        grad_affine[1] += to_bias
+        embedding.normalize_backward(part, weight, bias, *statistics[:, pixels], to_e, to_rstd, to_e, *to_affine)
+        grad_affine += to_affine
     return grad_affine, sums, counts
 
 

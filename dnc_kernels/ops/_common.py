@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +27,15 @@ _DTYPES = {
 }
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@cache
+def kernels(family: str, backend: str) -> ModuleType:
+    """The module that launches a family's kernels, with the same functions for every backend.
+
+    ``native`` is C++, on CPU and CUDA. Triton is imported only here: on the first use of one of its kernels.
+    """
+    return import_module(f".{family}.{'native' if backend in ('cpu', 'cuda') else backend}", __package__)
 
 
 def view(tensor: Tensor | None) -> Any:

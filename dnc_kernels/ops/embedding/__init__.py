@@ -10,7 +10,8 @@ from torch import Tensor
 from ...backends import pick
 from ...errors import check_device, check_float, check_value
 from .._common import check_pixels, compute_dtype, like_pixels
-from . import native, reference
+from . import op as ops
+from . import reference
 
 
 @overload
@@ -59,8 +60,11 @@ def normalize_embedding(
     check_pixels(op, x)
     check_value(0 <= eps < math.inf, op, "eps", "finite and not negative", eps)
     weight, bias = _check_affine(op, "weight", weight, x), _check_affine(op, "bias", bias, x)
-    run = reference if pick(op, x, backend) == "reference" else native
-    y, _, rstd, _ = run.normalize_embedding(x, weight, bias, eps)
+    backend = pick(op, x, backend)
+    if backend == "reference":
+        y, _, rstd, _ = reference.normalize_embedding(x, weight, bias, eps)
+    else:
+        y, _, rstd, _ = ops.normalize_embedding(x, weight, bias, eps, backend)
     return (y, like_pixels(x, rstd.reciprocal())) if return_length else y
 
 

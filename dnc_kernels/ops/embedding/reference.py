@@ -29,7 +29,7 @@ def normalize_embedding(
     return y, mean.reshape(-1), rstd.reshape(-1), inverse_norm.reshape(-1)
 
 
-def normalize_into(
+def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -39,38 +39,45 @@ def normalize_into(
     rstd: Tensor,
     inverse_norm: Tensor,
 ) -> None:
-    """The same into given tensors."""
+    """What `native.normalize` says."""
     for out, made in zip((y, mean, rstd, inverse_norm), normalize_embedding(x, weight, bias, eps), strict=True):
         out.copy_(made)
 
 
-def gradient_in_place_(
-    grad: Tensor,
+def normalize_backward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     inverse_norm: Tensor,
+    grad_y: Tensor,
     grad_rstd: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Turn the gradient of the embedding into that of x, in place; return grad_weight and grad_bias [D]. No autograd."""
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """What `native.normalize_backward` says."""
     along_pixels = (-1, 1) if x.ndim == 2 else (x.shape[0], 1, x.shape[2], x.shape[3])
     mean, rstd, inverse_norm = (t.view(along_pixels) for t in (mean, rstd, inverse_norm))
-    g = grad.to(compute_dtype(x))
+    g = grad_y.to(compute_dtype(x))
     xhat = (x.to(g.dtype) - mean) * rstd
     y = _affine(xhat, weight, bias) * inverse_norm
     # below the bound the length is a constant, and nothing is projected out
     along = torch.where(inverse_norm < 1 / SMALLEST_NORM, (g * y).sum(1, keepdim=True), 0)
     dz = inverse_norm * (g - along * y)
     over_pixels = 0 if x.ndim == 2 else (0, 2, 3)
-    grad_weight, grad_bias = (dz * xhat).sum(over_pixels), dz.sum(over_pixels)
+    if grad_weight is not None:
+        grad_weight.copy_((dz * xhat).sum(over_pixels))
+    if grad_bias is not None:
+        grad_bias.copy_(dz.sum(over_pixels))
+    if grad_x is None:
+        return
     dz = _affine(dz, weight, None)
     slope = (dz * xhat).mean(1, keepdim=True)
     if grad_rstd is not None:  # d rstd / dx = -rstd^2 * xhat / D
         slope = slope + grad_rstd.view(along_pixels) * rstd / x.shape[1]
-    grad.copy_(rstd * (dz - dz.mean(1, keepdim=True) - xhat * slope))
-    return grad_weight, grad_bias
+    grad_x.copy_(rstd * (dz - dz.mean(1, keepdim=True) - xhat * slope))
 
 
 def _affine(t: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ...backends import pick
 from ...errors import check_device, check_dtype, check_float, check_integer, check_value
 from .._common import check_pixels
-from . import native, reference
+from . import op as ops
+from . import reference
 
 
 class ClusterSums(NamedTuple):
@@ -39,10 +40,11 @@ def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int, *, backend: str 
     """
     op = "cluster_sums"
     cluster = _check_cluster(op, x, cluster, num_clusters)
-    if pick(op, x, backend) == "reference":
+    backend = pick(op, x, backend)
+    if backend == "reference":
         _check_range(op, cluster, num_clusters)
         return ClusterSums(*reference.cluster_sums(x.detach(), cluster, num_clusters))
-    return ClusterSums(*native.cluster_sums(x.detach(), cluster, num_clusters))
+    return ClusterSums(*ops.cluster_sums(x.detach(), cluster, num_clusters, backend))
 
 
 def apply_momentum_(
@@ -72,12 +74,13 @@ def apply_momentum_(
     check_value(list(counts.shape) == [rows], op, "counts", lambda: f"[M]=[{rows}] to match centroids", counts)
     check_device(op, "sums", sums, centroids, "centroids")
     check_device(op, "counts", counts, centroids, "centroids")
-    if pick(op, centroids, backend) == "reference":
+    backend = pick(op, centroids, backend)
+    if backend == "reference":
         with torch.no_grad():
             reference.apply_momentum_(centroids, sums.detach(), counts, momentum)
     else:
         sums = sums.detach().to(torch.float64 if sums.dtype == torch.float64 else torch.float32).contiguous()
-        native.apply_momentum_(centroids.detach(), sums, counts.to(torch.int64).contiguous(), momentum)
+        ops.apply_momentum_(centroids.detach(), sums, counts.to(torch.int64).contiguous(), momentum, backend)
 
 
 def momentum_update_(
@@ -109,14 +112,14 @@ def momentum_update_(
     cluster = _check_cluster(op, x, cluster, clusters)
     check_value(centroids.shape[2] == x.shape[1], op, "centroids", lambda: f"[C,K,D] with D={x.shape[1]} to match x", centroids)
     check_device(op, "centroids", centroids, x)
-    # no kernel mixes types on CUDA: float64 sub-centroids choose as a float64 input does
-    if pick(op, centroids if centroids.dtype == torch.float64 else x, backend) == "reference":
+    backend = pick(op, x, backend, centroids)
+    if backend == "reference":
         _check_range(op, cluster, clusters)
         with torch.no_grad():
             sums, counts = reference.cluster_sums(x.detach(), cluster, clusters)
             reference.apply_momentum_(centroids, sums, counts, momentum)
     else:
-        native.momentum_update_(centroids.detach(), x.detach(), cluster, momentum)
+        ops.momentum_update_(centroids.detach(), x.detach(), cluster, momentum, backend)
 
 
 def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:

@@ -20,7 +20,8 @@ from .._common import (
     compute_dtype,
     like_pixels,
 )
-from . import native, native_loss, reference
+from . import op as ops
+from . import op_loss, reference
 
 MAX_SUBCENTROIDS = 256  # winners are uint8
 
@@ -71,8 +72,10 @@ def centroid_distance(x: Tensor, centroids: Tensor, *, metric: str = "cosine", b
     check_pixels(op, x)
     check_centroids(op, x, centroids)
     check_choice(op, "metric", metric, METRICS[1:])
-    run = reference.centroid_distance if pick(op, x, backend) == "reference" else native.centroid_distance
-    return run(x, centroids, metric)
+    backend = pick(op, x, backend, centroids)
+    if backend == "reference":
+        return reference.centroid_distance(x, centroids, metric)
+    return ops.centroid_distance(x, centroids, metric, backend)
 
 
 def class_scores(
@@ -103,13 +106,14 @@ def class_scores(
     check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
     check_choice(op, "metric", metric, METRICS)
     flat = None if labels is None else check_labels(op, x, labels)
-    if pick(op, x, backend) == "reference":
+    backend = pick(op, x, backend, centroids)
+    if backend == "reference":
         scores, winner, own = reference.class_scores(x, centroids, flat, metric)
         if x.ndim == 4:
             size = (x.shape[0], x.shape[2], x.shape[3], classes)
             scores, winner = scores.view(size).permute(0, 3, 1, 2), winner.view(size).permute(0, 3, 1, 2)
         return ClassScores(scores, winner, own)
-    scores, winner, own = native.class_scores(x, centroids, flat, metric)
+    scores, winner, own = ops.class_scores(x, centroids, flat, metric, backend)
     return ClassScores(scores, winner, None if labels is None else own)
 
 
@@ -134,8 +138,11 @@ def nearest_centroid(x: Tensor, centroids: Tensor, *, metric: str = "dot", backe
     check_pixels(op, x)
     check_centroids(op, x, centroids)
     check_choice(op, "metric", metric, METRICS)
-    run = reference.nearest_centroid if pick(op, x, backend) == "reference" else native.nearest_centroid
-    label, sub, score = run(x.detach(), centroids.detach(), metric)
+    backend = pick(op, x, backend, centroids)
+    if backend == "reference":
+        label, sub, score = reference.nearest_centroid(x.detach(), centroids.detach(), metric)
+    else:
+        label, sub, score = ops.nearest_centroid(x.detach(), centroids.detach(), metric, backend)
     return NearestCentroid(like_pixels(x, label), like_pixels(x, sub), like_pixels(x, score))
 
 
@@ -220,11 +227,12 @@ def centroid_cross_entropy(
         check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
     tensors = (x, centroids, flat, norm_weight, norm_bias, scale, None if class_weight is None else class_weight.detach())
     options = (metric, float(norm_eps), float(temperature), ignore_index, float(label_smoothing), reduction)
-    if pick(op, x, backend) == "reference":
+    backend = pick(op, x, backend, centroids)
+    if backend == "reference":
         check_label_range(op, flat, classes, ignore_index)
         loss, prediction, own = reference.centroid_cross_entropy(*tensors, *options)
     else:
-        loss, prediction, own = native_loss.centroid_cross_entropy(*tensors, *options)
+        loss, prediction, own = op_loss.centroid_cross_entropy(*tensors, *options, backend)
     return CentroidLoss(like_pixels(x, loss) if reduction == "none" else loss, like_pixels(x, prediction), own)
 
 
@@ -268,11 +276,12 @@ def subcentroid_cross_entropy(
     check_ignore_index(op, ignore_index, classes * k)
     check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
     arguments = (x, centroids, flat, float(temperature), ignore_index, reduction)
-    if pick(op, x, backend) == "reference":
+    backend = pick(op, x, backend, centroids)
+    if backend == "reference":
         check_label_range(op, flat, classes * k, ignore_index)
         loss = reference.subcentroid_cross_entropy(*arguments)
     else:
-        loss = native_loss.subcentroid_cross_entropy(*arguments)
+        loss = op_loss.subcentroid_cross_entropy(*arguments, backend)
     return like_pixels(x, loss) if reduction == "none" else loss
 
 

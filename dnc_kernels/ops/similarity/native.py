@@ -1,35 +1,17 @@
-"""The C++ kernels of distances, class scores and the nearest sub-centroid as torch ops (csrc/cpu/similarity.cpp)."""
+"""Launchers of the C++ similarity kernels (csrc/cpu/similarity.cpp, similarity_loss.cpp, similarity_contrast.cpp)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...backends import native
-from .._common import METRICS, NAMESPACE, compute_dtype, flat_pixels, keep_dtypes_under_autocast, pixel_count, view
+from .._common import METRICS, REDUCTIONS, view
 
 
-def _empty_scores(x: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """[N,C], or [B,C,H,W] in the memory format of x."""
-    if x.ndim == 2:
-        return x.new_empty((x.shape[0], classes), dtype=dtype)
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    shape = (x.shape[0], classes, x.shape[2], x.shape[3])
-    return torch.empty(
-        shape, dtype=dtype, device=x.device, memory_format=torch.channels_last if last else torch.contiguous_format
-    )
-
-
-# centroid_distance: class_scores with every sub-centroid as a class of its own
-
-
-@torch.library.custom_op(f"{NAMESPACE}::centroid_distance", mutates_args=(), device_types="cpu")
-def centroid_distance(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
-    """[N,C,K]."""
+def centroid_distance(x: Tensor, centroids: Tensor, metric: str, out: Tensor) -> None:
+    """Into out [N,C,K], contiguous: class_scores with every sub-centroid as a class of its own."""
     classes, k, channels = centroids.shape
-    out = x.new_empty((pixel_count(x), classes, k), dtype=compute_dtype(x, centroids))
     rows = centroids.reshape(classes * k, 1, channels).contiguous()
     # the pixels of x are flat in the result, whatever the layout of x
     shape = (x.shape[0], classes * k) if x.ndim == 2 else (x.shape[0], x.shape[2], x.shape[3], classes * k)
@@ -38,188 +20,100 @@ def centroid_distance(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
         "centroid_distance", view(x), view(rows), view(None), METRICS.index(metric), True, view(matrix), view(None), view(None),
         torch.get_num_threads(),
     )  # fmt: skip
-    return out
 
 
-@centroid_distance.register_fake
-def _(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
-    return x.new_empty((pixel_count(x), *centroids.shape[:2]), dtype=compute_dtype(x, centroids))
-
-
-def _save_distance(ctx: Any, inputs: Any, output: Any) -> None:
-    x, centroids, ctx.metric = inputs
-    ctx.save_for_backward(x, centroids)
-
-
-def _distance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Dense products, as torch would; only the winning ops have sparse gradients."""
-    x, centroids = ctx.saved_tensors
-    pixels, rows = flat_pixels(x).to(grad.dtype), centroids.to(grad.dtype).flatten(0, 1)
-    grad = grad.flatten(1)
-    grad_x = grad_rows = None
-    if ctx.metric == "cosine":
-        length_x = pixels.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        length_p = rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        unit_x, unit_p = pixels / length_x, rows / length_p
-        if ctx.needs_input_grad[0]:
-            u = -(grad @ unit_p)
-            grad_x = (u - unit_x * (unit_x * u).sum(1, keepdim=True)) / length_x
-        if ctx.needs_input_grad[1]:
-            u = -(grad.T @ unit_x)
-            grad_rows = (u - unit_p * (unit_p * u).sum(1, keepdim=True)) / length_p
-    else:
-        if ctx.needs_input_grad[0]:
-            grad_x = 2 * (pixels * grad.sum(1, keepdim=True) - grad @ rows)
-        if ctx.needs_input_grad[1]:
-            grad_rows = 2 * (rows * grad.sum(0)[:, None] - grad.T @ pixels)
-    if grad_x is not None:
-        if x.ndim == 4:
-            grad_x = grad_x.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
-        grad_x = grad_x.to(x.dtype)
-    if grad_rows is not None:
-        grad_rows = grad_rows.view_as(centroids).to(centroids.dtype)
-    return grad_x, grad_rows, None
-
-
-centroid_distance.register_autograd(_distance_backward, setup_context=_save_distance)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::class_scores", mutates_args=(), device_types="cpu")
-def class_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, winners, own-class similarities ([0] without labels)."""
-    scores, winner, own = _class_scores_fake(x, centroids, labels, metric)
-    scores_into(x, centroids, labels, scores, winner, own if labels is not None else None, metric)
-    return scores, winner, own
-
-
-def scores_into(
-    x: Tensor, centroids: Tensor, labels: Tensor | None, scores: Tensor, winner: Tensor, own: Tensor | None, metric: str = "dot"
+def class_scores(
+    x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str, scores: Tensor, winner: Tensor, own: Tensor | None
 ) -> None:
-    """The same into given tensors: scores and winner of any strides, `own` contiguous. No autograd."""
+    """Into scores and winner, of any strides, and own [N,K], contiguous."""
     native().class_scores(
         "class_scores", view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), False, view(scores),
         view(winner), view(own), torch.get_num_threads(),
     )  # fmt: skip
 
 
-@class_scores.register_fake
-def _class_scores_fake(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(x, centroids)
-    scores, winner = (_empty_scores(x, centroids.shape[0], t) for t in (dtype, torch.uint8))
-    own = x.new_empty((pixel_count(x), centroids.shape[1]) if labels is not None else (0,), dtype=dtype)
-    return scores, winner, own
-
-
-@torch.library.custom_op(f"{NAMESPACE}::class_scores_backward", mutates_args=(), device_types="cpu")
 def class_scores_backward(
     x: Tensor,
     centroids: Tensor,
     labels: Tensor | None,
     metric: str,
-    winner: Tensor,
+    winner: Tensor | None,
     grad_scores: Tensor | None,
     grad_own: Tensor | None,
-    to_x: bool,
-    to_centroids: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and centroids; [0] where not wanted."""
-    grad_x, grad_centroids = _class_scores_backward_fake(
-        x, centroids, labels, metric, winner, grad_scores, grad_own, to_x, to_centroids
-    )
-    rows = centroids.contiguous()
-    total = (
-        grad_centroids
-        if grad_centroids.dtype == compute_dtype(x, centroids)
-        else grad_centroids.to(compute_dtype(x, centroids))
-    )
+    grad_x: Tensor | None,
+    accumulate: bool,
+    grad_centroids: Tensor | None,
+) -> None:
+    """Gradients into those given, from those of the scores and of own [N,K]; `accumulate`: added to grad_x (metric dot)."""
     native().class_scores_backward(
-        view(x), view(rows), view(labels), METRICS.index(metric), view(winner), view(grad_scores),
-        view(None if grad_own is None else grad_own.contiguous()), view(grad_x if to_x else None), False,
-        view(total if to_centroids else None), torch.get_num_threads(),
+        view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), view(winner), view(grad_scores),
+        view(grad_own), view(grad_x), accumulate, view(grad_centroids), torch.get_num_threads(),
     )  # fmt: skip
-    return grad_x, grad_centroids if total is grad_centroids else total.to(grad_centroids.dtype)
 
 
-@class_scores_backward.register_fake
-def _class_scores_backward_fake(
+def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, sub: Tensor, score: Tensor) -> None:
+    """Into label and sub [N] int64 and score [N]."""
+    native().nearest_centroid(
+        view(x), view(centroids.contiguous()), METRICS.index(metric), view(label), view(sub), view(score),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def centroid_cross_entropy(
     x: Tensor,
     centroids: Tensor,
-    labels: Tensor | None,
+    labels: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    class_weight: Tensor | None,
     metric: str,
-    winner: Tensor,
-    grad_scores: Tensor | None,
-    grad_own: Tensor | None,
-    to_x: bool,
-    to_centroids: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(x) if to_x else x.new_empty(0),
-        torch.empty_like(centroids, memory_format=torch.contiguous_format) if to_centroids else centroids.new_empty(0),
-    )
+    norm_eps: float,
+    temperature: float,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    grad_loss: Tensor | None,
+    loss: Tensor | None,
+    prediction: Tensor | None,
+    own: Tensor | None,
+    grad_x: Tensor | None,
+    grad_centroids: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_scale: Tensor | None,
+) -> None:
+    """Into those given: loss [] or [N], prediction [N] int64, own [N,K], gradients for grad_loss [] or [N] (None: 1).
 
-
-def _save_scores(ctx: Any, inputs: Any, output: Any) -> None:
-    x, centroids, labels, ctx.metric = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    # a buffer that a momentum update may change before backward: keep what the scores were made with
-    kept = centroids if centroids.requires_grad else centroids.clone()
-    ctx.save_for_backward(x, kept, labels, output[1])
-
-
-def _scores_backward(ctx: Any, grad_scores: Tensor | None, _: Any, grad_own: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, centroids, labels, winner = ctx.saved_tensors
-    to_x, to_centroids = ctx.needs_input_grad[:2]
-    if labels is None:
-        grad_own = None
-    if grad_scores is None and grad_own is None:
-        return None, None, None, None
-    grad_x, grad_centroids = class_scores_backward(
-        x, centroids, labels, ctx.metric, winner, grad_scores, grad_own, to_x, to_centroids
-    )
-    return grad_x if to_x else None, grad_centroids if to_centroids else None, None, None
-
-
-class_scores.register_autograd(_scores_backward, setup_context=_save_scores)
-
-
-def add_scores_gradient_(grad: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> None:
-    """Add to `grad`, of pixels, what the gradient of their class scores (metric dot) gives. No autograd."""
-    native().class_scores_backward(
-        view(grad), view(centroids.contiguous()), view(None), METRICS.index("dot"), view(winner), view(grad_scores), view(None),
-        view(grad), True, view(None), torch.get_num_threads(),
+    grad_x has the dtype of x; everything else, inputs of [C] included, the compute dtype. A bad label fills nothing and raises.
+    """
+    native().centroid_cross_entropy(
+        view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), view(norm_weight), view(norm_bias),
+        norm_eps, view(scale), temperature, view(class_weight), ignore_index, label_smoothing, REDUCTIONS.index(reduction),
+        view(grad_loss), view(loss), view(prediction), view(own), view(grad_x), view(grad_centroids), view(grad_weight),
+        view(grad_bias), view(grad_scale), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def add_own_gradient_(grad: Tensor, centroids: Tensor, labels: Tensor, grad_own: Tensor) -> None:
-    """Add to `grad`, of pixels, what the gradient [N,K] of their own-class similarities (metric dot) gives. No autograd."""
-    native().class_scores_backward(
-        view(grad), view(centroids.contiguous()), view(labels), METRICS.index("dot"), view(None), view(None), view(grad_own),
-        view(grad), True, view(None), torch.get_num_threads(),
+def subcentroid_cross_entropy(
+    x: Tensor,
+    centroids: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    scale: Tensor | None,
+    loss: Tensor,
+    grad_x: Tensor | None,
+    labels: Tensor | None,
+    scores: Tensor | None,
+    winner: Tensor | None,
+    own: Tensor | None,
+) -> None:
+    """Contrast of a target [N], or with target None the log-sum-exp alone and class scores beside it (labels [N]).
+
+    Into loss [N] and, where given, grad_x like x (`scale` times the gradient; None: 1), scores and winner, own [N,K].
+    """
+    native().subcentroid_cross_entropy(
+        view(x), view(centroids.contiguous()), view(target), temperature, ignore_index, view(scale), view(loss), view(grad_x),
+        view(labels), view(scores), view(winner), view(own), torch.get_num_threads(),
     )  # fmt: skip
-
-
-@torch.library.custom_op(f"{NAMESPACE}::nearest_centroid", mutates_args=(), device_types="cpu")
-def nearest_centroid(x: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Label [N], sub [N], score [N]."""
-    label, sub, score = _nearest_fake(x, centroids, metric)
-    native().nearest_centroid(
-        view(x),
-        view(centroids.contiguous()),
-        METRICS.index(metric),
-        view(label),
-        view(sub),
-        view(score),
-        torch.get_num_threads(),
-    )
-    return label, sub, score
-
-
-@nearest_centroid.register_fake
-def _nearest_fake(x: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    label, sub = (x.new_empty(pixel_count(x), dtype=torch.int64) for _ in range(2))
-    return label, sub, x.new_empty(pixel_count(x), dtype=compute_dtype(x, centroids))
-
-
-for _op in (centroid_distance, class_scores, class_scores_backward, nearest_centroid):
-    keep_dtypes_under_autocast(_op)

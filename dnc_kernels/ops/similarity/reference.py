@@ -93,7 +93,7 @@ def subcentroid_cross_entropy(
 
 
 def scores_into(x: Tensor, centroids: Tensor, labels: Tensor, scores: Tensor, winner: Tensor, own: Tensor) -> None:
-    """What `native.scores_into` says."""
+    """What `op.scores_into` says."""
     made = class_scores(x, centroids, labels, "dot")
     assert made[2] is not None
     scores.copy_(pixel_map(x, made[0]))
@@ -113,7 +113,7 @@ def scores_and_contrast_into(
     lse: Tensor,
     gradient: Tensor | None,
 ) -> None:
-    """What `native_loss.scores_and_contrast_into` says."""
+    """What `op_loss.scores_and_contrast_into` says."""
     scores_into(x, centroids, labels, scores, winner, own)
     dtype, kept = lse.dtype, (labels >= 0)[:, None]
     logits = similarity(x, centroids, "dot").flatten(1) / temperature
@@ -124,7 +124,7 @@ def scores_and_contrast_into(
 
 
 def add_scores_gradient_(grad: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> None:
-    """What `native.add_scores_gradient_` says."""
+    """What `op.add_scores_gradient_` says."""
     to_scores = flat_pixels(grad_scores)
     dense = to_scores.new_zeros(len(to_scores), *centroids.shape[:2])
     dense.scatter_(2, flat_pixels(winner).long()[..., None], to_scores[..., None])
@@ -132,7 +132,7 @@ def add_scores_gradient_(grad: Tensor, centroids: Tensor, winner: Tensor, grad_s
 
 
 def add_own_gradient_(grad: Tensor, centroids: Tensor, labels: Tensor, grad_own: Tensor) -> None:
-    """What `native.add_own_gradient_` says."""
+    """What `op.add_own_gradient_` says."""
     rows = torch.einsum("nk,nkd->nd", grad_own, centroids.to(grad_own.dtype)[labels.clamp(min=0)])
     grad += pixel_map(grad, torch.where((labels >= 0)[:, None], rows, 0))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...backends import pick
 from ...errors import check_device, check_float, check_integer, check_value
-from . import native, reference
+from . import op as ops
+from . import reference
 
 
 def sinkhorn_assign(
@@ -49,11 +50,12 @@ def sinkhorn_assign(
     op = "sinkhorn_assign"
     check_integer(op, "group", group)
     flat, groups, limit = _check(op, similarity, group, num_groups, epsilon, iterations, tolerance)
-    if pick(op, similarity, backend) == "reference":
+    backend = pick(op, similarity, backend, subcentroids=similarity.shape[1])
+    if backend == "reference":
         _check_range(op, cast(Tensor, flat), groups)
         with torch.no_grad():
             return reference.sinkhorn(similarity, flat, groups, epsilon, iterations, limit).assignment
-    return native.sinkhorn_assign(similarity.detach(), cast(Tensor, flat), groups, epsilon, iterations, limit)
+    return ops.sinkhorn_assign(similarity.detach(), cast(Tensor, flat), groups, epsilon, iterations, limit, backend)
 
 
 def sinkhorn_plan(
@@ -95,11 +97,12 @@ def sinkhorn_plan(
     """
     op = "sinkhorn_plan"
     flat, groups, limit = _check(op, similarity, group, num_groups, epsilon, iterations, tolerance)
-    if pick(op, similarity, backend) == "reference":
+    backend = pick(op, similarity, backend, subcentroids=similarity.shape[1])
+    if backend == "reference":
         if flat is not None:
             _check_range(op, flat, groups)
         return reference.sinkhorn(similarity, flat, groups, epsilon, iterations, limit).plan
-    return native.sinkhorn_plan(similarity, flat, groups, epsilon, iterations, limit)[0]
+    return ops.sinkhorn_plan(similarity, flat, groups, epsilon, iterations, limit, backend)[0]
 
 
 def _check(

@@ -10,7 +10,8 @@ from torch import Tensor
 from ...backends import pick
 from ...errors import check_device, check_dtype, check_float, check_integer, check_value
 from .._common import REDUCTIONS, check_choice, check_ignore_index, check_label_range, compute_dtype
-from . import native, reference
+from . import op as ops
+from . import reference
 
 
 def upsample_cross_entropy(
@@ -70,9 +71,10 @@ def upsample_cross_entropy(
             check_value(False, op, "class_weight", f"[C]=[{classes}] to match scores", class_weight)
         check_device(op, "class_weight", class_weight, scores, "scores")
         class_weight = class_weight.detach().to(compute_dtype(scores))
-    if pick(op, scores, backend) == "cpu":
-        return native.upsample_cross_entropy(
-            scores, labels, align_corners, class_weight, ignore_index, label_smoothing, reduction
+    backend = pick(op, scores, backend)
+    if backend != "reference":
+        return ops.upsample_cross_entropy(
+            scores, labels, align_corners, class_weight, ignore_index, label_smoothing, reduction, backend
         )
     labels = labels.to(torch.int64)
     check_label_range(op, labels, classes, ignore_index)
@@ -102,8 +104,9 @@ def upsample_argmax(
     op = "upsample_argmax"
     _check_scores(op, scores)
     height, width = _check_size(op, size)
-    if pick(op, scores, backend) == "cpu":
-        return native.upsample_argmax(scores.detach(), height, width, align_corners)
+    backend = pick(op, scores, backend)
+    if backend != "reference":
+        return ops.upsample_argmax(scores.detach(), height, width, align_corners, backend)
     return reference.upsample_argmax(scores.detach(), (height, width), align_corners)
 
 

@@ -84,19 +84,15 @@ def _steps(
 def cross_entropy_with_gradient(
     scores: Tensor,
     labels: Tensor,
-    *,
     align_corners: bool,
     class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    window: Window | None = None,
-    grad: bool = True,
-    out: Tensor | None = None,
+    window: Window | None,
+    grad: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss [] and its gradient like `scores`, both of the compute dtype; not differentiable.
-
-    `window`: `scores` and `labels` are rows of larger maps (`Window`). `out`: where the gradient goes; None: it is new.
-    """
+    """What `op.cross_entropy_with_gradient` says."""
     logits = upsample_alike(scores.detach(), (labels.shape[1], labels.shape[2]), align_corners, window)
     weight = logits.new_ones(logits.shape[1]) if class_weight is None else class_weight.to(logits.dtype)
     kept = (labels != ignore_index)[:, None]

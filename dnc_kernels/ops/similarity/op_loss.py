@@ -1,4 +1,4 @@
-"""The C++ kernels of the two cross-entropies as torch ops (csrc/cpu/similarity_loss.cpp, similarity_contrast.cpp)."""
+"""The two cross-entropies over sub-centroids as torch ops, whatever kernel runs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import native
 from .._common import (
-    METRICS,
     NAMESPACE,
-    REDUCTIONS,
     compute_dtype,
     flat_pixels,
     keep_dtypes_under_autocast,
+    kernels,
     pixel_count,
     scale_saved,
-    view,
 )
+from . import reference
 
 # centroid_cross_entropy. `early` makes the gradients of the loss (for an incoming gradient of 1) in the forward pass.
 
@@ -37,6 +35,7 @@ def _run_loss(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
+    backend: str,
     *,
     grad_loss: Tensor | None = None,
     loss: Tensor | None = None,
@@ -52,11 +51,9 @@ def _run_loss(
 
     # gradients of small tensors are made in the compute type and cast afterwards; grad_x is written in x's own dtype
     wide = (grads[0], *(None if g is None else (g if g.dtype == dtype else g.to(dtype)) for g in grads[1:]))
-    native().centroid_cross_entropy(
-        view(x), view(centroids.contiguous()), view(labels), METRICS.index(metric), view(small(norm_weight)),
-        view(small(norm_bias)), norm_eps, view(small(scale)), temperature, view(small(class_weight)), ignore_index,
-        label_smoothing, REDUCTIONS.index(reduction), view(small(grad_loss)), view(loss), view(prediction), view(own),
-        *map(view, wide), torch.get_num_threads(),
+    kernels("similarity", backend).centroid_cross_entropy(
+        x, centroids, labels, small(norm_weight), small(norm_bias), small(scale), small(class_weight), metric, norm_eps,
+        temperature, ignore_index, label_smoothing, reduction, small(grad_loss), loss, prediction, own, *wide,
     )  # fmt: skip
     return tuple(w if g is None or w is None or w.dtype == g.dtype else w.to(g.dtype) for w, g in zip(wide, grads, strict=True))
 
@@ -77,7 +74,7 @@ def _chosen(grads: tuple[Tensor, ...], wanted: list[bool]) -> tuple[Tensor | Non
     return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::centroid_cross_entropy", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::centroid_cross_entropy", mutates_args=())
 def _loss_op(
     x: Tensor,
     centroids: Tensor,
@@ -93,16 +90,17 @@ def _loss_op(
     label_smoothing: float,
     reduction: str,
     early: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, prediction, own similarities, and early gradients of x, norm_weight, norm_bias, scale ([0] where not wanted)."""
     loss, prediction, own, *empty = _loss_fake(
         x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, reduction, early,
+        label_smoothing, reduction, early, backend,
     )  # fmt: skip
     chosen = _chosen(tuple(empty), early)
     made = _run_loss(
         x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, reduction, loss=loss, prediction=prediction, own=own, grads=(chosen[0], None, *chosen[1:]),
+        label_smoothing, reduction, backend, loss=loss, prediction=prediction, own=own, grads=(chosen[0], None, *chosen[1:]),
     )  # fmt: skip
     grads = [e if m is None else m for e, m in zip(empty, (made[0], *made[2:]), strict=True)]
     return loss, prediction, own, grads[0], grads[1], grads[2], grads[3]
@@ -124,6 +122,7 @@ def _loss_fake(
     label_smoothing: float,
     reduction: str,
     early: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x, centroids)
     loss = x.new_empty(pixel_count(x) if reduction == "none" else (), dtype=dtype)
@@ -133,7 +132,7 @@ def _loss_fake(
     return loss, prediction, own, grads[0], grads[1], grads[2], grads[3]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::centroid_cross_entropy_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::centroid_cross_entropy_backward", mutates_args=())
 def _loss_backward_op(
     grad_loss: Tensor,
     x: Tensor,
@@ -150,12 +149,13 @@ def _loss_backward_op(
     label_smoothing: float,
     reduction: str,
     wanted: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, centroids, norm_weight, norm_bias, scale by recomputation ([0] where not wanted)."""
     empty = _empty_grads((x, centroids, norm_weight, norm_bias, scale), wanted)
     made = _run_loss(
         x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, reduction, grad_loss=grad_loss, grads=_chosen(empty, wanted),
+        label_smoothing, reduction, backend, grad_loss=grad_loss, grads=_chosen(empty, wanted),
     )  # fmt: skip
     grads = [e if m is None else m for e, m in zip(empty, made, strict=True)]
     return grads[0], grads[1], grads[2], grads[3], grads[4]
@@ -178,13 +178,14 @@ def _(
     label_smoothing: float,
     reduction: str,
     wanted: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = _empty_grads((x, centroids, norm_weight, norm_bias, scale), wanted)
     return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 
 def _save_loss(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, early = inputs
+    *tensors, early, ctx.backend = inputs
     ctx.tensors, ctx.options = 7, tuple(tensors[7:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -198,7 +199,7 @@ def _save_loss(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    nothing = (None,) * (ctx.tensors + len(ctx.options) + 1)
+    nothing = (None,) * (ctx.tensors + len(ctx.options) + 2)
     if grad_loss is None:
         return nothing
     if ctx.early:
@@ -206,7 +207,7 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor 
         chosen = [g if need else None for g, need in zip(grads, (needs[0], needs[3], needs[4], needs[5]), strict=True)]
         return chosen[0], None, None, *chosen[1:], *nothing[6:]
     wanted = [needs[0], needs[1], needs[3], needs[4], needs[5]]
-    made = _chosen(_loss_backward_op(grad_loss, *ctx.saved_tensors, *ctx.options, wanted), wanted)
+    made = _chosen(_loss_backward_op(grad_loss, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend), wanted)
     return made[0], made[1], None, *made[2:], *nothing[6:]
 
 
@@ -227,6 +228,7 @@ def centroid_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, prediction [N], own-class similarities [N,K]; gradients are made early where that is exact and cheaper."""
     once = torch.is_grad_enabled() and reduction != "none" and not centroids.requires_grad
@@ -235,7 +237,7 @@ def centroid_cross_entropy(
     made = "sum" if any(early) else reduction
     loss, prediction, own, *_ = _loss_op(
         x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
-        label_smoothing, made, early,
+        label_smoothing, made, early, backend,
     )  # fmt: skip
     return _mean(loss, labels, ignore_index, class_weight) if made != reduction else loss, prediction, own
 
@@ -254,30 +256,28 @@ def _mean(total: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor
 # is made in the forward pass for every reduction.
 
 
-@torch.library.custom_op(f"{NAMESPACE}::subcentroid_cross_entropy", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::subcentroid_cross_entropy", mutates_args=())
 def _contrast_op(
-    x: Tensor, centroids: Tensor, target: Tensor, temperature: float, ignore_index: int, early: bool
+    x: Tensor, centroids: Tensor, target: Tensor, temperature: float, ignore_index: int, early: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Losses [N] and the gradient of their sum with respect to x ([0] where not wanted)."""
-    loss, grad_x = _contrast_fake(x, centroids, target, temperature, ignore_index, early)
-    native().subcentroid_cross_entropy(
-        view(x), view(centroids.contiguous()), view(target), temperature, ignore_index,
-        view(None), view(loss), view(grad_x if early else None), view(None), view(None), view(None), view(None),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    loss, grad_x = _contrast_fake(x, centroids, target, temperature, ignore_index, early, backend)
+    kernels("similarity", backend).subcentroid_cross_entropy(
+        x, centroids, target, temperature, ignore_index, None, loss, grad_x if early else None, None, None, None, None
+    )
     return loss, grad_x
 
 
 @_contrast_op.register_fake
 def _contrast_fake(
-    x: Tensor, centroids: Tensor, target: Tensor, temperature: float, ignore_index: int, early: bool
+    x: Tensor, centroids: Tensor, target: Tensor, temperature: float, ignore_index: int, early: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     loss = x.new_empty(pixel_count(x), dtype=compute_dtype(x, centroids))
     return loss, torch.empty_like(x) if early else x.new_empty(0)
 
 
 def _save_contrast(ctx: Any, inputs: Any, output: Any) -> None:
-    x, centroids, target, ctx.temperature, ctx.ignore_index, _ = inputs
+    x, centroids, target, ctx.temperature, ctx.ignore_index, *_ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *((x, centroids, target) if centroids.requires_grad else ()))
@@ -285,7 +285,7 @@ def _save_contrast(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _contrast_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     grad_x, *kept = ctx.saved_tensors
     per_pixel = None
     if ctx.needs_input_grad[0]:
@@ -293,13 +293,13 @@ def _contrast_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | 
     grad_centroids = None
     if kept:
         grad_centroids = _contrast_centroid_gradient(grad, *kept, ctx.temperature, ctx.ignore_index)
-    return per_pixel, grad_centroids, None, None, None, None
+    return per_pixel, grad_centroids, *(None,) * 5
 
 
 _contrast_op.register_autograd(_contrast_backward, setup_context=_save_contrast)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::subcentroid_cross_entropy_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::subcentroid_cross_entropy_backward", mutates_args=())
 def _contrast_centroid_gradient(
     grad: Tensor, x: Tensor, centroids: Tensor, target: Tensor, temperature: float, ignore_index: int
 ) -> Tensor:
@@ -308,11 +308,12 @@ def _contrast_centroid_gradient(
     rows = centroids.to(dtype).flatten(0, 1)
     total = torch.zeros_like(rows)
     for some, g, t in zip(pixels.split(4096), grad.to(dtype).split(4096), target.split(4096), strict=True):
-        counted = t != ignore_index
-        wide = some[counted].to(dtype)
+        # what is ignored becomes zero rows: leaving rows out would wait for a GPU to count them
+        counted = ((t != ignore_index) & (t >= 0) & (t < len(rows)))[:, None]
+        wide, t = torch.where(counted, some, 0).to(dtype), torch.where(counted, t[:, None], 0)
         p = (wide @ rows.T / temperature).softmax(1)
-        p[torch.arange(len(wide)), t[counted]] -= 1
-        total.addmm_(p.mul_(g[counted][:, None] / temperature).T, wide)
+        p.scatter_add_(1, t, -torch.ones_like(p[:, :1]))
+        total.addmm_(p.mul_(torch.where(counted, g[:, None] / temperature, 0)).T, wide)
     return total.view(centroids.shape).to(centroids.dtype)
 
 
@@ -322,11 +323,11 @@ def _(grad: Tensor, x: Tensor, centroids: Tensor, target: Tensor, temperature: f
 
 
 def subcentroid_cross_entropy(
-    x: Tensor, centroids: Tensor, target: Tensor, temperature: float, ignore_index: int, reduction: str
+    x: Tensor, centroids: Tensor, target: Tensor, temperature: float, ignore_index: int, reduction: str, backend: str
 ) -> Tensor:
     """Cross-entropy over all C*K similarities; scalar, or [N] for ``none``."""
     early = torch.is_grad_enabled() and x.requires_grad
-    loss, _ = _contrast_op(x, centroids, target, temperature, ignore_index, early)
+    loss, _ = _contrast_op(x, centroids, target, temperature, ignore_index, early, backend)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else _mean(loss.sum(), target, ignore_index)
@@ -343,6 +344,7 @@ def scores_and_contrast_into(
     own: Tensor,
     lse: Tensor,
     gradient: Tensor | None,
+    backend: str,
 ) -> None:
     """Class scores and contrast from one product, into given tensors; no autograd.
 
@@ -357,11 +359,14 @@ def scores_and_contrast_into(
         own: [N,K], contiguous.
         lse: [N], log-sum-exp over all similarities / temperature; 0 for pixels without a label, as `gradient` is.
         gradient: like x: `scale` times the gradient of `lse` with respect to x; None: not made.
+        backend: what runs.
     """
-    native().subcentroid_cross_entropy(
-        view(x), view(centroids.contiguous()), view(None), temperature, -1, view(scale), view(lse), view(gradient),
-        view(labels), view(scores), view(winner), view(own), torch.get_num_threads(),
-    )  # fmt: skip
+    if backend == "reference":
+        reference.scores_and_contrast_into(x, centroids, labels, temperature, scale, scores, winner, own, lse, gradient)
+        return
+    kernels("similarity", backend).subcentroid_cross_entropy(
+        x, centroids, None, temperature, -1, scale, lse, gradient, labels, scores, winner, own
+    )
 
 
 for _op in (_loss_op, _loss_backward_op, _contrast_op, _contrast_centroid_gradient):
