@@ -1,0 +1,329 @@
+"""Launchers of the Triton similarity kernels; the functions are those of native.py.
+
+Products run in the dtype of x: sub-centroids are rounded to it once, when they are packed. float32 products follow torch's own setting
+(``torch.backends.cuda.matmul.fp32_precision``): full float32, or tf32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+
+from .._common import METRICS, pixel_count
+from .._triton import configuration, dot_precision, launch, map_rank, pixels_of, processors
+from . import triton_loss, triton_scores
+
+#: Beyond this many classes the class scores between the two products of a loss are kept in bfloat16.
+SPILL_CLASSES = 4096
+#: Pixels whose class gradients exist at a time while the gradient of the sub-centroids is made.
+GRADIENT_BAND = 16384
+
+
+class _Packed(NamedTuple):
+    """Sub-centroids in the order of the products, and the meta-parameters they were packed for."""
+
+    rows: Tensor  # [tiles, groups, BLOCK_K * BLOCK_C, DP]
+    bias: Tensor  # [tiles, groups, BLOCK_K * BLOCK_C]
+    sizes: tuple[int, int]  # tiles, groups
+    blocks: dict[str, int]
+    has_bias: bool
+    options: dict[str, int]  # num_warps, num_stages, ...
+
+    @property
+    def depth(self) -> int:
+        """D, rounded up to whole blocks."""
+        return self.rows.shape[-1]
+
+
+def bits_of(x: Tensor) -> int:
+    """What products of x are made of: 16, 19 (tf32) or 32 bits."""
+    if x.dtype != torch.float32:
+        return 16
+    return 19 if dot_precision(x) == "tf32" else 32
+
+
+def _configured(kernel: str, x: Tensor, centroids: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Block sizes, no larger than the shape needs, and launch options."""
+    classes, k, channels = centroids.shape
+    use = configuration("similarity", kernel, x.device, C=classes, K=k, D=channels, bits=bits_of(x))
+    need = {"BLOCK_C": classes, "BLOCK_K": k, "BLOCK_D": channels, "BLOCK_GRAD": channels}
+    blocks = {key: use.pop(key) for key in list(use) if key.startswith("BLOCK_")}
+    for key, size in need.items():
+        if key in blocks:
+            # a product needs 16 of each
+            blocks[key] = min(blocks[key], max(next_power_of_2(size), 1 if key == "BLOCK_K" else 16))
+    return blocks, use
+
+
+def _pack(kernel: str, x: Tensor, centroids: Tensor, metric: str) -> _Packed:
+    blocks, options = _configured(kernel, x, centroids)
+    classes, k, channels = centroids.shape
+    tiles, groups = cdiv(classes, blocks["BLOCK_C"]), cdiv(k, blocks["BLOCK_K"])
+    deepest = max(blocks[key] for key in ("BLOCK_D", "BLOCK_GRAD") if key in blocks)
+    depth = cdiv(channels, deepest) * deepest
+    columns = blocks["BLOCK_K"] * blocks["BLOCK_C"]
+    rows = x.new_empty((tiles, groups, columns, depth))
+    bias = x.new_empty((tiles, groups, columns), dtype=torch.float32)
+    launch(
+        triton_scores.pack_kernel, (tiles * groups,), centroids, rows, bias, classes, k, channels, depth, groups,
+        *centroids.stride(), METRIC=METRICS.index(metric), BLOCK_C=blocks["BLOCK_C"], BLOCK_K=blocks["BLOCK_K"],
+        BLOCK_D=min(deepest, 64), num_warps=4,
+    )  # fmt: skip
+    has_bias = metric == "sqeuclidean" or k % blocks["BLOCK_K"] != 0
+    return _Packed(rows, bias, (tiles, groups), blocks, has_bias, options)
+
+
+def _squares(x: Tensor, metric: str) -> Tensor:
+    """[N] |x|^2 where the metric needs it."""
+    if metric == "dot":
+        return x.new_empty(1, dtype=torch.float32)
+    n, at = pixel_count(x), pixels_of(x)
+    square = x.new_empty(n, dtype=torch.float32)
+    blocks = {"BLOCK_N": 32, "BLOCK_D": 128} if at.stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 32}
+    launch(
+        triton_scores.row_squares_kernel, (cdiv(n, blocks["BLOCK_N"]),), x, square, n, x.shape[1], *at, MAP=map_rank(at),
+        **blocks, num_warps=4,
+    )  # fmt: skip
+    return square
+
+
+def _maps(**tensors: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Addresses of several [N,C] or [B,C,H,W] tensors: positional arguments, and the MAP constants by name."""
+    where = {name: pixels_of(t) for name, t in tensors.items()}
+    return tuple(i for at in where.values() for i in at), {name: map_rank(at) for name, at in where.items()}
+
+
+def class_scores(
+    x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str, scores: Tensor, winner: Tensor, own: Tensor | None
+) -> None:
+    """Into scores and winner, of any strides, and own [N,K], contiguous."""
+    n, (classes, k, channels) = pixel_count(x), centroids.shape
+    packed, square = _pack("class_scores", x, centroids, metric), _squares(x, metric)
+    tiles, groups = packed.sizes
+    programs = cdiv(n, packed.blocks["BLOCK_N"])
+    # few pixels and many classes: the class tiles of a pixel are shared out
+    splits = max(1, min(tiles, 2 * processors(x.device) // max(programs, 1)))
+    span = cdiv(tiles, splits)
+    at, maps = _maps(MAP=x, SCORE_MAP=scores, WINNER_MAP=winner)
+    launch(
+        triton_scores.class_scores_kernel, (programs, cdiv(tiles, span)), x, packed.rows, packed.bias, square,
+        x if labels is None else labels, scores, winner, x if own is None else own, n, classes, k, channels, packed.depth,
+        tiles, groups, span, *at, METRIC=METRICS.index(metric), OWN=own is not None, BIAS=packed.has_bias, **maps,
+        KEEP=packed.blocks["BLOCK_D"] >= channels, PRECISION=dot_precision(x), **packed.blocks,
+        BLOCK_OWN=next_power_of_2(k), **packed.options,
+    )  # fmt: skip
+
+
+def class_scores_backward(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor | None,
+    metric: str,
+    winner: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_own: Tensor | None,
+    grad_x: Tensor | None,
+    accumulate: bool,
+    grad_centroids: Tensor | None,
+) -> None:
+    """Gradients into those given, from those of the scores and of own [N,K]; `accumulate`: added to grad_x (metric dot)."""
+    n, (classes, k, channels) = pixel_count(x), centroids.shape
+    g, w = (x if t is None else t for t in (grad_scores, winner))
+    inputs = (g, w, x if labels is None else labels, x if grad_own is None else grad_own)
+    given = {"SCORES": grad_scores is not None, "OWN": grad_own is not None and labels is not None}
+    square = _squares(x, metric)
+    if grad_x is not None:
+        packed = _pack("scores_gradient", x, centroids, metric)
+        total = square.new_empty(n if metric == "sqeuclidean" else 1)
+        at, maps = _maps(MAP=grad_x, SCORE_MAP=g, WINNER_MAP=w)
+        blocks = (cdiv(n, packed.blocks["BLOCK_N"]), cdiv(channels, packed.blocks["BLOCK_D"]))
+        launch(
+            triton_scores.scores_gradient_kernel, blocks, *inputs, packed.rows, grad_x, total, n, classes, k, channels,
+            packed.depth, *packed.sizes, *at, **given, TOTAL=metric == "sqeuclidean", ACCUMULATE=accumulate, **maps,
+            PRECISION=dot_precision(x), **packed.blocks, **packed.options,
+        )  # fmt: skip
+        _finish_metric(x, square, total, grad_x, metric)
+    if grad_centroids is not None:
+        factor = square.clamp_min(1e-24).rsqrt() if metric == "cosine" else None
+        sums = _centroid_sums(x, centroids, inputs, given, factor, 0, n)
+        grad_centroids.copy_(_centroid_chain(centroids, *sums, metric))
+
+
+def _finish_metric(x: Tensor, square: Tensor, total: Tensor, grad_x: Tensor, metric: str) -> None:
+    """Turn dS p into the gradient of x, in place."""
+    if metric == "dot":
+        return
+    at, maps = _maps(MAP=x, GRAD_MAP=grad_x)
+    n = pixel_count(x)
+    blocks = {"BLOCK_N": 16, "BLOCK_D": 128} if pixels_of(x).stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 16}
+    launch(
+        triton_scores.metric_gradient_kernel, (cdiv(n, blocks["BLOCK_N"]),), x, square, total, grad_x, n, x.shape[1], *at,
+        METRIC=METRICS.index(metric), **maps, **blocks, num_warps=4,
+    )  # fmt: skip
+
+
+def _centroid_sums(
+    x: Tensor,
+    centroids: Tensor,
+    inputs: tuple[Tensor, ...],
+    given: dict[str, bool],
+    factor: Tensor | None,
+    first: int,
+    last: int,
+) -> tuple[Tensor, Tensor]:
+    """dS^T x [C,K,D] and the sums of dS [C,K] over pixels [first, last)."""
+    classes, k, channels = centroids.shape
+    if first == last:
+        return x.new_zeros(centroids.shape, dtype=torch.float32), x.new_zeros((classes, k), dtype=torch.float32)
+    blocks, options = _configured("centroid_gradient", x, centroids)
+    tiles, groups = cdiv(classes, blocks["BLOCK_C"]), cdiv(k, blocks["BLOCK_K"])
+    columns, depth = blocks["BLOCK_K"] * blocks["BLOCK_C"], cdiv(channels, blocks["BLOCK_D"])
+    # enough programs to fill the device, but no more partial sums than pixels' worth of work
+    splits = max(1, min(cdiv(2 * processors(x.device), tiles * groups * depth), cdiv(last - first, 8 * blocks["BLOCK_N"])))
+    span = cdiv(cdiv(last - first, splits), blocks["BLOCK_N"]) * blocks["BLOCK_N"]
+    splits = cdiv(last - first, span)
+    partial = x.new_empty((splits, tiles, groups, columns, channels), dtype=torch.float32)
+    total = partial.new_empty(partial.shape[:-1])
+    at, maps = _maps(MAP=x, SCORE_MAP=inputs[0], WINNER_MAP=inputs[1])
+    launch(
+        triton_scores.centroid_gradient_kernel, (tiles * groups, depth, splits), x, *inputs, total if factor is None else factor,
+        partial, total, first, last, classes, k, channels, groups, span, *at, FACTOR=factor is not None, **given, **maps,
+        PRECISION=dot_precision(x), **blocks, **options,
+    )  # fmt: skip
+
+    def unpack(t: Tensor) -> Tensor:
+        order = t.sum(0).view(tiles, groups, blocks["BLOCK_K"], blocks["BLOCK_C"], -1).permute(0, 3, 1, 2, 4)
+        return order.reshape(tiles * blocks["BLOCK_C"], groups * blocks["BLOCK_K"], -1)[:classes, :k]
+
+    return unpack(partial), unpack(total[..., None])[..., 0]
+
+
+def _centroid_chain(centroids: Tensor, product: Tensor, total: Tensor, metric: str) -> Tensor:
+    """Gradient of the sub-centroids from dS^T x (x of unit length for cosine) and the sums of dS."""
+    if metric == "dot":
+        return product
+    p = centroids.to(torch.float32)
+    if metric == "sqeuclidean":
+        return 2 * (product - p * total[..., None])
+    length = p.norm(dim=2, keepdim=True).clamp_min(1e-12)
+    unit = p / length
+    return (product - unit * (unit * product).sum(2, keepdim=True)) / length
+
+
+def _gradient_factor(
+    grad_loss: Tensor | None, labels: Tensor, ignore_index: int, class_weight: Tensor | None, classes: int, reduction: str
+) -> tuple[Tensor, int]:
+    """What the gradient of a pixel's loss is multiplied by, and FACTOR of the kernel."""
+    if grad_loss is None:
+        return labels, 0
+    if reduction == "none":
+        return grad_loss.contiguous(), 2
+    if reduction == "sum":
+        return grad_loss, 1
+    counted = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+    each = counted.to(grad_loss.dtype)
+    if class_weight is not None:
+        each = each * class_weight[torch.where(counted, labels, 0)]
+    weight = each.sum()
+    return torch.where(weight > 0, grad_loss / weight, 0.0), 1
+
+
+def centroid_cross_entropy(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    class_weight: Tensor | None,
+    metric: str,
+    norm_eps: float,
+    temperature: float,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    grad_loss: Tensor | None,
+    loss: Tensor | None,
+    prediction: Tensor | None,
+    own: Tensor | None,
+    grad_x: Tensor | None,
+    grad_centroids: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_scale: Tensor | None,
+) -> None:
+    """Into those given: loss [] or [N], prediction [N] int64, own [N,K], gradients for grad_loss [] or [N] (None: 1).
+
+    grad_x has the dtype of x; everything else, inputs of [C] included, float32. A label outside [0,C) is ignored.
+    """
+    n, (classes, k, channels) = pixel_count(x), centroids.shape
+    packed, square = _pack("centroid_loss", x, centroids, metric), _squares(x, metric)
+    options = dict(packed.options)
+    block_n, block_c = packed.blocks["BLOCK_N"], packed.blocks["BLOCK_C"]
+    tiles, groups = packed.sizes
+    one_tile, save = tiles == 1, grad_centroids is not None
+    factor, factor_kind = _gradient_factor(grad_loss, labels, ignore_index, class_weight, classes, reduction)
+    forward = own is not None and prediction is not None
+    parameters = grad_weight is not None or grad_bias is not None
+    per_processor = options.pop("PROGRAMS", 1)
+    band = GRADIENT_BAND if save else max(n, 1)
+    programs = max(1, min(cdiv(min(n, band), block_n), per_processor * processors(x.device)))
+    columns = tiles * block_c
+    slab_rows = min(n, band) if save else (0 if one_tile else programs * block_n)
+    slab_dtype = torch.bfloat16 if classes > SPILL_CLASSES and not save else torch.float32
+    slab_r, slab_w = (x.new_empty((max(slab_rows, 1), columns), dtype=t) for t in (slab_dtype, torch.uint8))
+    row_total = square.new_empty(n if metric == "sqeuclidean" and grad_x is not None else 1)
+    at, maps = _maps(MAP=x, GRAD_MAP=x if grad_x is None else grad_x)
+
+    def given(t: Tensor | None) -> Tensor:
+        return square if t is None else t
+
+    sums, norm_sums = [], []
+    centroid_sums: tuple[Tensor, Tensor] | None = None
+    for first in range(0, n, band):
+        last = min(first + band, n)
+        some = square.new_empty((programs, 3))
+        some_norm = square.new_empty((programs, 2, columns) if parameters else (1,))
+        launch(
+            triton_loss.centroid_loss_kernel, (programs,), x, packed.rows, packed.bias, square, labels, given(norm_weight),
+            given(norm_bias), given(scale), given(class_weight), factor, given(loss), given(prediction), given(own),
+            given(grad_x), row_total, some, some_norm, slab_r, slab_w, first, last, classes, k, channels, packed.depth, columns,
+            tiles, groups, ignore_index, norm_eps, 1.0 / temperature, label_smoothing, *at, METRIC=METRICS.index(metric),
+            NORM=norm_weight is not None, SHIFT=norm_bias is not None, SCALE=scale is not None, WEIGHT=class_weight is not None,
+            FACTOR=factor_kind, FORWARD=forward, ROWS=forward and reduction == "none", GRAD=grad_x is not None,
+            PARAMETERS=parameters, SAVE=save, ONE_TILE=one_tile, BIAS=packed.has_bias, **maps,
+            KEEP=packed.blocks["BLOCK_D"] >= channels, PRECISION=dot_precision(x), **packed.blocks,
+            BLOCK_OWN=next_power_of_2(k), **options,
+        )  # fmt: skip
+        sums.append(some)
+        norm_sums.append(some_norm)
+        if save:
+            rows = square.clamp_min(1e-24).rsqrt() if metric == "cosine" else None
+            if factor_kind:
+                rows = factor.expand(n).contiguous() if rows is None else rows * factor
+            here = _centroid_sums(
+                x, centroids, (slab_r, slab_w, labels, square), {"SCORES": True, "OWN": False}, rows, first, last
+            )
+            centroid_sums = here if centroid_sums is None else (centroid_sums[0] + here[0], centroid_sums[1] + here[1])
+    if grad_x is not None:
+        _finish_metric(x, square, row_total, grad_x, metric)
+    if grad_centroids is not None:
+        if centroid_sums is None:
+            grad_centroids.zero_()
+        else:
+            grad_centroids.copy_(_centroid_chain(centroids, *centroid_sums, metric))
+    # float64: thousands of partial sums in one order
+    total = torch.stack(sums).sum((0, 1), dtype=torch.float64) if sums else square.new_zeros(3, dtype=torch.float64)
+    if loss is not None and reduction != "none":
+        loss.copy_(total[0] / total[1] if reduction == "mean" else total[0])
+    if grad_scale is not None:
+        grad_scale.copy_(total[2])
+    if parameters:
+        made = torch.stack(norm_sums).sum((0, 1)) if norm_sums else square.new_zeros((2, columns))
+        for target, part in ((grad_weight, made[0]), (grad_bias, made[1])):
+            if target is not None:
+                target.copy_(part[:classes])
+

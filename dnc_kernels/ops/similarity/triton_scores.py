@@ -1,0 +1,527 @@
+"""Triton kernels of class scores and their gradients. Reference: reference.py; launchers: triton.py.
+
+    s[n,c,k] = <x[n], p[c,k]>                    dot
+             = <x[n], p[c,k]> / (|x[n]| |p[c,k]|)   cosine
+             = 2 <x[n], p[c,k]> - |p[c,k]|^2 - |x[n]|^2   sqeuclidean, which is -|x-p|^2
+    r[n,c] = max_k s[n,c,k],  w[n,c] = the lowest k that reaches it
+
+class_scores_kernel reads x [N,D] once and p [M,D] once a tile of pixels (from L2), and writes r [N,C] fp32 and w [N,C] uint8;
+[N,C,K] stays in registers. FLOPs 2NMD; bytes N(D b + 5C), b bytes a feature. ADE20K (N=131072, M=1500, D=256, bf16): 101 GFLOP over
+800 TF/s = 126 us; 165 MB over 3.0 TB/s = 55 us: compute. Cityscapes/8 (N=262144, M=190): 26 GFLOP = 32 us; 159 MB = 53 us: memory.
+scores_gradient_kernel is the transposed product, 2NMD FLOPs, with the sparse matrix dS[n,ck] = g[n,c] [w[n,c] = k] made in registers.
+centroid_gradient_kernel is the third product, dS^T x.
+
+Plan: sub-centroids are packed once as [class tile][group of k][k in group][class in tile][D], in the dtype of x, so that a tile of
+the product holds BLOCK_K values of k for BLOCK_C classes and the max over k is element-wise. A program owns BLOCK_N pixels; where D fits
+BLOCK_D the tile of x is loaded once and kept. Every sum has one order: results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .._triton import pixel_offset
+
+DOT, COSINE, SQEUCLIDEAN = (tl.constexpr(i) for i in range(3))  # the order of METRICS
+
+
+@triton.jit
+def pack_kernel(
+    centroids_ptr,  # [C,K,D]
+    packed_ptr,  # [tiles, groups, BLOCK_K * BLOCK_C, DP]
+    bias_ptr,  # [tiles, groups, BLOCK_K * BLOCK_C] fp32: -|p|^2 for sqeuclidean, else 0; -inf where there is no sub-centroid
+    C,
+    K,
+    D,
+    DP,
+    groups,
+    stride_c,
+    stride_k,
+    stride_d,
+    METRIC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sub-centroids in the order and dtype of the products. One program a class tile and group."""
+    pid = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK_K * BLOCK_C)
+    c = (pid // groups) * BLOCK_C + j % BLOCK_C
+    k = (pid % groups) * BLOCK_K + j // BLOCK_C
+    inside = (c < C) & (k < K)
+    source = centroids_ptr + c * stride_c + k * stride_k
+    target = packed_ptr + (pid * (BLOCK_K * BLOCK_C) + j) * DP
+    d = tl.arange(0, BLOCK_D)
+    factor = tl.full((BLOCK_K * BLOCK_C,), 1.0, tl.float32)
+    if METRIC == COSINE:
+        square = tl.zeros((BLOCK_K * BLOCK_C,), tl.float32)
+        for d0 in range(0, D, BLOCK_D):
+            at = (d0 + d).to(tl.int64)
+            mask = inside[:, None] & (at < D)[None, :]
+            v = tl.load(source[:, None] + at[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+            square += tl.sum(v * v, 1)
+        factor = 1.0 / tl.maximum(tl.sqrt_rn(square), 1e-12)  # the bound of torch.nn.functional.normalize
+    square = tl.zeros((BLOCK_K * BLOCK_C,), tl.float32)
+    for d0 in range(0, DP, BLOCK_D):
+        at = (d0 + d).to(tl.int64)
+        mask = inside[:, None] & (at < D)[None, :]
+        v = tl.load(source[:, None] + at[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+        v = (v * factor[:, None]).to(packed_ptr.dtype.element_ty)
+        tl.store(target[:, None] + at[None, :], v)
+        # of the rounded sub-centroid: the distance must be one to a point
+        square += tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)
+    bias = -square if METRIC == SQEUCLIDEAN else tl.zeros_like(square)
+    tl.store(bias_ptr + pid * (BLOCK_K * BLOCK_C) + j, tl.where(inside, bias, float("-inf")))
+
+
+@triton.jit
+def row_squares_kernel(
+    x_ptr, square_ptr, N, D, hw, width, stride_b, stride_h, stride_w, stride_d,
+    MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """|x|^2 of every pixel [N] fp32, for the metrics that need it."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
+        mask = (n < N)[:, None] & (d < D)[None, :]
+        v = tl.load(rows[:, None] + d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(v * v, 1)
+    tl.store(square_ptr + n, total, mask=n < N)
+
+
+@triton.jit
+def load_pixels(rows, inside, d0, D, stride_d, BLOCK_D: tl.constexpr):
+    """[BLOCK_N, BLOCK_D] of x from channel d0, zero beyond D and where not `inside`."""
+    d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
+    return tl.load(rows[:, None] + d[None, :] * stride_d, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def row_scale(square, METRIC: tl.constexpr):
+    """What a product of the pixel is multiplied by, from |x|^2."""
+    if METRIC == COSINE:
+        return 1.0 / tl.maximum(tl.sqrt_rn(square), 1e-12)
+    return tl.full(square.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def class_tile(
+    x,  # [BLOCK_N, BLOCK_D] with KEEP
+    rows,  # [BLOCK_N] pointers to the pixels
+    inside,  # [BLOCK_N]
+    scale,  # [BLOCK_N] of `row_scale`
+    square,  # [BLOCK_N] |x|^2 for sqeuclidean
+    label,  # [BLOCK_N], -1: none
+    own_rows,  # [BLOCK_N] pointers to own similarities
+    tile,
+    p_ptr,
+    bias_ptr,
+    K,
+    D,
+    DP,
+    groups,
+    stride_d,
+    METRIC: tl.constexpr,
+    OWN: tl.constexpr,
+    KEEP: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scores and winners [BLOCK_N, BLOCK_C] of one class tile; writes own similarities that lie in it."""
+    j = tl.arange(0, BLOCK_K * BLOCK_C)
+    d = tl.arange(0, BLOCK_D)
+    best = tl.full((BLOCK_N, BLOCK_C), float("-inf"), tl.float32)
+    winner = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
+    for group in range(groups):
+        m = (tile * groups + group).to(tl.int64) * (BLOCK_K * BLOCK_C)
+        p_rows = p_ptr + (m + j) * DP
+        if KEEP:
+            p = tl.load(p_rows[None, :] + d[:, None])
+            s = tl.dot(x, p, input_precision=PRECISION)
+        else:
+            s = tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32)
+            for d0 in range(0, DP, BLOCK_D):
+                part = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D)
+                p = tl.load(p_rows[None, :] + (d0 + d)[:, None])
+                s = tl.dot(part, p, s, input_precision=PRECISION)
+        if METRIC == SQEUCLIDEAN:
+            s = 2.0 * s
+        if BIAS:
+            s += tl.load(bias_ptr + m + j)[None, :]
+        if METRIC == COSINE:
+            s = s * scale[:, None]
+        if METRIC == SQEUCLIDEAN:
+            s = s - square[:, None]
+        if OWN:
+            k = group * BLOCK_K + j // BLOCK_C
+            mine = (label[:, None] == (tile * BLOCK_C + j % BLOCK_C)[None, :]) & (k < K)[None, :]
+            tl.store(own_rows[:, None] + k[None, :], s, mask=mine)
+        if BLOCK_K == 1:
+            better = s > best
+            best = tl.where(better, s, best)
+            winner = tl.where(better, group, winner)
+        else:
+            top, at = tl.max(tl.reshape(s, (BLOCK_N, BLOCK_K, BLOCK_C)), 1, return_indices=True)
+            better = top > best
+            best = tl.where(better, top, best)
+            winner = tl.where(better, group * BLOCK_K + at, winner)
+    return best, winner
+
+
+@triton.jit
+def is_finite(v):
+    """Neither NaN nor infinite."""
+    return (v - v) == 0.0
+
+
+@triton.jit
+def class_scores_kernel(
+    x_ptr,  # [N,D] or [B,D,H,W]
+    p_ptr,  # packed
+    bias_ptr,
+    square_ptr,  # [N] |x|^2 unless the metric is dot
+    labels_ptr,  # [N] int64, with OWN
+    scores_ptr,  # [N,C] or [B,C,H,W] fp32
+    winner_ptr,  # the same, uint8
+    own_ptr,  # [N,K] fp32, with OWN
+    N,
+    C,
+    K,
+    D,
+    DP,
+    tiles,
+    groups,
+    span,  # class tiles a program
+    hw,
+    width,
+    stride_b,
+    stride_h,
+    stride_w,
+    stride_d,
+    score_hw,
+    score_width,
+    score_stride_b,
+    score_stride_h,
+    score_stride_w,
+    score_stride_c,
+    winner_hw,
+    winner_width,
+    winner_stride_b,
+    winner_stride_h,
+    winner_stride_w,
+    winner_stride_c,
+    METRIC: tl.constexpr,
+    OWN: tl.constexpr,
+    BIAS: tl.constexpr,
+    MAP: tl.constexpr,
+    SCORE_MAP: tl.constexpr,
+    WINNER_MAP: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+):
+    """Scores, winners and own similarities of BLOCK_N pixels in `span` class tiles."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
+    score_rows = scores_ptr + pixel_offset(
+        n, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP
+    )
+    winner_rows = winner_ptr + pixel_offset(
+        n, winner_hw, winner_width, winner_stride_b, winner_stride_h, winner_stride_w, WINNER_MAP
+    )
+    square = tl.zeros((BLOCK_N,), tl.float32)
+    if METRIC != DOT:
+        square = tl.load(square_ptr + n, mask=inside, other=0.0)
+    scale = row_scale(square, METRIC)
+    label = tl.full((BLOCK_N,), -1, tl.int64)
+    own_rows = own_ptr + n.to(tl.int64) * K
+    if OWN:
+        label = tl.load(labels_ptr + n, mask=inside, other=-1)
+        label = tl.where((label >= 0) & (label < C), label, -1)
+        if tl.program_id(1) == 0:
+            k = tl.arange(0, BLOCK_OWN)
+            tl.store(own_rows[:, None] + k[None, :], 0.0, mask=(inside & (label < 0))[:, None] & (k < K)[None, :])
+    x = 0
+    if KEEP:
+        x = load_pixels(rows, inside, 0, D, stride_d, BLOCK_D)
+    for tile in range(tl.program_id(1) * span, tl.minimum((tl.program_id(1) + 1) * span, tiles)):
+        best, winner = class_tile(
+            x, rows, inside, scale, square, label, own_rows, tile, p_ptr, bias_ptr, K, D, DP, groups, stride_d,
+            METRIC, OWN, KEEP, BIAS, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        c = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+        mask = inside[:, None] & (c < C)[None, :]
+        # a feature that is not finite makes every product of its pixel so
+        best = tl.where(is_finite(best), best, float("nan"))
+        tl.store(score_rows[:, None] + c[None, :] * score_stride_c, best, mask=mask)
+        tl.store(winner_rows[:, None] + c[None, :] * winner_stride_c, winner.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def spread(g, winner, label, own_rows, own_inside, tile, group, K, SCORES: tl.constexpr, OWN: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """dS [BLOCK_N, BLOCK_K * BLOCK_C]: the gradient of a class at its winner, and that of own similarities."""
+    j = tl.arange(0, BLOCK_K * BLOCK_C)
+    k = group * BLOCK_K + j // BLOCK_C
+    ds = tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32)
+    if SCORES:
+        if BLOCK_K == 1:
+            ds = tl.where(winner == group, g, 0.0)
+        else:
+            in_group = tl.arange(0, BLOCK_K)[None, :, None]
+            wide = tl.where(winner[:, None, :] == group * BLOCK_K + in_group, g[:, None, :], 0.0)
+            ds = tl.reshape(wide, (BLOCK_N, BLOCK_K * BLOCK_C))
+    if OWN:
+        mine = (label[:, None] == (tile * BLOCK_C + j % BLOCK_C)[None, :]) & (k < K)[None, :] & own_inside[:, None]
+        ds += tl.load(own_rows[:, None] + k[None, :], mask=mine, other=0.0)
+    return ds
+
+
+@triton.jit
+def scores_gradient_kernel(
+    g_ptr,  # gradient of the scores, [N,C] or [B,C,H,W] fp32, with SCORES
+    winner_ptr,  # the same in uint8
+    labels_ptr,  # [N] int64, with OWN
+    grad_own_ptr,  # [N,K] fp32, with OWN
+    p_ptr,  # packed
+    grad_ptr,  # gradient of the pixels, [N,D] or [B,D,H,W]
+    total_ptr,  # [N] fp32: sum of dS over sub-centroids, with TOTAL
+    N,
+    C,
+    K,
+    D,
+    DP,
+    tiles,
+    groups,
+    hw,
+    width,
+    stride_b,
+    stride_h,
+    stride_w,
+    stride_d,
+    score_hw,
+    score_width,
+    score_stride_b,
+    score_stride_h,
+    score_stride_w,
+    score_stride_c,
+    winner_hw,
+    winner_width,
+    winner_stride_b,
+    winner_stride_h,
+    winner_stride_w,
+    winner_stride_c,
+    SCORES: tl.constexpr,
+    OWN: tl.constexpr,
+    TOTAL: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    MAP: tl.constexpr,
+    SCORE_MAP: tl.constexpr,
+    WINNER_MAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dS p [BLOCK_N, BLOCK_D]; what is left of other metrics is `metric_gradient_kernel`'s."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    j = tl.arange(0, BLOCK_K * BLOCK_C)
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    score_rows = g_ptr + pixel_offset(n, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP)
+    winner_rows = winner_ptr + pixel_offset(
+        n, winner_hw, winner_width, winner_stride_b, winner_stride_h, winner_stride_w, WINNER_MAP
+    )
+    label = tl.full((BLOCK_N,), -1, tl.int64)
+    own_rows = grad_own_ptr + n.to(tl.int64) * K
+    if OWN:
+        label = tl.load(labels_ptr + n, mask=inside, other=-1)
+        label = tl.where((label >= 0) & (label < C), label, -1)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(tiles):
+        c = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+        mask = inside[:, None] & (c < C)[None, :]
+        g, winner = 0, 0
+        if SCORES:
+            g = tl.load(score_rows[:, None] + c[None, :] * score_stride_c, mask=mask, other=0.0)
+            winner = tl.load(winner_rows[:, None] + c[None, :] * winner_stride_c, mask=mask, other=0).to(tl.int32)
+        for group in range(groups):
+            m = (tile * groups + group).to(tl.int64) * (BLOCK_K * BLOCK_C)
+            ds = spread(
+                g, winner, label, own_rows, inside, tile, group, K, SCORES, OWN, BLOCK_N, BLOCK_C, BLOCK_K
+            )
+            if TOTAL:
+                total += tl.sum(ds, 1)
+            p = tl.load(p_ptr + (m + j)[:, None] * DP + d[None, :])
+            acc = tl.dot(ds.to(p.dtype), p, acc, input_precision=PRECISION)
+    rows = grad_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
+    target = rows[:, None] + d[None, :] * stride_d
+    mask = inside[:, None] & (d < D)[None, :]
+    if ACCUMULATE:
+        acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, acc.to(grad_ptr.dtype.element_ty), mask=mask)
+    if TOTAL:
+        if tl.program_id(1) == 0:
+            tl.store(total_ptr + n, total, mask=inside)
+
+
+@triton.jit
+def metric_gradient_kernel(
+    x_ptr,  # [N,D] or [B,D,H,W]
+    square_ptr,  # [N] |x|^2
+    total_ptr,  # [N] sum of dS, for sqeuclidean
+    grad_ptr,  # u = dS p, which becomes the gradient of x
+    N,
+    D,
+    hw,
+    width,
+    stride_b,
+    stride_h,
+    stride_w,
+    stride_d,
+    grad_hw,
+    grad_width,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_w,
+    grad_stride_d,
+    METRIC: tl.constexpr,
+    MAP: tl.constexpr,
+    GRAD_MAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """cosine: (u - y <y,u>) / |x| with y = x/|x|; sqeuclidean: 2 (u - x sum dS). In place."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
+    grad_rows = grad_ptr + pixel_offset(n, grad_hw, grad_width, grad_stride_b, grad_stride_h, grad_stride_w, GRAD_MAP)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    if METRIC == COSINE:
+        scale = row_scale(tl.load(square_ptr + n, mask=inside, other=1.0), METRIC)
+        along = tl.zeros((BLOCK_N,), tl.float32)
+        for d0 in range(0, D, BLOCK_D):
+            mask = inside[:, None] & (d0 + d < D)[None, :]
+            x = tl.load(rows[:, None] + (d0 + d)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(grad_rows[:, None] + (d0 + d)[None, :] * grad_stride_d, mask=mask, other=0.0).to(tl.float32)
+            along += tl.sum(x * u, 1)
+        slope = along * scale * scale
+    else:
+        scale = tl.full((BLOCK_N,), 2.0, tl.float32)
+        slope = tl.load(total_ptr + n, mask=inside, other=0.0)
+    for d0 in range(0, D, BLOCK_D):
+        mask = inside[:, None] & (d0 + d < D)[None, :]
+        x = tl.load(rows[:, None] + (d0 + d)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+        target = grad_rows[:, None] + (d0 + d)[None, :] * grad_stride_d
+        u = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+        made = scale[:, None] * (u - x * slope[:, None])
+        tl.store(target, made.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def centroid_gradient_kernel(
+    x_ptr,  # [N,D] or [B,D,H,W]
+    g_ptr,  # gradient of the scores, [N,C] or [B,C,H,W] fp32, with SCORES
+    winner_ptr,  # the same in uint8
+    labels_ptr,  # [N] int64, with OWN
+    grad_own_ptr,  # [N,K] fp32, with OWN
+    factor_ptr,  # [N] fp32: what dS of a pixel is multiplied by, with FACTOR
+    partial_ptr,  # [splits, tiles, groups, BLOCK_K * BLOCK_C, D] fp32
+    total_ptr,  # [splits, tiles, groups, BLOCK_K * BLOCK_C] fp32: sum of dS over pixels
+    first,  # pixels [first, last); the rows of g and winner begin with pixel `first`
+    last,
+    C,
+    K,
+    D,
+    groups,
+    span,  # pixels a split
+    hw,
+    width,
+    stride_b,
+    stride_h,
+    stride_w,
+    stride_d,
+    score_hw,
+    score_width,
+    score_stride_b,
+    score_stride_h,
+    score_stride_w,
+    score_stride_c,
+    winner_hw,
+    winner_width,
+    winner_stride_b,
+    winner_stride_h,
+    winner_stride_w,
+    winner_stride_c,
+    FACTOR: tl.constexpr,
+    SCORES: tl.constexpr,
+    OWN: tl.constexpr,
+    MAP: tl.constexpr,
+    SCORE_MAP: tl.constexpr,
+    WINNER_MAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dS^T x over the pixels of one split, for one class tile and group and BLOCK_D channels."""
+    tile = tl.program_id(0) // groups
+    group = tl.program_id(0) % groups
+    j = tl.arange(0, BLOCK_K * BLOCK_C)
+    c = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    d0 = tl.program_id(1) * BLOCK_D
+    acc = tl.zeros((BLOCK_K * BLOCK_C, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_K * BLOCK_C,), tl.float32)
+    begin = first + tl.program_id(2) * span
+    end = tl.minimum(begin + span, last)
+    for n0 in range(begin, end, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = n < end
+        mask = inside[:, None] & (c < C)[None, :]
+        g, winner = 0, 0
+        if SCORES:
+            score_rows = g_ptr + pixel_offset(
+                n - first, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP
+            )
+            winner_rows = winner_ptr + pixel_offset(
+                n - first, winner_hw, winner_width, winner_stride_b, winner_stride_h, winner_stride_w, WINNER_MAP
+            )
+            g = tl.load(score_rows[:, None] + c[None, :] * score_stride_c, mask=mask, other=0.0).to(tl.float32)
+            winner = tl.load(winner_rows[:, None] + c[None, :] * winner_stride_c, mask=mask, other=0).to(tl.int32)
+        label = tl.full((BLOCK_N,), -1, tl.int64)
+        own_rows = grad_own_ptr + n.to(tl.int64) * K
+        if OWN:
+            label = tl.load(labels_ptr + n, mask=inside, other=-1)
+            label = tl.where((label >= 0) & (label < C), label, -1)
+        ds = spread(g, winner, label, own_rows, inside, tile, group, K, SCORES, OWN, BLOCK_N, BLOCK_C, BLOCK_K)
+        if FACTOR:
+            ds = ds * tl.load(factor_ptr + n, mask=inside, other=0.0)[:, None]
+        total += tl.sum(ds, 0)
+        rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
+        # a pixel that sends nothing here must not send 0 * NaN
+        x = load_pixels(rows, inside & (tl.max(tl.abs(ds), 1) > 0.0), d0, D, stride_d, BLOCK_D)
+        if x.dtype == tl.float16:
+            # a gradient times a loss scale may exceed float16; tf32 has its 10 bits of mantissa, and holds x exactly
+            acc = tl.dot(tl.trans(ds), x.to(tl.float32), acc, input_precision="tf32")
+        else:
+            acc = tl.dot(tl.trans(ds.to(x.dtype)), x, acc, input_precision=PRECISION)
+    m = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (BLOCK_K * BLOCK_C) + j
+    d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
+    tl.store(partial_ptr + m[:, None] * D + d[None, :], acc, mask=(d < D)[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(total_ptr + m, total)
