@@ -132,7 +132,7 @@ def compile_one(family: str, kernel: str, arch: int, when: dict[str, int], use: 
             Row(
                 op=f"{family}.{kernel}", kernel=jit.fn.__name__, config=use, when=when, arch=f"sm_{arch}", registers=registers,
                 spills=local, stack_bytes=stack, shared_bytes=compiled.metadata.shared,
-                threads=32 * compiled.metadata.num_warps, ptx_features=[f for f in FEATURES if f in ptx],
+                threads=32 * compiled.metadata.num_warps, ptx_features=[f for f in FEATURES if re.search(rf"^\s*(@%?\w+ )?{re.escape(f)}\.", ptx, re.M)],
             )
         )  # fmt: skip
 

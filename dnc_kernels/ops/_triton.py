@@ -163,16 +163,34 @@ def pixels_of(x: Tensor) -> Pixels:
 
 @triton.jit
 def pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP: tl.constexpr):
-    """int64 offset of pixels n: MAP 0 rows, 1 planes [B,HW], 2 planes [B,H,W] (`map_rank`)."""
-    if MAP == 0:
-        return n.to(tl.int64) * stride_w
-    inside = n % hw
-    offset = (n // hw).to(tl.int64) * stride_b
-    if MAP == 1:
-        return offset + inside.to(tl.int64) * stride_w
-    return offset + (inside // width).to(tl.int64) * stride_h + (inside % width).to(tl.int64) * stride_w
+    """Offset of pixels n: rows (MAP 0), planes [B,HW] (1) or [B,H,W] (2) in int64; the same in int32 (3, 4, 5)."""
+    inside = n
+    offset = 0
+    if MAP % 3 > 0:
+        inside = n % hw
+        offset = wide_unless(n // hw, MAP >= 3) * stride_b
+    if MAP % 3 == 2:
+        offset += wide_unless(inside // width, MAP >= 3) * stride_h
+        inside = inside % width
+    return offset + wide_unless(inside, MAP >= 3) * stride_w
+
+
+@triton.jit
+def wide_unless(i, NARROW: tl.constexpr):
+    """i before it meets a stride: int64, unless the tensor is known to be small."""
+    if NARROW:
+        wide = i
+    else:
+        wide = i.to(tl.int64)
+    return wide
 
 
 def map_rank(pixels: Pixels) -> int:
-    """MAP of `pixel_offset`."""
+    """MAP of `pixel_offset`, in int64."""
     return (pixels.hw > 0) + (pixels.width > 0)
+
+
+def map_kind(x: Tensor, pixels: Pixels) -> int:
+    """MAP of `pixel_offset`, in int32 where every offset in x fits: half the registers."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return map_rank(pixels) + 3 * (reach < 2**31 - 2**16)

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from .._common import METRICS, pixel_count
-from .._triton import configuration, dot_precision, launch, map_rank, pixels_of, processors
+from .._triton import configuration, dot_precision, launch, map_kind, pixels_of, processors
 from . import triton_loss, triton_scores
 
 #: Beyond this many classes the class scores between the two products of a loss are kept in bfloat16.
@@ -84,7 +84,7 @@ def _squares(x: Tensor, metric: str) -> Tensor:
     square = x.new_empty(n, dtype=torch.float32)
     blocks = {"BLOCK_N": 32, "BLOCK_D": 128} if at.stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 32}
     launch(
-        triton_scores.row_squares_kernel, (cdiv(n, blocks["BLOCK_N"]),), x, square, n, x.shape[1], *at, MAP=map_rank(at),
+        triton_scores.row_squares_kernel, (cdiv(n, blocks["BLOCK_N"]),), x, square, n, x.shape[1], *at, MAP=map_kind(x, at),
         **blocks, num_warps=4,
     )  # fmt: skip
     return square
@@ -92,8 +92,8 @@ def _squares(x: Tensor, metric: str) -> Tensor:
 
 def _maps(**tensors: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
     """Addresses of several [N,C] or [B,C,H,W] tensors: positional arguments, and the MAP constants by name."""
-    where = {name: pixels_of(t) for name, t in tensors.items()}
-    return tuple(i for at in where.values() for i in at), {name: map_rank(at) for name, at in where.items()}
+    where = {name: (t, pixels_of(t)) for name, t in tensors.items()}
+    return tuple(i for _, at in where.values() for i in at), {name: map_kind(*pair) for name, pair in where.items()}
 
 
 def class_scores(
@@ -107,14 +107,20 @@ def class_scores(
     # few pixels and many classes: the class tiles of a pixel are shared out
     splits = max(1, min(tiles, 2 * processors(x.device) // max(programs, 1)))
     span = cdiv(tiles, splits)
-    at, maps = _maps(MAP=x, SCORE_MAP=scores, WINNER_MAP=winner)
+    # scores and winners share their addresses
+    placed = winner if winner.stride() == scores.stride() else torch.empty_strided(
+        scores.shape, scores.stride(), dtype=torch.uint8, device=x.device
+    )
+    at, maps = _maps(MAP=x, SCORE_MAP=scores)
     launch(
         triton_scores.class_scores_kernel, (programs, cdiv(tiles, span)), x, packed.rows, packed.bias, square,
-        x if labels is None else labels, scores, winner, x if own is None else own, n, classes, k, channels, packed.depth,
+        x if labels is None else labels, scores, placed, x if own is None else own, n, classes, k, channels, packed.depth,
         tiles, groups, span, *at, METRIC=METRICS.index(metric), OWN=own is not None, BIAS=packed.has_bias, **maps,
         KEEP=packed.blocks["BLOCK_D"] >= channels, PRECISION=dot_precision(x), **packed.blocks,
         BLOCK_OWN=next_power_of_2(k), **packed.options,
     )  # fmt: skip
+    if placed is not winner:
+        winner.copy_(placed)
 
 
 def class_scores_backward(
@@ -131,25 +137,50 @@ def class_scores_backward(
 ) -> None:
     """Gradients into those given, from those of the scores and of own [N,K]; `accumulate`: added to grad_x (metric dot)."""
     n, (classes, k, channels) = pixel_count(x), centroids.shape
-    g, w = (x if t is None else t for t in (grad_scores, winner))
-    inputs = (g, w, x if labels is None else labels, x if grad_own is None else grad_own)
-    given = {"SCORES": grad_scores is not None, "OWN": grad_own is not None and labels is not None}
+    if labels is None:
+        grad_own = None
     square = _squares(x, metric)
     if grad_x is not None:
-        packed = _pack("scores_gradient", x, centroids, metric)
-        total = square.new_empty(n if metric == "sqeuclidean" else 1)
-        at, maps = _maps(MAP=grad_x, SCORE_MAP=g, WINNER_MAP=w)
-        blocks = (cdiv(n, packed.blocks["BLOCK_N"]), cdiv(channels, packed.blocks["BLOCK_D"]))
-        launch(
-            triton_scores.scores_gradient_kernel, blocks, *inputs, packed.rows, grad_x, total, n, classes, k, channels,
-            packed.depth, *packed.sizes, *at, **given, TOTAL=metric == "sqeuclidean", ACCUMULATE=accumulate, **maps,
-            PRECISION=dot_precision(x), **packed.blocks, **packed.options,
-        )  # fmt: skip
+        total = square.new_zeros(n if metric == "sqeuclidean" else 1)
+        if grad_scores is not None and winner is not None:
+            packed = _pack("scores_gradient", x, centroids, metric)
+            at, maps = _maps(MAP=grad_x, SCORE_MAP=grad_scores, WINNER_MAP=winner)
+            programs = (cdiv(n, packed.blocks["BLOCK_N"]), cdiv(channels, packed.blocks["BLOCK_D"]))
+            launch(
+                triton_scores.scores_gradient_kernel, programs, grad_scores, winner, packed.rows, grad_x, total, n, classes,
+                k, channels, packed.sizes[1] * packed.blocks.pop("BLOCK_K"), packed.depth, packed.sizes[0], *at, TOTAL=metric == "sqeuclidean", ACCUMULATE=accumulate, **maps,
+                PRECISION=dot_precision(x), **packed.blocks, **packed.options,
+            )  # fmt: skip
+            accumulate = True
+        if grad_own is not None and labels is not None:
+            _add_own_gradient(grad_x, centroids, labels, grad_own, metric, accumulate)
+            if metric == "sqeuclidean":
+                total += torch.where((labels >= 0) & (labels < classes), grad_own.sum(1), 0)
         _finish_metric(x, square, total, grad_x, metric)
     if grad_centroids is not None:
         factor = square.clamp_min(1e-24).rsqrt() if metric == "cosine" else None
+        inputs = tuple(square if t is None else t for t in (grad_scores, winner, labels, grad_own))
+        given = {"SCORES": grad_scores is not None, "OWN": grad_own is not None}
+        if grad_scores is None:  # their addresses are not used, but have the rank of a map
+            inputs = (x, x, *inputs[2:])
         sums = _centroid_sums(x, centroids, inputs, given, factor, 0, n)
         grad_centroids.copy_(_centroid_chain(centroids, *sums, metric))
+
+
+def _add_own_gradient(
+    grad_x: Tensor, centroids: Tensor, labels: Tensor, grad_own: Tensor, metric: str, accumulate: bool
+) -> None:
+    """Into or onto grad_x: what own similarities send, before `_finish_metric`."""
+    n, (classes, k, channels) = pixel_count(grad_x), centroids.shape
+    rows = centroids.to(torch.float32)
+    if metric == "cosine":
+        rows = torch.nn.functional.normalize(rows, dim=2)
+    at, maps = _maps(MAP=grad_x)
+    blocks = {"BLOCK_N": 16, "BLOCK_D": 128} if pixels_of(grad_x).stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 16}
+    launch(
+        triton_scores.own_gradient_kernel, (cdiv(n, blocks["BLOCK_N"]), cdiv(channels, blocks["BLOCK_D"])), grad_own, labels,
+        rows.contiguous(), grad_x, n, classes, k, channels, *at, ACCUMULATE=accumulate, **maps, **blocks, num_warps=4,
+    )  # fmt: skip
 
 
 def _finish_metric(x: Tensor, square: Tensor, total: Tensor, grad_x: Tensor, metric: str) -> None:

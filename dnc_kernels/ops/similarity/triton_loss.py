@@ -21,8 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import pixel_offset
-from .triton_scores import DOT, SQEUCLIDEAN, class_tile, is_finite, load_pixels, row_scale, spread
+from .._triton import pixel_offset, wide_unless
+from .triton_scores import DOT, SQEUCLIDEAN, add_class_tile, class_tile, is_finite, load_pixels, row_scale
 
 
 @triton.jit
@@ -132,7 +132,6 @@ def centroid_loss_kernel(
 ):
     """Loss, prediction, own similarities and gradients of pixels [first, last), BLOCK_N at a time."""
     pid = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK_K * BLOCK_C)
     tau = inverse_temperature
     if SCALE:
         tau = tau * tl.load(scale_ptr)
@@ -168,7 +167,7 @@ def centroid_loss_kernel(
             tl.store(own_rows[:, None] + k[None, :], 0.0, mask=(inside & (label < 0))[:, None] & (k < K)[None, :])
         x = 0
         if KEEP:
-            x = load_pixels(rows, inside, 0, D, stride_d, BLOCK_D)
+            x = load_pixels(rows, inside, 0, D, stride_d, BLOCK_D, MAP)
         if SAVE:
             slab = (n - first).to(tl.int64) * CP
         else:
@@ -183,7 +182,7 @@ def centroid_loss_kernel(
         for tile in range(1 if ONE_TILE else tiles):
             r, winner = class_tile(
                 x, rows, inside, row_factor, square, label, own_rows, tile, p_ptr, bias_ptr, K, D, DP, groups, stride_d,
-                METRIC, FORWARD, KEEP, BIAS, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
+                METRIC, FORWARD, KEEP, BIAS, MAP, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             c = tile * BLOCK_C + columns
             real = (c < C)[None, :]
@@ -302,7 +301,7 @@ def centroid_loss_kernel(
                 n, grad_hw, grad_width, grad_stride_b, grad_stride_h, grad_stride_w, GRAD_MAP
             )
             for d0 in range(0, DP, BLOCK_GRAD):
-                d = (d0 + tl.arange(0, BLOCK_GRAD)).to(tl.int64)
+                d = d0 + tl.arange(0, BLOCK_GRAD)
                 acc = tl.zeros((BLOCK_N, BLOCK_GRAD), tl.float32)
                 for tile in range(1 if ONE_TILE else tiles):
                     if not ONE_TILE:
@@ -310,15 +309,13 @@ def centroid_loss_kernel(
                         mask = inside[:, None] & (c < C)[None, :]
                         dr = tl.load(slab_r_ptr + slab[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
                         winner = tl.load(slab_w_ptr + slab[:, None] + c[None, :], mask=mask, other=0).to(tl.int32)
-                    for group in range(groups):
-                        m = (tile * groups + group).to(tl.int64) * (BLOCK_K * BLOCK_C)
-                        ds = spread(dr, winner, label, own_rows, inside, tile, group, K, True, False, BLOCK_N, BLOCK_C, BLOCK_K)
-                        p = tl.load(p_ptr + (m + j)[:, None] * DP + d[None, :])
-                        acc = tl.dot(ds.to(p.dtype), p, acc, input_precision=PRECISION)
+                    acc = add_class_tile(
+                        acc, dr, winner, tile, d, p_ptr, K, groups * BLOCK_K, DP, PRECISION, BLOCK_C
+                    )
                 # the factor comes last: times a loss scale, a gradient may exceed what float16 holds
                 acc = acc * factor[:, None]
                 tl.store(
-                    grad_rows[:, None] + d[None, :] * grad_stride_d, acc.to(grad_ptr.dtype.element_ty),
+                    grad_rows[:, None] + (wide_unless(d, GRAD_MAP >= 3) * grad_stride_d)[None, :], acc.to(grad_ptr.dtype.element_ty),
                     mask=inside[:, None] & (d < D)[None, :],
                 )  # fmt: skip
         if not ONE_TILE:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import pixel_offset
+from .._triton import pixel_offset, wide_unless
 
 DOT, COSINE, SQEUCLIDEAN = (tl.constexpr(i) for i in range(3))  # the order of METRICS
 
@@ -85,18 +85,17 @@ def row_squares_kernel(
     rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for d0 in range(0, D, BLOCK_D):
-        d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
-        mask = (n < N)[:, None] & (d < D)[None, :]
-        v = tl.load(rows[:, None] + d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+        v = load_pixels(rows, n < N, d0, D, stride_d, BLOCK_D, MAP).to(tl.float32)
         total += tl.sum(v * v, 1)
     tl.store(square_ptr + n, total, mask=n < N)
 
 
 @triton.jit
-def load_pixels(rows, inside, d0, D, stride_d, BLOCK_D: tl.constexpr):
+def load_pixels(rows, inside, d0, D, stride_d, BLOCK_D: tl.constexpr, MAP: tl.constexpr):
     """[BLOCK_N, BLOCK_D] of x from channel d0, zero beyond D and where not `inside`."""
-    d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
-    return tl.load(rows[:, None] + d[None, :] * stride_d, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    d = d0 + tl.arange(0, BLOCK_D)
+    at = rows[:, None] + (wide_unless(d, MAP >= 3) * stride_d)[None, :]
+    return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -128,6 +127,7 @@ def class_tile(
     OWN: tl.constexpr,
     KEEP: tl.constexpr,
     BIAS: tl.constexpr,
+    MAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -139,6 +139,10 @@ def class_tile(
     d = tl.arange(0, BLOCK_D)
     best = tl.full((BLOCK_N, BLOCK_C), float("-inf"), tl.float32)
     winner = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
+    columns = tl.arange(0, BLOCK_C)
+    if OWN:
+        here = (label >= tile * BLOCK_C) & (label < (tile + 1) * BLOCK_C)
+        any_here = tl.max(here.to(tl.int32), 0)
     for group in range(groups):
         m = (tile * groups + group).to(tl.int64) * (BLOCK_K * BLOCK_C)
         p_rows = p_ptr + (m + j) * DP
@@ -148,7 +152,7 @@ def class_tile(
         else:
             s = tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32)
             for d0 in range(0, DP, BLOCK_D):
-                part = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D)
+                part = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D, MAP)
                 p = tl.load(p_rows[None, :] + (d0 + d)[:, None])
                 s = tl.dot(part, p, s, input_precision=PRECISION)
         if METRIC == SQEUCLIDEAN:
@@ -160,9 +164,16 @@ def class_tile(
         if METRIC == SQEUCLIDEAN:
             s = s - square[:, None]
         if OWN:
-            k = group * BLOCK_K + j // BLOCK_C
-            mine = (label[:, None] == (tile * BLOCK_C + j % BLOCK_C)[None, :]) & (k < K)[None, :]
-            tl.store(own_rows[:, None] + k[None, :], s, mask=mine)
+            # neighbouring pixels share few classes: most tiles have nothing to write
+            if any_here > 0:
+                if BLOCK_K == 1:
+                    own = tl.sum(tl.where((label - tile * BLOCK_C)[:, None] == columns[None, :], s, 0.0), 1)
+                    tl.store(own_rows + group, own, mask=here)
+                else:
+                    k = group * BLOCK_K + tl.arange(0, BLOCK_K)
+                    mine = (label - tile * BLOCK_C)[:, None, None] == columns[None, None, :]
+                    own = tl.sum(tl.where(mine, tl.reshape(s, (BLOCK_N, BLOCK_K, BLOCK_C)), 0.0), 2)
+                    tl.store(own_rows[:, None] + k[None, :], own, mask=here[:, None] & (k < K)[None, :])
         if BLOCK_K == 1:
             better = s > best
             best = tl.where(better, s, best)
@@ -189,7 +200,7 @@ def class_scores_kernel(
     square_ptr,  # [N] |x|^2 unless the metric is dot
     labels_ptr,  # [N] int64, with OWN
     scores_ptr,  # [N,C] or [B,C,H,W] fp32
-    winner_ptr,  # the same, uint8
+    winner_ptr,  # the same strides, uint8
     own_ptr,  # [N,K] fp32, with OWN
     N,
     C,
@@ -211,18 +222,11 @@ def class_scores_kernel(
     score_stride_h,
     score_stride_w,
     score_stride_c,
-    winner_hw,
-    winner_width,
-    winner_stride_b,
-    winner_stride_h,
-    winner_stride_w,
-    winner_stride_c,
     METRIC: tl.constexpr,
     OWN: tl.constexpr,
     BIAS: tl.constexpr,
     MAP: tl.constexpr,
     SCORE_MAP: tl.constexpr,
-    WINNER_MAP: tl.constexpr,
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -235,66 +239,73 @@ def class_scores_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
-    score_rows = scores_ptr + pixel_offset(
-        n, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP
-    )
-    winner_rows = winner_ptr + pixel_offset(
-        n, winner_hw, winner_width, winner_stride_b, winner_stride_h, winner_stride_w, WINNER_MAP
-    )
+    score_rows = pixel_offset(n, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP)
     square = tl.zeros((BLOCK_N,), tl.float32)
     if METRIC != DOT:
         square = tl.load(square_ptr + n, mask=inside, other=0.0)
     scale = row_scale(square, METRIC)
-    label = tl.full((BLOCK_N,), -1, tl.int64)
+    label = tl.full((BLOCK_N,), -1, tl.int32)
     own_rows = own_ptr + n.to(tl.int64) * K
     if OWN:
         label = tl.load(labels_ptr + n, mask=inside, other=-1)
-        label = tl.where((label >= 0) & (label < C), label, -1)
+        label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
         if tl.program_id(1) == 0:
             k = tl.arange(0, BLOCK_OWN)
             tl.store(own_rows[:, None] + k[None, :], 0.0, mask=(inside & (label < 0))[:, None] & (k < K)[None, :])
     x = 0
     if KEEP:
-        x = load_pixels(rows, inside, 0, D, stride_d, BLOCK_D)
+        x = load_pixels(rows, inside, 0, D, stride_d, BLOCK_D, MAP)
     for tile in range(tl.program_id(1) * span, tl.minimum((tl.program_id(1) + 1) * span, tiles)):
         best, winner = class_tile(
             x, rows, inside, scale, square, label, own_rows, tile, p_ptr, bias_ptr, K, D, DP, groups, stride_d,
-            METRIC, OWN, KEEP, BIAS, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
+            METRIC, OWN, KEEP, BIAS, MAP, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
         )  # fmt: skip
-        c = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+        c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (c < C)[None, :]
+        at = score_rows[:, None] + (wide_unless(c, SCORE_MAP >= 3) * score_stride_c)[None, :]
         # a feature that is not finite makes every product of its pixel so
         best = tl.where(is_finite(best), best, float("nan"))
-        tl.store(score_rows[:, None] + c[None, :] * score_stride_c, best, mask=mask)
-        tl.store(winner_rows[:, None] + c[None, :] * winner_stride_c, winner.to(tl.uint8), mask=mask)
+        tl.store(scores_ptr + at, best, mask=mask)
+        tl.store(winner_ptr + at, winner.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def spread(g, winner, label, own_rows, own_inside, tile, group, K, SCORES: tl.constexpr, OWN: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """dS [BLOCK_N, BLOCK_K * BLOCK_C]: the gradient of a class at its winner, and that of own similarities."""
-    j = tl.arange(0, BLOCK_K * BLOCK_C)
-    k = group * BLOCK_K + j // BLOCK_C
-    ds = tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32)
-    if SCORES:
-        if BLOCK_K == 1:
-            ds = tl.where(winner == group, g, 0.0)
-        else:
-            in_group = tl.arange(0, BLOCK_K)[None, :, None]
-            wide = tl.where(winner[:, None, :] == group * BLOCK_K + in_group, g[:, None, :], 0.0)
-            ds = tl.reshape(wide, (BLOCK_N, BLOCK_K * BLOCK_C))
-    if OWN:
-        mine = (label[:, None] == (tile * BLOCK_C + j % BLOCK_C)[None, :]) & (k < K)[None, :] & own_inside[:, None]
-        ds += tl.load(own_rows[:, None] + k[None, :], mask=mine, other=0.0)
-    return ds
+def load_classes_of(rows, mask, c, stride_c, MAP: tl.constexpr):
+    """[BLOCK_N, BLOCK_C] of a map of classes."""
+    return tl.load(rows[:, None] + (wide_unless(c, MAP >= 3) * stride_c)[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def add_class_tile(
+    acc,  # [BLOCK_N, BLOCK_D]
+    g,  # [BLOCK_N, BLOCK_C]
+    winner,
+    tile,
+    d,  # [BLOCK_D] channels
+    p_ptr,
+    K,
+    KP,
+    DP,
+    PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """acc + dS p of one class tile, a k at a time: dS has the gradient of a class at its winner, zeros elsewhere.
+
+    g and winners stay in the registers that feed the product; no row of another k is moved.
+    """
+    c = tl.arange(0, BLOCK_C)
+    for k in range(K):
+        m = (tile * KP + k).to(tl.int64) * BLOCK_C
+        p = tl.load(p_ptr + (m + c)[:, None] * DP + d[None, :])
+        ds = tl.where(winner == k, g, 0.0).to(p.dtype)
+        acc = tl.dot(ds, p, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def scores_gradient_kernel(
-    g_ptr,  # gradient of the scores, [N,C] or [B,C,H,W] fp32, with SCORES
+    g_ptr,  # gradient of the scores, [N,C] or [B,C,H,W] fp32
     winner_ptr,  # the same in uint8
-    labels_ptr,  # [N] int64, with OWN
-    grad_own_ptr,  # [N,K] fp32, with OWN
     p_ptr,  # packed
     grad_ptr,  # gradient of the pixels, [N,D] or [B,D,H,W]
     total_ptr,  # [N] fp32: sum of dS over sub-centroids, with TOTAL
@@ -302,9 +313,9 @@ def scores_gradient_kernel(
     C,
     K,
     D,
+    KP,  # k of a packed tile
     DP,
     tiles,
-    groups,
     hw,
     width,
     stride_b,
@@ -323,8 +334,6 @@ def scores_gradient_kernel(
     winner_stride_h,
     winner_stride_w,
     winner_stride_c,
-    SCORES: tl.constexpr,
-    OWN: tl.constexpr,
     TOTAL: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     MAP: tl.constexpr,
@@ -333,43 +342,28 @@ def scores_gradient_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dS p [BLOCK_N, BLOCK_D]; what is left of other metrics is `metric_gradient_kernel`'s."""
+    """dS p [BLOCK_N, BLOCK_D] from the gradient of the scores; what is left of other metrics is `metric_gradient_kernel`'s."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
-    j = tl.arange(0, BLOCK_K * BLOCK_C)
-    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     score_rows = g_ptr + pixel_offset(n, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP)
     winner_rows = winner_ptr + pixel_offset(
         n, winner_hw, winner_width, winner_stride_b, winner_stride_h, winner_stride_w, WINNER_MAP
     )
-    label = tl.full((BLOCK_N,), -1, tl.int64)
-    own_rows = grad_own_ptr + n.to(tl.int64) * K
-    if OWN:
-        label = tl.load(labels_ptr + n, mask=inside, other=-1)
-        label = tl.where((label >= 0) & (label < C), label, -1)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(tiles):
-        c = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+        c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (c < C)[None, :]
-        g, winner = 0, 0
-        if SCORES:
-            g = tl.load(score_rows[:, None] + c[None, :] * score_stride_c, mask=mask, other=0.0)
-            winner = tl.load(winner_rows[:, None] + c[None, :] * winner_stride_c, mask=mask, other=0).to(tl.int32)
-        for group in range(groups):
-            m = (tile * groups + group).to(tl.int64) * (BLOCK_K * BLOCK_C)
-            ds = spread(
-                g, winner, label, own_rows, inside, tile, group, K, SCORES, OWN, BLOCK_N, BLOCK_C, BLOCK_K
-            )
-            if TOTAL:
-                total += tl.sum(ds, 1)
-            p = tl.load(p_ptr + (m + j)[:, None] * DP + d[None, :])
-            acc = tl.dot(ds.to(p.dtype), p, acc, input_precision=PRECISION)
+        g = load_classes_of(score_rows, mask, c, score_stride_c, SCORE_MAP).to(tl.float32)
+        winner = load_classes_of(winner_rows, mask, c, winner_stride_c, WINNER_MAP).to(tl.int32)
+        if TOTAL:
+            total += tl.sum(g, 1)
+        acc = add_class_tile(acc, g, winner, tile, d, p_ptr, K, KP, DP, PRECISION, BLOCK_C)
     rows = grad_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
-    target = rows[:, None] + d[None, :] * stride_d
+    target = rows[:, None] + (wide_unless(d, MAP >= 3) * stride_d)[None, :]
     mask = inside[:, None] & (d < D)[None, :]
     if ACCUMULATE:
         acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
@@ -377,6 +371,47 @@ def scores_gradient_kernel(
     if TOTAL:
         if tl.program_id(1) == 0:
             tl.store(total_ptr + n, total, mask=inside)
+
+
+@triton.jit
+def own_gradient_kernel(
+    grad_own_ptr,  # [N,K] fp32
+    labels_ptr,  # [N] int64
+    centroids_ptr,  # [C,K,D] contiguous, fp32 or the dtype of the gradient
+    grad_ptr,  # gradient of the pixels, [N,D] or [B,D,H,W]
+    N,
+    C,
+    K,
+    D,
+    hw,
+    width,
+    stride_b,
+    stride_h,
+    stride_w,
+    stride_d,
+    ACCUMULATE: tl.constexpr,
+    MAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """grad[n] = (grad[n] +) sum_k grad_own[n,k] p[label[n],k]: rows whose factor is 0 are not read."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = n < N
+    label = tl.load(labels_ptr + n, mask=inside, other=-1)
+    owned = inside & (label >= 0) & (label < C)
+    rows = grad_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
+    target = rows[:, None] + (wide_unless(d, MAP >= 3) * stride_d)[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if ACCUMULATE:
+        acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    for k in range(K):
+        g = tl.load(grad_own_ptr + n.to(tl.int64) * K + k, mask=owned, other=0.0)
+        at = centroids_ptr + ((label * K + k) * D)[:, None] + d[None, :]
+        p = tl.load(at, mask=((g != 0.0) & owned)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        acc += g[:, None] * p
+    tl.store(target, acc.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -410,14 +445,13 @@ def metric_gradient_kernel(
     inside = n < N
     rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
     grad_rows = grad_ptr + pixel_offset(n, grad_hw, grad_width, grad_stride_b, grad_stride_h, grad_stride_w, GRAD_MAP)
-    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
     if METRIC == COSINE:
         scale = row_scale(tl.load(square_ptr + n, mask=inside, other=1.0), METRIC)
         along = tl.zeros((BLOCK_N,), tl.float32)
         for d0 in range(0, D, BLOCK_D):
-            mask = inside[:, None] & (d0 + d < D)[None, :]
-            x = tl.load(rows[:, None] + (d0 + d)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-            u = tl.load(grad_rows[:, None] + (d0 + d)[None, :] * grad_stride_d, mask=mask, other=0.0).to(tl.float32)
+            x = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D, MAP).to(tl.float32)
+            u = load_pixels(grad_rows, inside, d0, D, grad_stride_d, BLOCK_D, GRAD_MAP).to(tl.float32)
             along += tl.sum(x * u, 1)
         slope = along * scale * scale
     else:
@@ -425,8 +459,8 @@ def metric_gradient_kernel(
         slope = tl.load(total_ptr + n, mask=inside, other=0.0)
     for d0 in range(0, D, BLOCK_D):
         mask = inside[:, None] & (d0 + d < D)[None, :]
-        x = tl.load(rows[:, None] + (d0 + d)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-        target = grad_rows[:, None] + (d0 + d)[None, :] * grad_stride_d
+        x = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D, MAP).to(tl.float32)
+        target = grad_rows[:, None] + (wide_unless(d0 + d, GRAD_MAP >= 3) * grad_stride_d)[None, :]
         u = tl.load(target, mask=mask, other=0.0).to(tl.float32)
         made = scale[:, None] * (u - x * slope[:, None])
         tl.store(target, made.to(grad_ptr.dtype.element_ty), mask=mask)
@@ -483,7 +517,7 @@ def centroid_gradient_kernel(
     tile = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
     j = tl.arange(0, BLOCK_K * BLOCK_C)
-    c = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     d0 = tl.program_id(1) * BLOCK_D
     acc = tl.zeros((BLOCK_K * BLOCK_C, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_K * BLOCK_C,), tl.float32)
@@ -493,7 +527,7 @@ def centroid_gradient_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < end
         mask = inside[:, None] & (c < C)[None, :]
-        g, winner = 0, 0
+        ds = tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32)
         if SCORES:
             score_rows = g_ptr + pixel_offset(
                 n - first, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP
@@ -501,20 +535,25 @@ def centroid_gradient_kernel(
             winner_rows = winner_ptr + pixel_offset(
                 n - first, winner_hw, winner_width, winner_stride_b, winner_stride_h, winner_stride_w, WINNER_MAP
             )
-            g = tl.load(score_rows[:, None] + c[None, :] * score_stride_c, mask=mask, other=0.0).to(tl.float32)
-            winner = tl.load(winner_rows[:, None] + c[None, :] * winner_stride_c, mask=mask, other=0).to(tl.int32)
-        label = tl.full((BLOCK_N,), -1, tl.int64)
-        own_rows = grad_own_ptr + n.to(tl.int64) * K
+            g = load_classes_of(score_rows, mask, c, score_stride_c, SCORE_MAP).to(tl.float32)
+            winner = load_classes_of(winner_rows, mask, c, winner_stride_c, WINNER_MAP).to(tl.int32)
+            if BLOCK_K == 1:
+                ds += tl.where(winner == group, g, 0.0)
+            else:
+                in_group = group * BLOCK_K + tl.arange(0, BLOCK_K)[None, :, None]
+                wide = tl.where(winner[:, None, :] == in_group, g[:, None, :], 0.0)
+                ds += tl.reshape(wide, (BLOCK_N, BLOCK_K * BLOCK_C))
         if OWN:
+            k = group * BLOCK_K + j // BLOCK_C
             label = tl.load(labels_ptr + n, mask=inside, other=-1)
-            label = tl.where((label >= 0) & (label < C), label, -1)
-        ds = spread(g, winner, label, own_rows, inside, tile, group, K, SCORES, OWN, BLOCK_N, BLOCK_C, BLOCK_K)
+            mine = (label[:, None] == (tile * BLOCK_C + j % BLOCK_C)[None, :]) & (k < K)[None, :] & (label < C)[:, None]
+            ds += tl.load(grad_own_ptr + (n.to(tl.int64) * K)[:, None] + k[None, :], mask=mine, other=0.0)
         if FACTOR:
             ds = ds * tl.load(factor_ptr + n, mask=inside, other=0.0)[:, None]
         total += tl.sum(ds, 0)
         rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
         # a pixel that sends nothing here must not send 0 * NaN
-        x = load_pixels(rows, inside & (tl.max(tl.abs(ds), 1) > 0.0), d0, D, stride_d, BLOCK_D)
+        x = load_pixels(rows, inside & (tl.max(tl.abs(ds), 1) > 0.0), d0, D, stride_d, BLOCK_D, MAP)
         if x.dtype == tl.float16:
             # a gradient times a loss scale may exceed float16; tf32 has its 10 bits of mantissa, and holds x exactly
             acc = tl.dot(tl.trans(ds), x.to(tl.float32), acc, input_precision="tf32")
