@@ -254,12 +254,16 @@ def _gradient_factor(
         return grad_loss.contiguous(), 2
     if reduction == "sum":
         return grad_loss, 1
-    counted = (labels != ignore_index) & (labels >= 0) & (labels < classes)
-    each = counted.to(grad_loss.dtype)
-    if class_weight is not None:
-        each = each * class_weight[torch.where(counted, labels, 0)]
-    weight = each.sum()
+    weight = _weight_of(labels, ignore_index, class_weight, classes)
     return torch.where(weight > 0, grad_loss / weight, 0.0), 1
+
+
+def _weight_of(labels: Tensor, ignore_index: int, class_weight: Tensor | None, classes: int) -> Tensor:
+    """[]: sum of the class weights of the pixels that count, in float32."""
+    counted = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+    if class_weight is None:
+        return counted.sum().to(torch.float32)
+    return torch.where(counted, class_weight[torch.where(counted, labels, 0)], 0).sum()
 
 
 def centroid_cross_entropy(
@@ -303,7 +307,8 @@ def centroid_cross_entropy(
     band = GRADIENT_BAND if save else max(n, 1)
     programs = max(1, min(cdiv(min(n, band), block_n), per_processor * processors(x.device)))
     columns = tiles * block_c
-    slab_rows = min(n, band) if save else (0 if one_tile else programs * block_n)
+    # whole tiles, so that no address of the slab needs a mask
+    slab_rows = cdiv(min(n, band), block_n) * block_n if save else (0 if one_tile else programs * block_n)
     slab_dtype = torch.bfloat16 if classes > SPILL_CLASSES and not save else torch.float32
     slab_r, slab_w = (x.new_empty((max(slab_rows, 1), columns), dtype=t) for t in (slab_dtype, torch.uint8))
     row_total = square.new_empty(n if metric == "sqeuclidean" and grad_x is not None else 1)
@@ -312,24 +317,25 @@ def centroid_cross_entropy(
     def given(t: Tensor | None) -> Tensor:
         return square if t is None else t
 
-    sums, norm_sums = [], []
+    each = loss if loss is not None and reduction == "none" else square.new_empty(n if forward else 1)
+    scale_sums, norm_sums = [], []
     centroid_sums: tuple[Tensor, Tensor] | None = None
     for first in range(0, n, band):
         last = min(first + band, n)
-        some = square.new_empty((programs, 3))
+        some = square.new_empty(cdiv(last - first, block_n))
         some_norm = square.new_empty((programs, 2, columns) if parameters else (1,))
         launch(
             triton_loss.centroid_loss_kernel, (programs,), x, packed.rows, packed.bias, square, labels, given(norm_weight),
-            given(norm_bias), given(scale), given(class_weight), factor, given(loss), given(prediction), given(own),
+            given(norm_bias), given(scale), given(class_weight), factor, each, given(prediction), given(own),
             given(grad_x), row_total, some, some_norm, slab_r, slab_w, first, last, classes, k, channels, packed.depth, columns,
             tiles, groups, ignore_index, norm_eps, 1.0 / temperature, label_smoothing, *at, METRIC=METRICS.index(metric),
             NORM=norm_weight is not None, SHIFT=norm_bias is not None, SCALE=scale is not None, WEIGHT=class_weight is not None,
-            FACTOR=factor_kind, FORWARD=forward, ROWS=forward and reduction == "none", GRAD=grad_x is not None,
+            SMOOTH=label_smoothing > 0, FACTOR=factor_kind, FORWARD=forward, GRAD=grad_x is not None,
             PARAMETERS=parameters, SAVE=save, ONE_TILE=one_tile, BIAS=packed.has_bias, **maps,
             KEEP=packed.blocks["BLOCK_D"] >= channels, PRECISION=dot_precision(x), **packed.blocks,
             BLOCK_OWN=next_power_of_2(k), **options,
         )  # fmt: skip
-        sums.append(some)
+        scale_sums.append(some)
         norm_sums.append(some_norm)
         if save:
             rows = square.clamp_min(1e-24).rsqrt() if metric == "cosine" else None
@@ -346,12 +352,13 @@ def centroid_cross_entropy(
             grad_centroids.zero_()
         else:
             grad_centroids.copy_(_centroid_chain(centroids, *centroid_sums, metric))
-    # float64: thousands of partial sums in one order
-    total = torch.stack(sums).sum((0, 1), dtype=torch.float64) if sums else square.new_zeros(3, dtype=torch.float64)
     if loss is not None and reduction != "none":
-        loss.copy_(total[0] / total[1] if reduction == "mean" else total[0])
+        total = each.sum(dtype=torch.float64)
+        if reduction == "mean":
+            total = total / _weight_of(labels, ignore_index, class_weight, classes)
+        loss.copy_(total)
     if grad_scale is not None:
-        grad_scale.copy_(total[2])
+        grad_scale.copy_(torch.cat([square.new_zeros(0), *scale_sums]).sum(dtype=torch.float64))
     if parameters:
         made = torch.stack(norm_sums).sum((0, 1)) if norm_sums else square.new_zeros((2, columns))
         for target, part in ((grad_weight, made[0]), (grad_bias, made[1])):

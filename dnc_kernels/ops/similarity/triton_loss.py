@@ -7,13 +7,13 @@ Reads x [N,D] once from memory and p [M,D] twice a tile of pixels (from L2); wri
 loss. Neither [N,C,K] nor [N,C] reaches memory: where the classes fit one tile, r and its winners stay in registers; else a program
 keeps them for its own BLOCK_N pixels in a slab [BLOCK_N, C] that it uses again for its next pixels, and which L2 holds.
 
-FLOPs 4NMD, bytes N(2 D b + 4K + 12). ADE20K (N=131072, C=150, K=10, D=256, bf16): 201 GFLOP over 800 TF/s = 252 us; 141 MB over
+FLOPs 4NMD, bytes N(2 D b + 4K + 20). ADE20K (N=131072, C=150, K=10, D=256, bf16): 201 GFLOP over 800 TF/s = 252 us; 141 MB over
 3.0 TB/s = 47 us: compute. Cityscapes/8 (N=262144, C=19): 51 GFLOP = 64 us; 282 MB = 94 us: memory.
 
 Plan: persistent; a program takes tiles of BLOCK_N pixels at a fixed stride. Product 1 with the max in its epilogue (`class_tile`);
-row statistics; log-sum-exp; dr; product 2 with dS made in registers (`spread`). Sums over pixels (loss, gradients of the norm's weight
-and bias and of the scale) go to rows of one program each, in the order of its pixels, and are added up on the device: results repeat
-bit for bit.
+row statistics; log-sum-exp; dr; product 2 with dS made in registers (`add_class_tile`). Sums over pixels go to rows of one pixel (loss),
+one tile (gradient of the scale) or one program (those of the norm's weight and bias), and are added up on the device in one order:
+results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -45,13 +45,36 @@ def load_classes(ptr, c, C, default: tl.constexpr, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def logits_gradient(z, lse, c, C, label, weight, own_weight, weight_sum, smoothing, counted):
+def logits_gradient(z, lse, c, C, label, weight, own_weight, weight_sum, smoothing, counted, SMOOTH: tl.constexpr):
     """dz [BLOCK_N, BLOCK_C] of the pixel's loss; exactly 0 for pixels and classes that do not count."""
-    share = (1.0 - smoothing) * own_weight
-    spread_sum = smoothing / C * weight_sum
-    dz = tl.exp(z - lse[:, None]) * (share + spread_sum)[:, None] - (smoothing / C * weight)[None, :]
+    share = own_weight
+    total = own_weight
+    if SMOOTH:
+        share = (1.0 - smoothing) * own_weight
+        total = share + smoothing / C * weight_sum
+    dz = tl.exp(z - lse[:, None]) * total[:, None]
+    if SMOOTH:
+        dz = dz - (smoothing / C * weight)[None, :]
     dz = tl.where(label[:, None] == c[None, :], dz - share[:, None], dz)
     return tl.where(counted[:, None] & (c < C)[None, :], dz, 0.0)
+
+
+@triton.jit
+def load_label(labels_ptr, n, inside, ignore_index, C):
+    """[BLOCK_N] int32, -1 for pixels that do not count."""
+    label = tl.load(labels_ptr + n, mask=inside, other=-1)
+    return tl.where((label != ignore_index) & (label >= 0) & (label < C), label, -1).to(tl.int32)
+
+
+@triton.jit
+def load_factor(factor_ptr, n, inside, FACTOR: tl.constexpr):
+    """[BLOCK_N]: what the gradient of a pixel's loss is multiplied by."""
+    factor = tl.full(n.shape, 1.0, tl.float32)
+    if FACTOR == 1:
+        factor = factor * tl.load(factor_ptr)
+    if FACTOR == 2:
+        factor = tl.load(factor_ptr + n, mask=inside, other=0.0)
+    return factor
 
 
 @triton.jit
@@ -72,12 +95,12 @@ def centroid_loss_kernel(
     scale_ptr,  # [] fp32, with SCALE
     weight_ptr,  # [C] fp32, with WEIGHT
     factor_ptr,  # what the gradient is multiplied by: [] (FACTOR 1) or [N] (FACTOR 2) fp32
-    loss_ptr,  # [N] fp32, with ROWS
+    loss_ptr,  # [N] fp32, with FORWARD
     prediction_ptr,  # [N] int64, with FORWARD
     own_ptr,  # [N,K] fp32, with FORWARD
     grad_ptr,  # like x, with GRAD
     total_ptr,  # [N] fp32: sum of dr over classes, with GRAD for sqeuclidean
-    sums_ptr,  # [programs,3] fp32: loss, class weight, gradient of the scale
+    scale_grad_ptr,  # [tiles of pixels] fp32: gradient of the scale, with SCALE
     norm_sums_ptr,  # [programs,2,CP] fp32: gradients of gain and shift, with PARAMETERS
     slab_r_ptr,  # [programs * BLOCK_N, CP] fp32 or bf16, or [pixels of this launch, CP] with SAVE: r, in the end dr without factor
     slab_w_ptr,  # the same in uint8: winners
@@ -111,9 +134,9 @@ def centroid_loss_kernel(
     SHIFT: tl.constexpr,
     SCALE: tl.constexpr,
     WEIGHT: tl.constexpr,
+    SMOOTH: tl.constexpr,
     FACTOR: tl.constexpr,
     FORWARD: tl.constexpr,
-    ROWS: tl.constexpr,
     GRAD: tl.constexpr,
     PARAMETERS: tl.constexpr,
     SAVE: tl.constexpr,
@@ -135,14 +158,13 @@ def centroid_loss_kernel(
     tau = inverse_temperature
     if SCALE:
         tau = tau * tl.load(scale_ptr)
-    loss_sum, weight_total, scale_grad = 0.0, 0.0, 0.0
     columns = tl.arange(0, BLOCK_C)
     if PARAMETERS:
         for tile in range(tiles):
             for part in tl.static_range(2):
                 at = norm_sums_ptr + (2 * pid + part) * CP + tile * BLOCK_C + columns
                 tl.store(at, tl.zeros((BLOCK_C,), tl.float32))
-    for n0 in range(first + tl.program_id(0) * BLOCK_N, last, tl.num_programs(0) * BLOCK_N):
+    for n0 in tl.range(first + tl.program_id(0) * BLOCK_N, last, tl.num_programs(0) * BLOCK_N, disable_licm=True):
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < last
         rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
@@ -150,17 +172,7 @@ def centroid_loss_kernel(
         if METRIC != DOT:
             square = tl.load(square_ptr + n, mask=inside, other=0.0)
         row_factor = row_scale(square, METRIC)
-        label = tl.load(labels_ptr + n, mask=inside, other=ignore_index)
-        counted = inside & (label != ignore_index) & (label >= 0) & (label < C)
-        label = tl.where(counted, label, -1).to(tl.int32)
-        factor = tl.full((BLOCK_N,), 1.0, tl.float32)
-        if FACTOR == 1:
-            factor = factor * tl.load(factor_ptr)
-        if FACTOR == 2:
-            factor = tl.load(factor_ptr + n, mask=inside, other=0.0)
-        own_weight = tl.where(counted, 1.0, 0.0)
-        if WEIGHT:
-            own_weight = tl.load(weight_ptr + label, mask=counted, other=0.0)
+        label = load_label(labels_ptr, n, inside, ignore_index, C)
         own_rows = own_ptr + n.to(tl.int64) * K
         if FORWARD:
             k = tl.arange(0, BLOCK_OWN)
@@ -169,9 +181,9 @@ def centroid_loss_kernel(
         if KEEP:
             x = load_pixels(rows, inside, 0, D, stride_d, BLOCK_D, MAP)
         if SAVE:
-            slab = (n - first).to(tl.int64) * CP
+            slab = (n - first) * CP
         else:
-            slab = (pid * BLOCK_N + tl.arange(0, BLOCK_N)) * CP
+            slab = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)) * CP
 
         # product 1, and the statistics of the rows by merging those of the tiles
         mean = tl.zeros((BLOCK_N,), tl.float32)
@@ -179,7 +191,7 @@ def centroid_loss_kernel(
         finite = inside
         r = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         winner = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
-        for tile in range(1 if ONE_TILE else tiles):
+        for tile in tl.range(0, 1 if ONE_TILE else tiles, disable_licm=True):
             r, winner = class_tile(
                 x, rows, inside, row_factor, square, label, own_rows, tile, p_ptr, bias_ptr, K, D, DP, groups, stride_d,
                 METRIC, FORWARD, KEEP, BIAS, MAP, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
@@ -196,13 +208,19 @@ def centroid_loss_kernel(
                 mean += delta * (size / (seen + size))
                 deviation += tl.sum(away * away, 1) + delta * delta * (seen * size / (seen + size))
             if not ONE_TILE:
-                mask = inside[:, None] & real
-                tl.store(slab_r_ptr + slab[:, None] + c[None, :], r.to(slab_r_ptr.dtype.element_ty), mask=mask)
-                tl.store(slab_w_ptr + slab[:, None] + c[None, :], winner.to(tl.uint8), mask=mask)
+                tl.store(slab_r_ptr + slab[:, None] + c[None, :], r.to(slab_r_ptr.dtype.element_ty))
+                tl.store(slab_w_ptr + slab[:, None] + c[None, :], winner.to(tl.uint8))
         rstd = 1.0 / tl.sqrt_rn(deviation / C + norm_eps)
         if not ONE_TILE:
             # r and winners of a row were stored by other threads than those that load it now
             tl.debug_barrier()
+
+        # read again, because registers are scarcer than loads
+        label = load_label(labels_ptr, n, inside, ignore_index, C)
+        counted = label >= 0
+        own_weight = tl.where(counted, 1.0, 0.0)
+        if WEIGHT:
+            own_weight = tl.load(weight_ptr + label, mask=counted, other=0.0)
 
         # log-sum-exp of the logits, the logit of the label, the best class
         highest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -211,11 +229,11 @@ def centroid_loss_kernel(
         weighted = tl.zeros((BLOCK_N,), tl.float32)
         weight_sum = 0.0
         best_class = tl.zeros((BLOCK_N,), tl.int32)
-        for tile in range(1 if ONE_TILE else tiles):
+        for tile in tl.range(0, 1 if ONE_TILE else tiles, disable_licm=True):
             c = tile * BLOCK_C + columns
             real = (c < C)[None, :]
             if not ONE_TILE:
-                r = tl.load(slab_r_ptr + slab[:, None] + c[None, :], mask=inside[:, None] & real, other=0.0).to(tl.float32)
+                r = tl.load(slab_r_ptr + slab[:, None] + c[None, :]).to(tl.float32)
             gain, shift = load_classes(gain_ptr, c, C, 1.0, NORM), load_classes(shift_ptr, c, C, 0.0, SHIFT)
             xhat, o, z = logits_of(r, mean, rstd, gain, shift, tau, NORM)
             z = tl.where(real, z, float("-inf"))
@@ -227,18 +245,18 @@ def centroid_loss_kernel(
             total = total * tl.exp(highest - new) + tl.sum(tl.exp(z - new[:, None]), 1)
             highest = new
             own_logit += tl.sum(tl.where(label[:, None] == c[None, :], z, 0.0), 1)
-            weight = tl.where(c < C, load_classes(weight_ptr, c, C, 1.0, WEIGHT), 0.0)
-            weight_sum += tl.sum(weight)
-            weighted += tl.sum(tl.where(real, z * weight[None, :], 0.0), 1)
+            if SMOOTH:
+                weight = tl.where(c < C, load_classes(weight_ptr, c, C, 1.0, WEIGHT), 0.0)
+                weight_sum += tl.sum(weight)
+                weighted += tl.sum(tl.where(real, z * weight[None, :], 0.0), 1)
         lse = highest + tl.log(total)
-        each = (1.0 - smoothing) * own_weight * (lse - own_logit) + smoothing / C * (weight_sum * lse - weighted)
+        each = own_weight * (lse - own_logit)
+        if SMOOTH:
+            each = (1.0 - smoothing) * each + smoothing / C * (weight_sum * lse - weighted)
         each = tl.where(counted, tl.where(finite, each, float("nan")), 0.0)
         if FORWARD:
             tl.store(prediction_ptr + n, tl.where(finite, best_class, -1).to(tl.int64), mask=inside)
-            loss_sum += tl.sum(each)
-            weight_total += tl.sum(own_weight)
-            if ROWS:
-                tl.store(loss_ptr + n, each, mask=inside)
+            tl.store(loss_ptr + n, each, mask=inside)
 
         if GRAD or PARAMETERS or SAVE:
             lse = tl.where(finite, lse, float("nan"))
@@ -247,31 +265,31 @@ def centroid_loss_kernel(
             along = tl.zeros((BLOCK_N,), tl.float32)
             slope = tl.zeros((BLOCK_N,), tl.float32)
             if NORM:
-                for tile in range(1 if ONE_TILE else tiles):
+                for tile in tl.range(0, 1 if ONE_TILE else tiles, disable_licm=True):
                     c = tile * BLOCK_C + columns
                     if not ONE_TILE:
-                        mask = inside[:, None] & (c < C)[None, :]
-                        r = tl.load(slab_r_ptr + slab[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+                        r = tl.load(slab_r_ptr + slab[:, None] + c[None, :]).to(tl.float32)
                     gain, shift = load_classes(gain_ptr, c, C, 1.0, NORM), load_classes(shift_ptr, c, C, 0.0, SHIFT)
                     weight = load_classes(weight_ptr, c, C, 1.0, WEIGHT)
                     xhat, o, z = logits_of(r, mean, rstd, gain, shift, tau, NORM)
-                    dz = logits_gradient(z, lse, c, C, label, weight, own_weight, weight_row, smoothing, counted)
+                    dz = logits_gradient(z, lse, c, C, label, weight, own_weight, weight_row, smoothing, counted, SMOOTH)
                     along += tl.sum(dz * gain[None, :], 1)
                     slope += tl.sum(dz * gain[None, :] * xhat, 1)
                 along = along / C
                 slope = slope / C
+            factor = load_factor(factor_ptr, n, inside, FACTOR)
             dr = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
             row_total = tl.zeros((BLOCK_N,), tl.float32)
-            for tile in range(1 if ONE_TILE else tiles):
+            scale_grad = 0.0
+            for tile in tl.range(0, 1 if ONE_TILE else tiles, disable_licm=True):
                 c = tile * BLOCK_C + columns
                 real = (c < C)[None, :]
-                mask = inside[:, None] & real
                 if not ONE_TILE:
-                    r = tl.load(slab_r_ptr + slab[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+                    r = tl.load(slab_r_ptr + slab[:, None] + c[None, :]).to(tl.float32)
                 gain, shift = load_classes(gain_ptr, c, C, 1.0, NORM), load_classes(shift_ptr, c, C, 0.0, SHIFT)
                 weight = load_classes(weight_ptr, c, C, 1.0, WEIGHT)
                 xhat, o, z = logits_of(r, mean, rstd, gain, shift, tau, NORM)
-                dz = logits_gradient(z, lse, c, C, label, weight, own_weight, weight_row, smoothing, counted)
+                dz = logits_gradient(z, lse, c, C, label, weight, own_weight, weight_row, smoothing, counted, SMOOTH)
                 if SCALE:
                     # where, because 0 * NaN of a pixel that does not count is NaN
                     scale_grad += tl.sum(tl.where(counted[:, None] & real, dz * o * factor[:, None], 0.0))
@@ -286,9 +304,11 @@ def centroid_loss_kernel(
                     dr = tl.where(counted[:, None] & real, dr, 0.0)
                 row_total += tl.sum(dr, 1)
                 if SAVE or not ONE_TILE:
-                    tl.store(slab_r_ptr + slab[:, None] + c[None, :], dr.to(slab_r_ptr.dtype.element_ty), mask=mask)
+                    tl.store(slab_r_ptr + slab[:, None] + c[None, :], dr.to(slab_r_ptr.dtype.element_ty))
                 if SAVE and ONE_TILE:
-                    tl.store(slab_w_ptr + slab[:, None] + c[None, :], winner.to(tl.uint8), mask=mask)
+                    tl.store(slab_w_ptr + slab[:, None] + c[None, :], winner.to(tl.uint8))
+            if SCALE:
+                tl.store(scale_grad_ptr + (n0 - first) // BLOCK_N, scale_grad * inverse_temperature)
             if METRIC == SQEUCLIDEAN and GRAD:
                 tl.store(total_ptr + n, row_total * factor, mask=inside)
             if not ONE_TILE:
@@ -297,23 +317,23 @@ def centroid_loss_kernel(
 
         # product 2
         if GRAD:
-            grad_rows = grad_ptr + pixel_offset(
-                n, grad_hw, grad_width, grad_stride_b, grad_stride_h, grad_stride_w, GRAD_MAP
-            )
-            for d0 in range(0, DP, BLOCK_GRAD):
+            for d0 in tl.range(0, DP, BLOCK_GRAD, disable_licm=True):
                 d = d0 + tl.arange(0, BLOCK_GRAD)
                 acc = tl.zeros((BLOCK_N, BLOCK_GRAD), tl.float32)
-                for tile in range(1 if ONE_TILE else tiles):
+                for tile in tl.range(0, 1 if ONE_TILE else tiles, disable_licm=True):
                     if not ONE_TILE:
                         c = tile * BLOCK_C + columns
-                        mask = inside[:, None] & (c < C)[None, :]
-                        dr = tl.load(slab_r_ptr + slab[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-                        winner = tl.load(slab_w_ptr + slab[:, None] + c[None, :], mask=mask, other=0).to(tl.int32)
+                        dr = tl.load(slab_r_ptr + slab[:, None] + c[None, :]).to(tl.float32)
+                        winner = tl.load(slab_w_ptr + slab[:, None] + c[None, :]).to(tl.int32)
                     acc = add_class_tile(
                         acc, dr, winner, tile, d, p_ptr, K, groups * BLOCK_K, DP, PRECISION, BLOCK_C
                     )
+                # after the product, so that no address lives through it
+                grad_rows = grad_ptr + pixel_offset(
+                    n, grad_hw, grad_width, grad_stride_b, grad_stride_h, grad_stride_w, GRAD_MAP
+                )
                 # the factor comes last: times a loss scale, a gradient may exceed what float16 holds
-                acc = acc * factor[:, None]
+                acc = acc * load_factor(factor_ptr, n, inside, FACTOR)[:, None]
                 tl.store(
                     grad_rows[:, None] + (wide_unless(d, GRAD_MAP >= 3) * grad_stride_d)[None, :], acc.to(grad_ptr.dtype.element_ty),
                     mask=inside[:, None] & (d < D)[None, :],
@@ -321,6 +341,3 @@ def centroid_loss_kernel(
         if not ONE_TILE:
             # the next pixels overwrite the slab
             tl.debug_barrier()
-    tl.store(sums_ptr + 3 * pid, loss_sum)
-    tl.store(sums_ptr + 3 * pid + 1, weight_total)
-    tl.store(sums_ptr + 3 * pid + 2, scale_grad * inverse_temperature)

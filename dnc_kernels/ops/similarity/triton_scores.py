@@ -145,15 +145,16 @@ def class_tile(
         any_here = tl.max(here.to(tl.int32), 0)
     for group in range(groups):
         m = (tile * groups + group).to(tl.int64) * (BLOCK_K * BLOCK_C)
-        p_rows = p_ptr + (m + j) * DP
+        # one 64-bit base, 32-bit offsets inside the tile: they live in registers through the whole kernel
+        p_tile = p_ptr + m * DP
         if KEEP:
-            p = tl.load(p_rows[None, :] + d[:, None])
+            p = tl.load(p_tile + ((j * DP)[None, :] + d[:, None]))
             s = tl.dot(x, p, input_precision=PRECISION)
         else:
             s = tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32)
             for d0 in range(0, DP, BLOCK_D):
                 part = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D, MAP)
-                p = tl.load(p_rows[None, :] + (d0 + d)[:, None])
+                p = tl.load(p_tile + d0 + ((j * DP)[None, :] + d[:, None]))
                 s = tl.dot(part, p, s, input_precision=PRECISION)
         if METRIC == SQEUCLIDEAN:
             s = 2.0 * s
@@ -296,7 +297,7 @@ def add_class_tile(
     c = tl.arange(0, BLOCK_C)
     for k in range(K):
         m = (tile * KP + k).to(tl.int64) * BLOCK_C
-        p = tl.load(p_ptr + (m + c)[:, None] * DP + d[None, :])
+        p = tl.load(p_ptr + m * DP + ((c * DP)[:, None] + d[None, :]))
         ds = tl.where(winner == k, g, 0.0).to(p.dtype)
         acc = tl.dot(ds, p, acc, input_precision=PRECISION)
     return acc
