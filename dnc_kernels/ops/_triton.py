@@ -19,6 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
 #: Called instead of a launch, with (kernel, grid, arguments, options), while kernels are compiled ahead of time.
 _recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None] | None = None
 #: Device kind that configurations are chosen for instead of the tensor's, while kernels are compiled ahead of time.
@@ -194,3 +198,26 @@ def map_kind(x: Tensor, pixels: Pixels) -> int:
     """MAP of `pixel_offset`, in int32 where every offset in x fits: half the registers."""
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return map_rank(pixels) + 3 * (reach < 2**31 - 2**16)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b: products of 16-bit numbers are exact, sums in float32."""
+    if _INTERPRETED:
+        # the interpreter takes the bits of a bfloat16 for an integer
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """float32 `value` as DTYPE, to the nearest."""
+    if _INTERPRETED and tl.bfloat16 == DTYPE:
+        # the interpreter cuts the bits off
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        out = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        out = value.to(DTYPE)
+    return out

@@ -239,12 +239,16 @@ def centroid_cross_entropy(
         x, centroids, labels, norm_weight, norm_bias, scale, class_weight, metric, norm_eps, temperature, ignore_index,
         label_smoothing, made, early, backend,
     )  # fmt: skip
-    return _mean(loss, labels, ignore_index, class_weight) if made != reduction else loss, prediction, own
+    if made != reduction:
+        loss = _mean(loss, labels, ignore_index, centroids.shape[0], class_weight)
+    return loss, prediction, own
 
 
-def _mean(total: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor | None = None) -> Tensor:
+def _mean(
+    total: Tensor, labels: Tensor, ignore_index: int, num_labels: int, class_weight: Tensor | None = None
+) -> Tensor:
     """`total` over the class weights of the pixels that count; NaN with zero gradients without any."""
-    kept = labels != ignore_index
+    kept = (labels != ignore_index) & (labels >= 0) & (labels < num_labels)
     if class_weight is None:
         weight = kept.sum().to(total.dtype)
     else:
@@ -330,7 +334,7 @@ def subcentroid_cross_entropy(
     loss, _ = _contrast_op(x, centroids, target, temperature, ignore_index, early, backend)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else _mean(loss.sum(), target, ignore_index)
+    return loss.sum() if reduction == "sum" else _mean(loss.sum(), target, ignore_index, centroids.shape[0] * centroids.shape[1])
 
 
 def scores_and_contrast_into(

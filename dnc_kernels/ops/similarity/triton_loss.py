@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import pixel_offset, wide_unless
+from .._triton import pixel_offset, rounded, wide_unless
 from .triton_scores import DOT, SQEUCLIDEAN, add_class_tile, class_tile, is_finite, load_pixels, row_scale
 
 
@@ -199,16 +199,18 @@ def centroid_loss_kernel(
             c = tile * BLOCK_C + columns
             real = (c < C)[None, :]
             finite = finite & (tl.min(tl.where(real & (is_finite(r) == 0), 0, 1), 1) == 1)
+            # columns without a class hold -inf, and 0 * -inf is NaN
+            r = tl.where(real, r, 0.0)
             if NORM:
                 size = tl.minimum(C - tile * BLOCK_C, BLOCK_C).to(tl.float32)
                 seen = 1.0 * tile * BLOCK_C
-                tile_mean = tl.sum(tl.where(real, r, 0.0), 1) / size
+                tile_mean = tl.sum(r, 1) / size
                 away = tl.where(real, r - tile_mean[:, None], 0.0)
                 delta = tile_mean - mean
                 mean += delta * (size / (seen + size))
                 deviation += tl.sum(away * away, 1) + delta * delta * (seen * size / (seen + size))
             if not ONE_TILE:
-                tl.store(slab_r_ptr + slab[:, None] + c[None, :], r.to(slab_r_ptr.dtype.element_ty))
+                tl.store(slab_r_ptr + slab[:, None] + c[None, :], rounded(r, slab_r_ptr.dtype.element_ty))
                 tl.store(slab_w_ptr + slab[:, None] + c[None, :], winner.to(tl.uint8))
         rstd = 1.0 / tl.sqrt_rn(deviation / C + norm_eps)
         if not ONE_TILE:
@@ -304,7 +306,7 @@ def centroid_loss_kernel(
                     dr = tl.where(counted[:, None] & real, dr, 0.0)
                 row_total += tl.sum(dr, 1)
                 if SAVE or not ONE_TILE:
-                    tl.store(slab_r_ptr + slab[:, None] + c[None, :], dr.to(slab_r_ptr.dtype.element_ty))
+                    tl.store(slab_r_ptr + slab[:, None] + c[None, :], rounded(dr, slab_r_ptr.dtype.element_ty))
                 if SAVE and ONE_TILE:
                     tl.store(slab_w_ptr + slab[:, None] + c[None, :], winner.to(tl.uint8))
             if SCALE:
@@ -335,7 +337,7 @@ def centroid_loss_kernel(
                 # the factor comes last: times a loss scale, a gradient may exceed what float16 holds
                 acc = acc * load_factor(factor_ptr, n, inside, FACTOR)[:, None]
                 tl.store(
-                    grad_rows[:, None] + (wide_unless(d, GRAD_MAP >= 3) * grad_stride_d)[None, :], acc.to(grad_ptr.dtype.element_ty),
+                    grad_rows[:, None] + (wide_unless(d, GRAD_MAP >= 3) * grad_stride_d)[None, :], rounded(acc, grad_ptr.dtype.element_ty),
                     mask=inside[:, None] & (d < D)[None, :],
                 )  # fmt: skip
         if not ONE_TILE:

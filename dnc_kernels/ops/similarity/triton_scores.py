@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import pixel_offset, wide_unless
+from .._triton import dot, pixel_offset, rounded, wide_unless
 
 DOT, COSINE, SQEUCLIDEAN = (tl.constexpr(i) for i in range(3))  # the order of METRICS
 
@@ -67,7 +67,7 @@ def pack_kernel(
         at = (d0 + d).to(tl.int64)
         mask = inside[:, None] & (at < D)[None, :]
         v = tl.load(source[:, None] + at[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-        v = (v * factor[:, None]).to(packed_ptr.dtype.element_ty)
+        v = rounded(v * factor[:, None], packed_ptr.dtype.element_ty)
         tl.store(target[:, None] + at[None, :], v)
         # of the rounded sub-centroid: the distance must be one to a point
         square += tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)
@@ -149,13 +149,13 @@ def class_tile(
         p_tile = p_ptr + m * DP
         if KEEP:
             p = tl.load(p_tile + ((j * DP)[None, :] + d[:, None]))
-            s = tl.dot(x, p, input_precision=PRECISION)
+            s = dot(x, p, tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32), PRECISION)
         else:
             s = tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32)
             for d0 in range(0, DP, BLOCK_D):
                 part = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D, MAP)
                 p = tl.load(p_tile + d0 + ((j * DP)[None, :] + d[:, None]))
-                s = tl.dot(part, p, s, input_precision=PRECISION)
+                s = dot(part, p, s, PRECISION)
         if METRIC == SQEUCLIDEAN:
             s = 2.0 * s
         if BIAS:
@@ -298,8 +298,8 @@ def add_class_tile(
     for k in range(K):
         m = (tile * KP + k).to(tl.int64) * BLOCK_C
         p = tl.load(p_ptr + m * DP + ((c * DP)[:, None] + d[None, :]))
-        ds = tl.where(winner == k, g, 0.0).to(p.dtype)
-        acc = tl.dot(ds, p, acc, input_precision=PRECISION)
+        ds = rounded(tl.where(winner == k, g, 0.0), p.dtype)
+        acc = dot(ds, p, acc, PRECISION)
     return acc
 
 
@@ -368,7 +368,7 @@ def scores_gradient_kernel(
     mask = inside[:, None] & (d < D)[None, :]
     if ACCUMULATE:
         acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, acc.to(grad_ptr.dtype.element_ty), mask=mask)
+    tl.store(target, rounded(acc, grad_ptr.dtype.element_ty), mask=mask)
     if TOTAL:
         if tl.program_id(1) == 0:
             tl.store(total_ptr + n, total, mask=inside)
@@ -412,7 +412,7 @@ def own_gradient_kernel(
         at = centroids_ptr + ((label * K + k) * D)[:, None] + d[None, :]
         p = tl.load(at, mask=((g != 0.0) & owned)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         acc += g[:, None] * p
-    tl.store(target, acc.to(grad_ptr.dtype.element_ty), mask=mask)
+    tl.store(target, rounded(acc, grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -464,7 +464,7 @@ def metric_gradient_kernel(
         target = grad_rows[:, None] + (wide_unless(d0 + d, GRAD_MAP >= 3) * grad_stride_d)[None, :]
         u = tl.load(target, mask=mask, other=0.0).to(tl.float32)
         made = scale[:, None] * (u - x * slope[:, None])
-        tl.store(target, made.to(grad_ptr.dtype.element_ty), mask=mask)
+        tl.store(target, rounded(made, grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -557,9 +557,9 @@ def centroid_gradient_kernel(
         x = load_pixels(rows, inside & (tl.max(tl.abs(ds), 1) > 0.0), d0, D, stride_d, BLOCK_D, MAP)
         if x.dtype == tl.float16:
             # a gradient times a loss scale may exceed float16; tf32 has its 10 bits of mantissa, and holds x exactly
-            acc = tl.dot(tl.trans(ds), x.to(tl.float32), acc, input_precision="tf32")
+            acc = dot(tl.trans(ds), x.to(tl.float32), acc, "tf32")
         else:
-            acc = tl.dot(tl.trans(ds.to(x.dtype)), x, acc, input_precision=PRECISION)
+            acc = dot(tl.trans(rounded(ds, x.dtype)), x, acc, PRECISION)
     m = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (BLOCK_K * BLOCK_C) + j
     d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
     tl.store(partial_ptr + m[:, None] * D + d[None, :], acc, mask=(d < D)[None, :])
