@@ -39,11 +39,11 @@ lint: install ## ruff, clang-format and mypy; changes nothing
 # For a GPU machine without network: no venv, no download. PYTHON must have torch, numpy, pytest, pybind11, cmake and ninja.
 GPU_ARCH = $(shell $(PYTHON) -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9) + "-real")')
 GPU_NAME = $(shell $(PYTHON) -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
-gpu-check: ## build in place for this GPU alone with PYTHON, run the tests marked gpu and the benchmarks, keep the rows
+gpu-check: ## build in place for this GPU alone with PYTHON, run the tests of CUDA and Triton kernels and the benchmarks, keep the rows
 	test -n "$(GPU_ARCH)"
 	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m dnc_kernels doctor
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m "gpu or triton"
 	mkdir -p benchmarks/results/$(GPU_NAME)
 	$(PYTHON) -m benchmarks run --device cuda --out benchmarks/results/$(GPU_NAME)/$(shell date -u +%Y-%m-%dT%H%M%S).jsonl
 

@@ -7,13 +7,19 @@ code by cuobjdump, which ships inside triton.
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -21,19 +27,12 @@ import torch
 FAMILIES = ("similarity", "sinkhorn", "momentum", "embedding", "upsample")
 #: Architecture -> shared memory a block may have, in bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-#: Instructions worth knowing about, as they appear in PTX.
-FEATURES = (
-    "wgmma",
-    "tcgen05",
-    "mma.sync",
-    "cp.async",
-    "cp.async.bulk.tensor",
-    "mbarrier",
-    "setmaxnreg",
-    "redux",
-    "atom",
-    "red.",
-)
+#: Instructions worth knowing about, as a line of PTX begins.
+FEATURES = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async", "mbarrier", "redux", "atom", "red")
+#: What multiplies matrices of 16 bits on an architecture, at its full rate.
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+#: Kernels of products: they must use the tensor cores.
+PRODUCTS = re.compile(r"class_scores|scores_gradient|centroid_gradient|centroid_loss|nearest|distance|contrast")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel compiled for one architecture with one configuration."""
+    """One kernel compiled for one architecture with one configuration; `spills` are bytes of local memory a thread."""
 
     op: str
     kernel: str
@@ -59,7 +58,6 @@ class Row:
     arch: str
     registers: int
     spills: int
-    stack_bytes: int
     shared_bytes: int
     threads: int
     ptx_features: list[str]
@@ -101,8 +99,8 @@ def compiling(arch: int, found: Callable[[Any, Any], None]) -> Iterator[None]:
         _triton._recorder = _triton._kind = None
 
 
-def resources(compiled: Any) -> tuple[int, int, int]:
-    """Registers a thread, bytes spilled to local memory, bytes of stack, as the machine code states them."""
+def resources(compiled: Any) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread, as the machine code states them."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -110,8 +108,13 @@ def resources(compiled: Any) -> tuple[int, int, int]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["LOCAL"], usage["STACK"]
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def features(ptx: str) -> list[str]:
+    """Which of `FEATURES` a PTX text uses."""
+    return [f for f in FEATURES if re.search(rf"^\s*(@!?%\w+ )?{re.escape(f)}\b", ptx, re.MULTILINE)]
 
 
 def cases(family: str) -> dict[str, Case]:
@@ -126,28 +129,86 @@ def compile_one(family: str, kernel: str, arch: int, when: dict[str, int], use: 
     rows: list[Row] = []
 
     def found(jit: Any, compiled: Any) -> None:
-        registers, local, stack = resources(compiled)
-        ptx = compiled.asm["ptx"]
+        registers, spills = resources(compiled)
         rows.append(
             Row(
                 op=f"{family}.{kernel}", kernel=jit.fn.__name__, config=use, when=when, arch=f"sm_{arch}", registers=registers,
-                spills=local, stack_bytes=stack, shared_bytes=compiled.metadata.shared,
-                threads=32 * compiled.metadata.num_warps, ptx_features=[f for f in FEATURES if re.search(rf"^\s*(@%?\w+ )?{re.escape(f)}\.", ptx, re.M)],
+                spills=spills, shared_bytes=compiled.metadata.shared, threads=32 * compiled.metadata.num_warps,
+                ptx_features=features(compiled.asm["ptx"]),
             )
         )  # fmt: skip
 
-    with _triton.configured(kernel, **use), compiling(arch, found):
-        cases(family)[kernel].prepare(torch.device("meta"), when)()
+    # bits 19: a float32 product in tf32
+    before, torch.backends.cuda.matmul.fp32_precision = (
+        torch.backends.cuda.matmul.fp32_precision,
+        "tf32" if when.get("bits") == 19 else "ieee",
+    )
+    try:
+        with _triton.configured(kernel, **use), compiling(arch, found):
+            cases(family)[kernel].prepare(torch.device("meta"), when)()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
     return rows
 
 
-def jobs(families: tuple[str, ...] = FAMILIES, archs: tuple[int, ...] = tuple(SHARED_LIMIT)) -> list[tuple[Any, ...]]:
+def jobs(families: Sequence[str] = FAMILIES, archs: Sequence[int] = tuple(SHARED_LIMIT)) -> list[tuple[Any, ...]]:
     """Arguments of `compile_one` for every shipped configuration."""
     from dnc_kernels.ops import _triton
 
-    listed = []
-    for family in families:
-        for arch in archs:
-            for kernel, entries in _triton.stored(family, f"sm_{arch}").items():
-                listed += [(family, kernel, arch, entry["when"], entry["use"]) for entry in entries]
-    return listed
+    return [
+        (family, kernel, arch, entry["when"], entry["use"])
+        for family in families
+        for arch in archs
+        for kernel, entries in _triton.stored(family, f"sm_{arch}").items()
+        for entry in entries
+    ]
+
+
+def faults(row: Row) -> list[str]:
+    """What must not ship."""
+    arch = int(row.arch.removeprefix("sm_"))
+    found = []
+    if row.spills:
+        found.append(f"spills {row.spills} bytes")
+    if row.shared_bytes > SHARED_LIMIT[arch]:
+        found.append(f"needs {row.shared_bytes} bytes of shared memory; a block may have {SHARED_LIMIT[arch]}")
+    if PRODUCTS.search(row.kernel) and row.when.get("bits") == 16 and TENSOR_CORE[arch] not in row.ptx_features:
+        found.append(f"has no {TENSOR_CORE[arch]}")
+    return found
+
+
+def _compile(job: tuple[Any, ...]) -> list[Row]:
+    return compile_one(*job)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile and print; 1 where a kernel spills, overflows shared memory or misses the tensor cores."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=main.__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line; else a table")
+    parser.add_argument("--family", action="append", choices=FAMILIES, help="all; may be repeated")
+    parser.add_argument("--arch", action="append", type=int, choices=list(SHARED_LIMIT), help="all; may be repeated")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
+    options = parser.parse_args(arguments)
+    if os.environ.pop("TRITON_INTERPRET", ""):
+        print("TRITON_INTERPRET is ignored: the interpreter compiles nothing", file=sys.stderr)
+    chosen = jobs(options.family or FAMILIES, options.arch or tuple(SHARED_LIMIT))
+    failed = 0
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(_compile, chosen):
+            for row in rows:
+                wrong = faults(row)
+                failed += bool(wrong)
+                if options.json:
+                    print(json.dumps({**asdict(row), "faults": wrong}), flush=True)
+                else:
+                    config = " ".join(f"{k}={v}" for k, v in row.config.items())
+                    print(
+                        f"{row.arch:6s} {row.kernel:28s} {row.registers:3d} registers, {row.spills} B spilled, "
+                        f"{row.shared_bytes:6d} B shared, {' '.join(row.ptx_features)}; {row.when} {config} {'; '.join(wrong)}",
+                        flush=True,
+                    )
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

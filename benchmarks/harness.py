@@ -110,7 +110,8 @@ def kernels(
 ) -> list[Variant]:
     """A variant for every backend that has all of `ops` here; the reference where none has. `prepare` gets its name."""
     usable = []
-    for backend in set(backends.BACKENDS) - {"auto", "reference"}:
+    # Triton's interpreter, which runs on CPU tensors, is no way to measure
+    for backend in set(backends.BACKENDS) - {"auto", "reference", *(() if settings.cuda else ("triton",))}:
         with suppress(RuntimeError):
             for op in ops:
                 backends.resolve(op, torch.device(settings.device).type, dtype_of(dtype), backend)

@@ -17,7 +17,7 @@ PIXELS = 131072
 
 
 def inputs(device: torch.device, when: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N,D] near its class, centroids [C,K,D], labels [N], one pixel in ten without."""
+    """X [N,D] near its class, centroids [C,K,D], labels [N], one pixel in ten without."""
     dtype = torch.bfloat16 if when["bits"] == 16 else torch.float32
     classes, k, channels = when["C"], when["K"], when["D"]
     pixels = max(4096, min(PIXELS, 2**33 // (classes * channels)))
@@ -56,9 +56,7 @@ def _gradient(device: torch.device, when: dict[str, int], *, to_x: bool) -> Call
         winner.random_(when["K"])
     target = torch.empty_like(x) if to_x else None
     to_centroids = None if to_x else torch.empty_like(centroids)
-    return lambda: triton.class_scores_backward(
-        x, centroids, labels, "dot", winner, grad, None, target, False, to_centroids
-    )
+    return lambda: triton.class_scores_backward(x, centroids, labels, "dot", winner, grad, None, target, False, to_centroids)
 
 
 def scores_gradient(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
@@ -105,6 +103,8 @@ _TILES: dict[str, tuple[int, ...]] = {
 CASES = {
     "class_scores": Case(class_scores, _candidates(**_TILES)),
     "scores_gradient": Case(scores_gradient, _candidates(**{**_TILES, "BLOCK_D": (64, 128, 256)})),
-    "centroid_gradient": Case(centroid_gradient, _candidates(**{**_TILES, "BLOCK_N": (32, 64, 128), "BLOCK_D": (64, 128, 256)})),
+    "centroid_gradient": Case(
+        centroid_gradient, _candidates(**{**_TILES, "BLOCK_N": (32, 64, 128), "BLOCK_D": (64, 128, 256)})
+    ),
     "centroid_loss": Case(centroid_loss, _candidates(**_TILES, BLOCK_GRAD=(128, 256, 512), PROGRAMS=(1, 2))),
 }

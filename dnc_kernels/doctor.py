@@ -21,6 +21,7 @@ from ._selftest import CASES, data, worst_error
 #: Largest error allowed by the self-test, relative to the largest element: 32 roundings of float32, for sums of some 100 terms.
 BOUND = 32 * torch.finfo(torch.float32).eps
 OLDEST_TORCH = (2, 11)
+OLDEST_CAPABILITY = (8, 0)
 _REBUILD = "run `pip install .` in a checkout, or `python setup.py build_ext --inplace` for work in place"
 # what the instruction sets need, and what later kernels may use
 _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16")
@@ -102,6 +103,7 @@ def _look_at_versions(report: Report) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
+        "triton": _triton_version(),
         "compiler": getattr(native, "compiler", "unknown"),
         "folder": str(Path(__file__).parent),
     }
@@ -117,6 +119,13 @@ def _look_at_versions(report: Report) -> None:
     if native is not None and installed != __version__:
         what = f"the extension is version {__version__}, the installed package {installed}"
         report.problems.append(Problem(what, _REBUILD))
+
+
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _look_at_processor(report: Report) -> None:
@@ -151,6 +160,10 @@ def _look_at_cuda(report: Report) -> None:
     major, minor = torch.cuda.get_device_capability()
     report.cuda["device"] = torch.cuda.get_device_name()
     report.cuda["capability"] = f"{major}.{minor}"
+    if (major, minor) < OLDEST_CAPABILITY:
+        oldest = ".".join(map(str, OLDEST_CAPABILITY))
+        what = f"the GPU's compute capability {major}.{minor} is older than {oldest}: its ops run in plain torch"
+        report.problems.append(Problem(what, "use a GPU of the Ampere generation or later", serious=False))
     if backends._native is None:
         return
     if archs is None:
@@ -193,7 +206,8 @@ def _look_at_backends(report: Report) -> None:
         report.problems.append(Problem(what, "unset DNC_KERNELS_BACKEND, or leave the `use_backend` block"))
     for op, kernels in backends.KERNELS.items():
         for device in ("cpu", "cuda"):
-            found = backends.resolve(op, device, torch.float32)
+            capability = backends.capability(None) if device == "cuda" and torch.cuda.is_available() else None
+            found = backends.resolve(op, device, torch.float32, capability=capability)
             here = {name: kernel for name, kernel in kernels.items() if kernel.device == device}
             unproven = tuple(name for name, kernel in here.items() if not kernel.proven)
             reason = found.reason if here else f"{op} has no kernel for {device} yet"
@@ -205,8 +219,8 @@ def _run_self_tests(report: Report) -> None:
     places: list[tuple[str, str | None, str]] = [("reference", None, "cpu")]
     if not report.backends["cpu"]:
         places += [("cpu", isa, "cpu") for isa in backends.usable_isas()]
-    if not report.backends["cuda"]:
-        places.append(("cuda", None, "cuda"))
+    if torch.cuda.is_available():
+        places += [(name, None, "cuda") for name in ("triton", "cuda") if not report.backends[name]]
     for op, kernels in backends.KERNELS.items():
         for backend, isa, device in places:
             if backend != "reference" and backend not in kernels:

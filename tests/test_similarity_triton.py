@@ -111,7 +111,9 @@ def test_sub_centroids_are_rounded_to_the_pixels_dtype_once():
 def loss_and_grads(backend, x, p, labels, to_centroids, **options):
     """Loss, prediction, own similarities and every gradient."""
     x, p = x.detach().requires_grad_(), p.detach().requires_grad_(to_centroids)
-    learnable = {name: options[name].detach().requires_grad_() for name in ("norm_weight", "norm_bias", "temperature") if name in options}
+    learnable = {
+        name: options[name].detach().requires_grad_() for name in ("norm_weight", "norm_bias", "temperature") if name in options
+    }
     shaped = labels if x.ndim == 2 else labels.view(x.shape[0], *x.shape[2:])
     out = ops.centroid_cross_entropy(x, p, shaped, backend=backend, **{**options, **learnable})
     total = (out.loss * torch.linspace(0.5, 2, out.loss.numel(), device=DEVICE).view_as(out.loss)).sum() * 1.7

@@ -181,7 +181,7 @@ def pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP: tl.constexpr):
 
 @triton.jit
 def wide_unless(i, NARROW: tl.constexpr):
-    """i before it meets a stride: int64, unless the tensor is known to be small."""
+    """I before it meets a stride: int64, unless the tensor is known to be small."""
     if NARROW:
         wide = i
     else:
@@ -202,7 +202,7 @@ def map_kind(x: Tensor, pixels: Pixels) -> int:
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b: products of 16-bit numbers are exact, sums in float32."""
+    """Acc + a b: products of 16-bit numbers are exact, sums in float32."""
     if _INTERPRETED:
         # the interpreter takes the bits of a bfloat16 for an integer
         a = a.to(tl.float32)

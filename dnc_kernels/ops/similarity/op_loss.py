@@ -244,9 +244,7 @@ def centroid_cross_entropy(
     return loss, prediction, own
 
 
-def _mean(
-    total: Tensor, labels: Tensor, ignore_index: int, num_labels: int, class_weight: Tensor | None = None
-) -> Tensor:
+def _mean(total: Tensor, labels: Tensor, ignore_index: int, num_labels: int, class_weight: Tensor | None = None) -> Tensor:
     """`total` over the class weights of the pixels that count; NaN with zero gradients without any."""
     kept = (labels != ignore_index) & (labels >= 0) & (labels < num_labels)
     if class_weight is None:
@@ -334,7 +332,9 @@ def subcentroid_cross_entropy(
     loss, _ = _contrast_op(x, centroids, target, temperature, ignore_index, early, backend)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else _mean(loss.sum(), target, ignore_index, centroids.shape[0] * centroids.shape[1])
+    return (
+        loss.sum() if reduction == "sum" else _mean(loss.sum(), target, ignore_index, centroids.shape[0] * centroids.shape[1])
+    )
 
 
 def scores_and_contrast_into(

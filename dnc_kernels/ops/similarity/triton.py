@@ -1,7 +1,7 @@
 """Launchers of the Triton similarity kernels; the functions are those of native.py.
 
-Products run in the dtype of x: sub-centroids are rounded to it once, when they are packed. float32 products follow torch's own setting
-(``torch.backends.cuda.matmul.fp32_precision``): full float32, or tf32.
+Products run in the dtype of x: sub-centroids are rounded to it once, when they are packed. float32 products follow torch's own
+setting (``torch.backends.cuda.matmul.fp32_precision``): full float32, or tf32.
 """
 
 from __future__ import annotations
@@ -108,8 +108,10 @@ def class_scores(
     splits = max(1, min(tiles, 2 * processors(x.device) // max(programs, 1)))
     span = cdiv(tiles, splits)
     # scores and winners share their addresses
-    placed = winner if winner.stride() == scores.stride() else torch.empty_strided(
-        scores.shape, scores.stride(), dtype=torch.uint8, device=x.device
+    placed = (
+        winner
+        if winner.stride() == scores.stride()
+        else torch.empty_strided(scores.shape, scores.stride(), dtype=torch.uint8, device=x.device)
     )
     at, maps = _maps(MAP=x, SCORE_MAP=scores)
     launch(
@@ -144,12 +146,14 @@ def class_scores_backward(
         total = square.new_zeros(n if metric == "sqeuclidean" else 1)
         if grad_scores is not None and winner is not None:
             packed = _pack("scores_gradient", x, centroids, metric)
+            tiles, groups = packed.sizes
+            depth = groups * packed.blocks.pop("BLOCK_K")
             at, maps = _maps(MAP=grad_x, SCORE_MAP=grad_scores, WINNER_MAP=winner)
-            programs = (cdiv(n, packed.blocks["BLOCK_N"]), cdiv(channels, packed.blocks["BLOCK_D"]))
             launch(
-                triton_scores.scores_gradient_kernel, programs, grad_scores, winner, packed.rows, grad_x, total, n, classes,
-                k, channels, packed.sizes[1] * packed.blocks.pop("BLOCK_K"), packed.depth, packed.sizes[0], *at, TOTAL=metric == "sqeuclidean", ACCUMULATE=accumulate, **maps,
-                PRECISION=dot_precision(x), **packed.blocks, **packed.options,
+                triton_scores.scores_gradient_kernel,
+                (cdiv(n, packed.blocks["BLOCK_N"]), cdiv(channels, packed.blocks["BLOCK_D"])), grad_scores, winner, packed.rows,
+                grad_x, total, n, classes, k, channels, depth, packed.depth, tiles, *at, TOTAL=metric == "sqeuclidean",
+                ACCUMULATE=accumulate, **maps, PRECISION=dot_precision(x), **packed.blocks, **packed.options,
             )  # fmt: skip
             accumulate = True
         if grad_own is not None and labels is not None:
@@ -220,9 +224,9 @@ def _centroid_sums(
     total = partial.new_empty(partial.shape[:-1])
     at, maps = _maps(MAP=x, SCORE_MAP=inputs[0], WINNER_MAP=inputs[1])
     launch(
-        triton_scores.centroid_gradient_kernel, (tiles * groups, depth, splits), x, *inputs, total if factor is None else factor,
-        partial, total, first, last, classes, k, channels, groups, span, *at, FACTOR=factor is not None, **given, **maps,
-        PRECISION=dot_precision(x), **blocks, **options,
+        triton_scores.centroid_gradient_kernel, (tiles * groups, depth, splits), x, *inputs,
+        total if factor is None else factor, partial, total, first, last, classes, k, channels, groups, span, *at,
+        FACTOR=factor is not None, **given, **maps, PRECISION=dot_precision(x), **blocks, **options,
     )  # fmt: skip
 
     def unpack(t: Tensor) -> Tensor:
@@ -364,4 +368,3 @@ def centroid_cross_entropy(
         for target, part in ((grad_weight, made[0]), (grad_bias, made[1])):
             if target is not None:
                 target.copy_(part[:classes])
-

@@ -3,17 +3,17 @@
     r[n,c] = max_k s[n,c,k];  o = LayerNorm_C(r) or r;  z = o * tau;  loss[n] = CE(z[n], label[n])
     dr = the loss's gradient;  dX[n] = sum_c dr[n,c] p[c, w[n,c]]
 
-Reads x [N,D] once from memory and p [M,D] twice a tile of pixels (from L2); writes dX [N,D], own similarities [N,K], prediction and
-loss. Neither [N,C,K] nor [N,C] reaches memory: where the classes fit one tile, r and its winners stay in registers; else a program
-keeps them for its own BLOCK_N pixels in a slab [BLOCK_N, C] that it uses again for its next pixels, and which L2 holds.
+Reads x [N,D] once from memory and p [M,D] twice a tile of pixels (from L2); writes dX [N,D], own similarities [N,K], prediction
+and loss. Neither [N,C,K] nor [N,C] reaches memory: where the classes fit one tile, r and its winners stay in registers; else a
+program keeps them for its own BLOCK_N pixels in a slab [BLOCK_N, C] that it uses again for its next pixels, and which L2 holds.
 
 FLOPs 4NMD, bytes N(2 D b + 4K + 20). ADE20K (N=131072, C=150, K=10, D=256, bf16): 201 GFLOP over 800 TF/s = 252 us; 141 MB over
 3.0 TB/s = 47 us: compute. Cityscapes/8 (N=262144, C=19): 51 GFLOP = 64 us; 282 MB = 94 us: memory.
 
-Plan: persistent; a program takes tiles of BLOCK_N pixels at a fixed stride. Product 1 with the max in its epilogue (`class_tile`);
-row statistics; log-sum-exp; dr; product 2 with dS made in registers (`add_class_tile`). Sums over pixels go to rows of one pixel (loss),
-one tile (gradient of the scale) or one program (those of the norm's weight and bias), and are added up on the device in one order:
-results repeat bit for bit.
+Plan: persistent; a program takes tiles of BLOCK_N pixels at a fixed stride. Product 1 with the max in its epilogue
+(`class_tile`); row statistics; log-sum-exp; dr; product 2 with dS made in registers (`add_class_tile`). Sums over pixels go to
+rows of one pixel (loss), one tile (gradient of the scale) or one program (those of the norm's weight and bias), and are added
+up on the device in one order: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load_classes(ptr, c, C, default: tl.constexpr, GIVEN: tl.constexpr):
 
 @triton.jit
 def logits_gradient(z, lse, c, C, label, weight, own_weight, weight_sum, smoothing, counted, SMOOTH: tl.constexpr):
-    """dz [BLOCK_N, BLOCK_C] of the pixel's loss; exactly 0 for pixels and classes that do not count."""
+    """Dz [BLOCK_N, BLOCK_C] of the pixel's loss; exactly 0 for pixels and classes that do not count."""
     share = own_weight
     total = own_weight
     if SMOOTH:
@@ -102,7 +102,7 @@ def centroid_loss_kernel(
     total_ptr,  # [N] fp32: sum of dr over classes, with GRAD for sqeuclidean
     scale_grad_ptr,  # [tiles of pixels] fp32: gradient of the scale, with SCALE
     norm_sums_ptr,  # [programs,2,CP] fp32: gradients of gain and shift, with PARAMETERS
-    slab_r_ptr,  # [programs * BLOCK_N, CP] fp32 or bf16, or [pixels of this launch, CP] with SAVE: r, in the end dr without factor
+    slab_r_ptr,  # [programs * BLOCK_N, CP] fp32 or bf16, or [pixels of this launch, CP] with SAVE: r, then dr without factor
     slab_w_ptr,  # the same in uint8: winners
     first,  # pixels [first, last) of N
     last,
@@ -327,19 +327,15 @@ def centroid_loss_kernel(
                         c = tile * BLOCK_C + columns
                         dr = tl.load(slab_r_ptr + slab[:, None] + c[None, :]).to(tl.float32)
                         winner = tl.load(slab_w_ptr + slab[:, None] + c[None, :]).to(tl.int32)
-                    acc = add_class_tile(
-                        acc, dr, winner, tile, d, p_ptr, K, groups * BLOCK_K, DP, PRECISION, BLOCK_C
-                    )
+                    acc = add_class_tile(acc, dr, winner, tile, d, p_ptr, K, groups * BLOCK_K, DP, PRECISION, BLOCK_C)
                 # after the product, so that no address lives through it
                 grad_rows = grad_ptr + pixel_offset(
                     n, grad_hw, grad_width, grad_stride_b, grad_stride_h, grad_stride_w, GRAD_MAP
                 )
                 # the factor comes last: times a loss scale, a gradient may exceed what float16 holds
                 acc = acc * load_factor(factor_ptr, n, inside, FACTOR)[:, None]
-                tl.store(
-                    grad_rows[:, None] + (wide_unless(d, GRAD_MAP >= 3) * grad_stride_d)[None, :], rounded(acc, grad_ptr.dtype.element_ty),
-                    mask=inside[:, None] & (d < D)[None, :],
-                )  # fmt: skip
+                target = grad_rows[:, None] + (wide_unless(d, GRAD_MAP >= 3) * grad_stride_d)[None, :]
+                tl.store(target, rounded(acc, grad_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
         if not ONE_TILE:
             # the next pixels overwrite the slab
             tl.debug_barrier()

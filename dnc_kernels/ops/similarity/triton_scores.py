@@ -6,14 +6,14 @@
     r[n,c] = max_k s[n,c,k],  w[n,c] = the lowest k that reaches it
 
 class_scores_kernel reads x [N,D] once and p [M,D] once a tile of pixels (from L2), and writes r [N,C] fp32 and w [N,C] uint8;
-[N,C,K] stays in registers. FLOPs 2NMD; bytes N(D b + 5C), b bytes a feature. ADE20K (N=131072, M=1500, D=256, bf16): 101 GFLOP over
-800 TF/s = 126 us; 165 MB over 3.0 TB/s = 55 us: compute. Cityscapes/8 (N=262144, M=190): 26 GFLOP = 32 us; 159 MB = 53 us: memory.
-scores_gradient_kernel is the transposed product, 2NMD FLOPs, with the sparse matrix dS[n,ck] = g[n,c] [w[n,c] = k] made in registers.
-centroid_gradient_kernel is the third product, dS^T x.
+[N,C,K] stays in registers. FLOPs 2NMD; bytes N(D b + 5C), b bytes a feature. ADE20K (N=131072, M=1500, D=256, bf16): 101 GFLOP
+over 800 TF/s = 126 us; 165 MB over 3.0 TB/s = 55 us: compute. Cityscapes/8 (N=262144, M=190): 26 GFLOP = 32 us; 159 MB = 53 us:
+memory. scores_gradient_kernel is the transposed product, 2NMD FLOPs, with the sparse matrix dS[n,ck] = g[n,c] [w[n,c] = k] made
+in registers. centroid_gradient_kernel is the third product, dS^T x.
 
-Plan: sub-centroids are packed once as [class tile][group of k][k in group][class in tile][D], in the dtype of x, so that a tile of
-the product holds BLOCK_K values of k for BLOCK_C classes and the max over k is element-wise. A program owns BLOCK_N pixels; where D fits
-BLOCK_D the tile of x is loaded once and kept. Every sum has one order: results repeat bit for bit.
+Plan: sub-centroids are packed once as [class tile][group of k][k in group][class in tile][D], in the dtype of x, so that a tile
+of the product holds BLOCK_K values of k for BLOCK_C classes and the max over k is element-wise. A program owns BLOCK_N pixels;
+where D fits BLOCK_D the tile of x is loaded once and kept. Every sum has one order: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ def add_class_tile(
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """acc + dS p of one class tile, a k at a time: dS has the gradient of a class at its winner, zeros elsewhere.
+    """Acc + dS p of one class tile, a k at a time: dS has the gradient of a class at its winner, zeros elsewhere.
 
     g and winners stay in the registers that feed the product; no row of another k is moved.
     """
@@ -345,7 +345,7 @@ def scores_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dS p [BLOCK_N, BLOCK_D] from the gradient of the scores; what is left of other metrics is `metric_gradient_kernel`'s."""
+    """DS p [BLOCK_N, BLOCK_D] from the gradient of the scores; what is left of other metrics is `metric_gradient_kernel`'s."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
