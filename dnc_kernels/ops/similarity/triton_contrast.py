@@ -29,8 +29,8 @@ from torch import Tensor
 from .. import _triton
 from .._common import pixel_count
 from . import triton_contrast_bands as bands
-from .triton_contrast_bands import addresses, counted_pixels, offset_of, score_step, store_scores
-from .triton_pack import Slots, dot, pack_rows, rounded, slots_of
+from .triton_contrast_bands import addresses, counted_pixels, offset_of, score_step, store_gradient, store_own, store_scores
+from .triton_pack import Slots, dot, load_x, pack_rows, rounded, slots_of
 
 _FAMILY = "similarity"
 #: Most channels whose float32 sums stay in registers beside the rest.
@@ -40,35 +40,32 @@ FUSED_CHANNELS = 256
 @triton.jit
 def subcentroid_cross_entropy_kernel(
     x_ptr, rows_ptr, index_ptr, scale_ptr, loss_ptr, grad_ptr, scores_ptr, winner_ptr, own_ptr,
-    x_at, grad_at, scores_at, winner_at, N, D, C, K, tiles, k_tiles, ignore_index, inverse_t, rate,
+    x_at, grad_at, scores_at, winner_at, N, D, C, K, tiles, k_tiles, ignore_index, inverse_t, rate, zero,
     X_MAP: tl.constexpr, GRAD_MAP: tl.constexpr, SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr,
     TARGET: tl.constexpr, GRAD: tl.constexpr, WIDTH: tl.constexpr, COPIES: tl.constexpr, SMALL_K: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_M: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # with a target C is the number of sub-centroids and K = 1: every sub-centroid is a class of its own
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < N
-    n = tl.minimum(n, N - 1)  # pixels past the end repeat the last one and are not stored
+    first = tl.program_id(0) * BLOCK_N
+    row = tl.arange(0, BLOCK_N)
+    inside = first + row < N
+    n = tl.minimum(first + row, N - 1)  # pixels past the end repeat the last one and are not stored
     at = offset_of(n, x_at, X_MAP)
     d = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptr + at[:, None] + d.to(tl.int64)[None, :] * x_at.stride_d
-    if EVEN_D:
-        x = tl.load(x_ptrs)  # [BLOCK_N, BLOCK_D]
-    else:
-        x = tl.load(x_ptrs, mask=(d < D)[None, :], other=0.0)
+    x = load_x(x_ptr, at, d, D, x_at.stride_d, EVEN_D)  # [BLOCK_N, BLOCK_D]
     index = tl.load(index_ptr + n)
     counted = counted_pixels(index, ignore_index, C, TARGET)
     steps = tiles
     if TARGET:
-        pull_ptrs = rows_ptr + tl.where(counted, index, 0)[:, None] * BLOCK_D + d[None, :]
-        own = tl.sum(x.to(tl.float32) * tl.load(pull_ptrs).to(tl.float32), axis=1)
+        p_target = tl.load(rows_ptr + tl.where(counted, index, 0)[:, None] * BLOCK_D + d[None, :])
+        own = tl.sum(x.to(tl.float32) * p_target.to(tl.float32), axis=1)
         steps = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, tiles, 0)
     else:
         k = tl.arange(0, SMALL_K)
-        own_ptrs = own_ptr + n.to(tl.int64)[:, None] * K
         no_row = (inside & ~counted)[:, None] & (k < K)[None, :]
-        tl.store(own_ptrs + k[None, :], tl.zeros((BLOCK_N, SMALL_K), tl.float32), mask=no_row)
+        at = n.to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(own_ptr + at, tl.zeros((BLOCK_N, SMALL_K), tl.float32), mask=no_row)
         first_label = tl.min(tl.where(counted, index, C), axis=0)
         last_label = tl.max(tl.where(counted, index, -1), axis=0)
 
@@ -89,6 +86,11 @@ def subcentroid_cross_entropy_kernel(
         of_k = k0 + column // WIDTH
         if not EVEN_M:
             s = tl.where(((of_class < C) & (of_k < K))[None, :], s, float("-inf"))
+        if not TARGET:
+            if (first_label < class0 + WIDTH) & (last_label >= class0):
+                parts: tl.constexpr = BLOCK_M // 16
+                store_own(own_ptr, index_ptr, s, first + row, N, class0, k0, 0, C, K, WIDTH, parts)
+            best, win = score_step(s, best, win, k0, COPIES)
         risen = tl.maximum(top, tl.max(s, axis=1))
         e = tl.exp2(s * rate - (risen * rate)[:, None])
         alpha = tl.exp2(top * rate - risen * rate)
@@ -97,36 +99,37 @@ def subcentroid_cross_entropy_kernel(
         if GRAD:
             acc = dot(rounded(e, p.dtype), p, acc * alpha[:, None], PRECISION)
         if not TARGET:
-            if (first_label < class0 + WIDTH) & (last_label >= class0):
-                hit = (of_class[None, :] == index[:, None]) & (of_k < K)[None, :] & inside[:, None]
-                tl.store(own_ptrs + of_k[None, :], s, mask=hit)
-            best, win = score_step(s, best, win, k0, COPIES)
             k0 += COPIES
             if k0 == k_tiles * COPIES:
                 store_scores(
-                    scores_ptr, winner_ptr, scores_at, winner_at, best, win, n, inside, class0, C, SCORES_MAP, WINNER_MAP, WIDTH
-                )
+                    scores_ptr, winner_ptr, scores_at, winner_at, best, win, first + row, N, class0, C, SCORES_MAP, WINNER_MAP,
+                    WIDTH // 16 if WIDTH > 16 else 1,
+                )  # fmt: skip
                 best = tl.full((BLOCK_N, WIDTH), float("-inf"), tl.float32)
                 k0 = 0
                 class0 += WIDTH
         else:
             class0 += WIDTH
+        # addresses made of a pixel's number are not known to be the same in every step, so they do not wait in registers
+        first += zero
 
     loss = top * inverse_t + tl.log(total)
     if TARGET:
         # the target is taken from the maximum first: both can be large where their difference is not
         loss = (top - own) * inverse_t + tl.log(total)
+    n = tl.minimum(first + row, N - 1)
+    index = tl.load(index_ptr + n)
+    counted = counted_pixels(index, ignore_index, C, TARGET)
     tl.store(loss_ptr + n, tl.where(counted, loss, 0.0), mask=inside)
     if GRAD:
         coefficient = inverse_t
         if not TARGET:
             coefficient = tl.load(scale_ptr) * inverse_t
-        grad = acc * (coefficient / total)[:, None]
-        if TARGET:
-            grad -= tl.load(pull_ptrs).to(tl.float32) * coefficient
-        grad = rounded(tl.where(counted[:, None], grad, 0.0), grad_ptr.dtype.element_ty)
-        out = grad_ptr + offset_of(n, grad_at, GRAD_MAP)[:, None] + d.to(tl.int64)[None, :] * grad_at.stride_d
-        tl.store(out, grad, mask=inside[:, None] & (d < D)[None, :])
+        at = offset_of(n, grad_at, GRAD_MAP)
+        store_gradient(
+            grad_ptr, acc, coefficient / total, coefficient, rows_ptr, index, counted, at, inside, 0, D, grad_at.stride_d,
+            BLOCK_D, TARGET, BLOCK_D // 64 if BLOCK_D > 64 else 1,
+        )  # fmt: skip
 
 
 def subcentroid_cross_entropy(
@@ -189,7 +192,7 @@ def subcentroid_cross_entropy(
     _triton.launch(
         subcentroid_cross_entropy_kernel, (triton.cdiv(n, block_n),), x, rows, index, scale, loss, out, scores, winner, own,
         *maps, n, channels, classes, k, slots.tiles, slots.k_tiles, ignore_index, 1 / temperature,
-        math.log2(math.e) / temperature, X_MAP=x_map, GRAD_MAP=grad_map, SCORES_MAP=scores_map, WINNER_MAP=winner_map,
+        math.log2(math.e) / temperature, 0, X_MAP=x_map, GRAD_MAP=grad_map, SCORES_MAP=scores_map, WINNER_MAP=winner_map,
         TARGET=target is not None, GRAD=grad_x is not None, WIDTH=slots.width, COPIES=slots.copies,
         SMALL_K=triton.next_power_of_2(k), EVEN_D=block_d == channels,
         EVEN_M=classes % slots.width == 0 and k % slots.copies == 0, PRECISION=_triton.dot_precision(x), BLOCK_D=block_d, **use,

@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import _triton
 from .._common import pixel_count
 from .._triton import Pixels, pixel_offset
-from .triton_pack import Slots, best_of_copies, dot, pack_rows, rounded, slots_of
+from .triton_pack import Slots, best_of_copies, dot, halves, load_x, pack_rows, rounded, slots_of
 
 _FAMILY = "similarity"
 _SCRATCH = 48 << 20  # bytes: they and a band of x stay in the L2 of a recent GPU, 40 to 126 MB
@@ -53,33 +53,87 @@ def score_step(s, best, win, k0, COPIES: tl.constexpr):
     if COPIES == 1:
         better = s > best
         return tl.where(better, s, best), tl.where(better, k0, win)
-    value, copy = best_of_copies(s, COPIES)
-    better = value > best
-    return tl.where(better, value, best), tl.where(better, k0 + copy, win)
+    else:
+        value, copy = best_of_copies(s, COPIES)
+        better = value > best
+        return tl.where(better, value, best), tl.where(better, k0 + copy, win)
 
 
 @triton.jit
 def store_scores(
-    scores_ptr, winner_ptr, scores_at, winner_at, best, win, n, inside, class0, C,
-    SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr, WIDTH: tl.constexpr,
+    scores_ptr, winner_ptr, scores_at, winner_at, best, win, n, N, class0, C,
+    SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Write class maxima and winners [BLOCK_N, WIDTH] of one class tile; NaN for what is not finite."""
-    c = class0 + tl.arange(0, WIDTH)
-    mask = inside[:, None] & (c < C)[None, :]
-    best = tl.where(tl.abs(best) < float("inf"), best, float("nan"))
-    at = offset_of(n, scores_at, SCORES_MAP)[:, None] + c.to(tl.int64)[None, :] * scores_at.stride_d
-    tl.store(scores_ptr + at, best, mask=mask)
-    at = offset_of(n, winner_at, WINNER_MAP)[:, None] + c.to(tl.int64)[None, :] * winner_at.stride_d
-    tl.store(winner_ptr + at, win.to(tl.uint8), mask=mask)
+    """Write class maxima and winners [BLOCK_N, classes] from class0 on for pixels n < N; NaN for what is not finite.
+
+    PARTS of the columns are written one by one, which needs fewer registers at once.
+    """
+    if PARTS > 1:
+        best, right = halves(best)
+        win, right_win = halves(win)
+        store_scores(
+            scores_ptr, winner_ptr, scores_at, winner_at, best, win, n, N, class0, C, SCORES_MAP, WINNER_MAP, PARTS // 2
+        )
+        store_scores(
+            scores_ptr, winner_ptr, scores_at, winner_at, right, right_win, n, N, class0 + right.shape[1], C, SCORES_MAP,
+            WINNER_MAP, PARTS // 2,
+        )  # fmt: skip
+    else:
+        c = class0 + tl.arange(0, best.shape[1])
+        mask = (n < N)[:, None] & (c < C)[None, :]
+        best = tl.where(tl.abs(best) < float("inf"), best, float("nan"))
+        at = offset_of(n, scores_at, SCORES_MAP)[:, None] + c.to(tl.int64)[None, :] * scores_at.stride_d
+        tl.store(scores_ptr + at, best, mask=mask)
+        at = offset_of(n, winner_at, WINNER_MAP)[:, None] + c.to(tl.int64)[None, :] * winner_at.stride_d
+        tl.store(winner_ptr + at, win.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def _load_x(x_ptr, at, d, D, stride_d, EVEN: tl.constexpr):
-    # x [BLOCK_N, BLOCK_D]
-    address = x_ptr + at[:, None] + d.to(tl.int64)[None, :] * stride_d
-    if EVEN:
-        return tl.load(address)
-    return tl.load(address, mask=(d < D)[None, :], other=0.0)
+def store_own(own_ptr, labels_ptr, s, n, N, class0, k0, column0, C, K, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Write what similarities s [BLOCK_N, columns] have to do with the labels of pixels n < N, PARTS of the columns one by one.
+
+    s are the columns from column0 on of the tile whose first class is class0 and whose first k is k0.
+    """
+    if PARTS > 1:
+        left, right = halves(s)
+        store_own(own_ptr, labels_ptr, left, n, N, class0, k0, column0, C, K, WIDTH, PARTS // 2)
+        store_own(own_ptr, labels_ptr, right, n, N, class0, k0, column0 + s.shape[1] // 2, C, K, WIDTH, PARTS // 2)
+    else:
+        column = column0 + tl.arange(0, s.shape[1])
+        label = tl.load(labels_ptr + n, mask=n < N, other=-1)
+        label = tl.where(label < C, label, -1)
+        k = k0 + column // WIDTH
+        hit = (class0 + column % WIDTH)[None, :] == label[:, None]
+        tl.store(own_ptr + n.to(tl.int64)[:, None] * K + k[None, :], s, mask=hit & (k < K)[None, :])
+
+
+@triton.jit
+def store_gradient(
+    grad_ptr, acc, factor, coefficient, rows_ptr, index, counted, at, inside, first_d, D, stride_d,
+    padded_d, TARGET: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write acc * factor - coefficient * p_target [BLOCK_N, columns] from channel first_d on, PARTS of the columns one by one.
+
+    Parts keep the rows of the targets from being in registers all at once.
+    """
+    if PARTS > 1:
+        left, right = halves(acc)
+        store_gradient(
+            grad_ptr, left, factor, coefficient, rows_ptr, index, counted, at, inside, first_d, D, stride_d, padded_d,
+            TARGET, PARTS // 2,
+        )  # fmt: skip
+        store_gradient(
+            grad_ptr, right, factor, coefficient, rows_ptr, index, counted, at, inside, first_d + acc.shape[1] // 2, D,
+            stride_d, padded_d, TARGET, PARTS // 2,
+        )  # fmt: skip
+    else:
+        d = first_d + tl.arange(0, acc.shape[1])
+        grad = acc * factor[:, None]
+        if TARGET:
+            p = tl.load(rows_ptr + tl.where(counted, index, 0)[:, None] * padded_d + d[None, :])
+            grad -= p.to(tl.float32) * coefficient
+        grad = rounded(tl.where(counted[:, None], grad, 0.0), grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + at[:, None] + d.to(tl.int64)[None, :] * stride_d, grad, mask=inside[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -106,16 +160,14 @@ def subcentroid_weights_kernel(
     of_class = class0 + column % WIDTH
     if not TARGET:
         index = tl.load(index_ptr + n)
-        hit = (of_class[None, :] == index[:, None]) & inside[:, None]
         any_hit = tl.max(((index >= class0) & (index < class0 + WIDTH)).to(tl.int32), axis=0) > 0
-        own_ptrs = own_ptr + n.to(tl.int64)[:, None] * K
     best = tl.full((BLOCK_N, WIDTH), float("-inf"), tl.float32)
     win = tl.zeros((BLOCK_N, WIDTH), tl.int32)
     k0 = 0
     for _ in range(k_tiles):
         s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for start in range(0, padded_d, BLOCK_D):
-            x = _load_x(x_ptr, at, start + d, D, x_at.stride_d, EVEN_D)
+            x = load_x(x_ptr, at, start + d, D, x_at.stride_d, EVEN_D)
             s = dot(x, tl.trans(tl.load(p_ptrs + start)), s, PRECISION)
         p_ptrs += BLOCK_M * padded_d
         of_k = k0 + column // WIDTH
@@ -131,12 +183,12 @@ def subcentroid_weights_kernel(
             weight_ptrs += BLOCK_M
         if not TARGET:
             if any_hit:
-                tl.store(own_ptrs + of_k[None, :], s, mask=hit & (of_k < K)[None, :])
+                store_own(own_ptr, index_ptr, s, first + local, first + pixels, class0, k0, 0, C, K, WIDTH, 1)
             best, win = score_step(s, best, win, k0, COPIES)
         k0 += COPIES
     if not TARGET:
         store_scores(
-            scores_ptr, winner_ptr, scores_at, winner_at, best, win, n, inside, class0, C, SCORES_MAP, WINNER_MAP, WIDTH
+            scores_ptr, winner_ptr, scores_at, winner_at, best, win, first + local, first + pixels, class0, C, SCORES_MAP, WINNER_MAP, 1
         )
 
 
@@ -174,7 +226,7 @@ def subcentroid_mix_kernel(
             at = offset_of(n, x_at, X_MAP)
             small = tl.arange(0, 16)
             for start in range(0, padded_d, 16):
-                x = _load_x(x_ptr, at, start + small, D, x_at.stride_d, False).to(tl.float32)
+                x = load_x(x_ptr, at, start + small, D, x_at.stride_d, False).to(tl.float32)
                 own += tl.sum(x * tl.load(row + (start + small)[None, :]).to(tl.float32), axis=1)
             # the target is taken from the maximum first: both can be large where their difference is not
             loss = (top - own) * inverse_t + tl.log(total)
@@ -200,12 +252,11 @@ def subcentroid_mix_kernel(
         coefficient = inverse_t
         if not TARGET:
             coefficient = tl.load(scale_ptr) * inverse_t
-        grad = acc * (coefficient / total)[:, None]
-        if TARGET:
-            grad -= tl.load(row + d[None, :]).to(tl.float32) * coefficient
-        grad = rounded(tl.where(counted[:, None], grad, 0.0), grad_ptr.dtype.element_ty)
-        out = grad_ptr + offset_of(n, grad_at, GRAD_MAP)[:, None] + d.to(tl.int64)[None, :] * grad_at.stride_d
-        tl.store(out, grad, mask=inside[:, None] & (d < D)[None, :])
+        at = offset_of(n, grad_at, GRAD_MAP)
+        store_gradient(
+            grad_ptr, acc, coefficient / total, coefficient, rows_ptr, index, counted, at, inside, d_tile * BLOCK_D, D,
+            grad_at.stride_d, padded_d, TARGET, BLOCK_D // 64 if BLOCK_D > 64 else 1,
+        )  # fmt: skip
 
 
 def addresses(tensor: Tensor) -> Pixels:

@@ -25,18 +25,9 @@ from torch import Tensor
 from .. import _triton
 from .._common import pixel_count
 from .._triton import pixel_offset
-from .triton_pack import best_of_copies, dot, pack_rows
+from .triton_pack import best_of_copies, dot, load_x, pack_rows
 
 _FAMILY = "similarity"
-
-
-@triton.jit
-def _load_x(x_ptr, at, d, D, stride_d, EVEN: tl.constexpr):
-    # x [BLOCK_N, BLOCK_D]
-    address = x_ptr + at[:, None] + d.to(tl.int64)[None, :] * stride_d
-    if EVEN:
-        return tl.load(address)
-    return tl.load(address, mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -53,12 +44,12 @@ def nearest_centroid_kernel(
     column = tl.arange(0, BLOCK_M)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     if KEEP:
-        x = _load_x(x_ptr, at, d, D, stride_d, EVEN)
+        x = load_x(x_ptr, at, d, D, stride_d, EVEN)
         if METRIC != "dot":
             squares = tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
     elif METRIC != "dot":
         for start in range(0, padded_d, BLOCK_D):
-            x = _load_x(x_ptr, at, start + d, D, stride_d, EVEN).to(tl.float32)
+            x = load_x(x_ptr, at, start + d, D, stride_d, EVEN).to(tl.float32)
             squares += tl.sum(x * x, axis=1)
 
     best = tl.full((BLOCK_N, BLOCK_M // COPIES), float("-inf"), tl.float32)
@@ -71,7 +62,7 @@ def nearest_centroid_kernel(
         else:
             s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for start in range(0, padded_d, BLOCK_D):
-                part = _load_x(x_ptr, at, start + d, D, stride_d, EVEN)
+                part = load_x(x_ptr, at, start + d, D, stride_d, EVEN)
                 p = tl.load(p_ptr + start)
                 s = dot(part, tl.trans(p), s, PRECISION)
         p_ptr += BLOCK_M * padded_d
@@ -148,7 +139,7 @@ def centroid_distance_kernel(
     s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, padded_d, BLOCK_D):
-        x = _load_x(x_ptr, at, start + d, D, stride_d, EVEN)
+        x = load_x(x_ptr, at, start + d, D, stride_d, EVEN)
         p = tl.load(p_ptr + tile_rows + start)
         s = dot(x, tl.trans(p), s, PRECISION)
         squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)

@@ -123,8 +123,18 @@ def pack_rows(
 
 
 @triton.jit
+def load_x(x_ptr, at, d, D, stride_d, EVEN: tl.constexpr):
+    """Channels d of the pixels at offsets `at`, [len(at), len(d)]; zeros beyond D unless EVEN says that there is nothing."""
+    address = x_ptr + at[:, None] + d.to(tl.int64)[None, :] * stride_d
+    if EVEN:
+        return tl.load(address)
+    else:
+        return tl.load(address, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b with products exact in 16 bits and sums in float32."""
+    """Sum of acc and a @ b, with products exact in 16 bits and sums in float32."""
     if _INTERPRETED:
         # the interpreter takes the bits of a bfloat16 for an integer
         a = a.to(tl.float32)
@@ -135,7 +145,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """float32 `value` as DTYPE, to nearest even."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+    if _INTERPRETED and tl.bfloat16 == DTYPE:
         # the interpreter cuts the bits off
         bits = value.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
