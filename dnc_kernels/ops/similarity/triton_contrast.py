@@ -75,7 +75,7 @@ def subcentroid_cross_entropy_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     best = tl.full((BLOCK_N, WIDTH), float("-inf"), tl.float32)
-    win = tl.zeros((BLOCK_N, WIDTH), tl.int32)
+    win = tl.zeros((BLOCK_N, WIDTH // 4), tl.int32)
     class0 = 0
     k0 = 0
     for _ in range(steps):
@@ -88,8 +88,7 @@ def subcentroid_cross_entropy_kernel(
             s = tl.where(((of_class < C) & (of_k < K))[None, :], s, float("-inf"))
         if not TARGET:
             if (first_label < class0 + WIDTH) & (last_label >= class0):
-                parts: tl.constexpr = BLOCK_M // 16
-                store_own(own_ptr, index_ptr, s, first + row, N, class0, k0, 0, C, K, WIDTH, parts)
+                store_own(own_ptr, index_ptr, s, first + row, N, class0, k0, C, K, COPIES)
             best, win = score_step(s, best, win, k0, COPIES)
         risen = tl.maximum(top, tl.max(s, axis=1))
         e = tl.exp2(s * rate - (risen * rate)[:, None])
@@ -102,9 +101,8 @@ def subcentroid_cross_entropy_kernel(
             k0 += COPIES
             if k0 == k_tiles * COPIES:
                 store_scores(
-                    scores_ptr, winner_ptr, scores_at, winner_at, best, win, first + row, N, class0, C, SCORES_MAP, WINNER_MAP,
-                    WIDTH // 16 if WIDTH > 16 else 1,
-                )  # fmt: skip
+                    scores_ptr, winner_ptr, scores_at, winner_at, best, win, first + row, N, class0, C, SCORES_MAP, WINNER_MAP
+                )
                 best = tl.full((BLOCK_N, WIDTH), float("-inf"), tl.float32)
                 k0 = 0
                 class0 += WIDTH
@@ -117,6 +115,7 @@ def subcentroid_cross_entropy_kernel(
     if TARGET:
         # the target is taken from the maximum first: both can be large where their difference is not
         loss = (top - own) * inverse_t + tl.log(total)
+    inside = first + row < N
     n = tl.minimum(first + row, N - 1)
     index = tl.load(index_ptr + n)
     counted = counted_pixels(index, ignore_index, C, TARGET)

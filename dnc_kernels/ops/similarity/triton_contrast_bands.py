@@ -48,63 +48,78 @@ def counted_pixels(index, ignore_index, C, TARGET: tl.constexpr):
 
 
 @triton.jit
+def _packed(t):
+    """The four quarters of the columns of t [N,W], numbers below 256, as the bytes of int32 [N,W/4]."""
+    left, right = halves(t)
+    a, b = halves(left)
+    c, d = halves(right)
+    return a | (b << 8) | (c << 16) | (d << 24)
+
+
+@triton.jit
 def score_step(s, best, win, k0, COPIES: tl.constexpr):
-    """Class maxima best [BLOCK_N, WIDTH] and their k after one more tile s [BLOCK_N, COPIES*WIDTH] whose first k is k0."""
+    """Class maxima best [BLOCK_N, W] and their k after one more tile s [BLOCK_N, COPIES*W] whose first k is k0.
+
+    win [BLOCK_N, W/4]: the k of four classes in a register, which are few beside the sums of the gradient.
+    """
     if COPIES == 1:
-        better = s > best
-        return tl.where(better, s, best), tl.where(better, k0, win)
+        value = s
+        k = tl.full(s.shape, 0, tl.int32) + k0
     else:
         value, copy = best_of_copies(s, COPIES)
-        better = value > best
-        return tl.where(better, value, best), tl.where(better, k0 + copy, win)
+        k = k0 + copy
+    better = value > best
+    changed = _packed(tl.where(better, 255, 0))
+    return tl.where(better, value, best), (win & ~changed) | (_packed(k) & changed)
+
+
+@triton.jit
+def _store_classes(
+    scores_ptr, winner_ptr, scores_at, winner_at, best, win, n, N, class0, C, SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr
+):
+    c = class0 + tl.arange(0, best.shape[1])
+    mask = (n < N)[:, None] & (c < C)[None, :]
+    best = tl.where(tl.abs(best) < float("inf"), best, float("nan"))
+    at = offset_of(n, scores_at, SCORES_MAP)[:, None] + c.to(tl.int64)[None, :] * scores_at.stride_d
+    tl.store(scores_ptr + at, best, mask=mask)
+    at = offset_of(n, winner_at, WINNER_MAP)[:, None] + c.to(tl.int64)[None, :] * winner_at.stride_d
+    tl.store(winner_ptr + at, (win & 255).to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def store_scores(
-    scores_ptr, winner_ptr, scores_at, winner_at, best, win, n, N, class0, C,
-    SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Write class maxima and winners [BLOCK_N, classes] from class0 on for pixels n < N; NaN for what is not finite.
-
-    PARTS of the columns are written one by one, which needs fewer registers at once.
-    """
-    if PARTS > 1:
-        best, right = halves(best)
-        win, right_win = halves(win)
-        store_scores(
-            scores_ptr, winner_ptr, scores_at, winner_at, best, win, n, N, class0, C, SCORES_MAP, WINNER_MAP, PARTS // 2
-        )
-        store_scores(
-            scores_ptr, winner_ptr, scores_at, winner_at, right, right_win, n, N, class0 + right.shape[1], C, SCORES_MAP,
-            WINNER_MAP, PARTS // 2,
-        )  # fmt: skip
-    else:
-        c = class0 + tl.arange(0, best.shape[1])
-        mask = (n < N)[:, None] & (c < C)[None, :]
-        best = tl.where(tl.abs(best) < float("inf"), best, float("nan"))
-        at = offset_of(n, scores_at, SCORES_MAP)[:, None] + c.to(tl.int64)[None, :] * scores_at.stride_d
-        tl.store(scores_ptr + at, best, mask=mask)
-        at = offset_of(n, winner_at, WINNER_MAP)[:, None] + c.to(tl.int64)[None, :] * winner_at.stride_d
-        tl.store(winner_ptr + at, win.to(tl.uint8), mask=mask)
+    scores_ptr, winner_ptr, scores_at, winner_at, best, win, n, N, class0, C, SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr
+):
+    """Write class maxima and winners of `score_step` from class0 on for pixels n < N; NaN for what is not finite."""
+    left, right = halves(best)
+    a, b = halves(left)
+    c, d = halves(right)
+    few = win.shape[1]
+    _store_classes(scores_ptr, winner_ptr, scores_at, winner_at, a, win, n, N, class0, C, SCORES_MAP, WINNER_MAP)
+    class0 += few
+    _store_classes(scores_ptr, winner_ptr, scores_at, winner_at, b, win >> 8, n, N, class0, C, SCORES_MAP, WINNER_MAP)
+    class0 += few
+    _store_classes(scores_ptr, winner_ptr, scores_at, winner_at, c, win >> 16, n, N, class0, C, SCORES_MAP, WINNER_MAP)
+    class0 += few
+    _store_classes(scores_ptr, winner_ptr, scores_at, winner_at, d, win >> 24, n, N, class0, C, SCORES_MAP, WINNER_MAP)
 
 
 @triton.jit
-def store_own(own_ptr, labels_ptr, s, n, N, class0, k0, column0, C, K, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """Write what similarities s [BLOCK_N, columns] have to do with the labels of pixels n < N, PARTS of the columns one by one.
+def store_own(own_ptr, labels_ptr, s, n, N, class0, k0, C, K, COPIES: tl.constexpr):
+    """Write what similarities s [BLOCK_N, COPIES*WIDTH], from class0 and k0 on, have to do with the labels of pixels n < N.
 
-    s are the columns from column0 on of the tile whose first class is class0 and whose first k is k0.
+    A row has one column of its label in every copy: the sum of that column and zeros brings it to the row without a scatter.
     """
-    if PARTS > 1:
+    if COPIES > 1:
         left, right = halves(s)
-        store_own(own_ptr, labels_ptr, left, n, N, class0, k0, column0, C, K, WIDTH, PARTS // 2)
-        store_own(own_ptr, labels_ptr, right, n, N, class0, k0, column0 + s.shape[1] // 2, C, K, WIDTH, PARTS // 2)
+        store_own(own_ptr, labels_ptr, left, n, N, class0, k0, C, K, COPIES // 2)
+        store_own(own_ptr, labels_ptr, right, n, N, class0, k0 + COPIES // 2, C, K, COPIES // 2)
     else:
-        column = column0 + tl.arange(0, s.shape[1])
-        label = tl.load(labels_ptr + n, mask=n < N, other=-1)
-        label = tl.where(label < C, label, -1)
-        k = k0 + column // WIDTH
-        hit = (class0 + column % WIDTH)[None, :] == label[:, None]
-        tl.store(own_ptr + n.to(tl.int64)[:, None] * K + k[None, :], s, mask=hit & (k < K)[None, :])
+        label = tl.load(labels_ptr + n, mask=n < N, other=-1) - class0
+        column = tl.arange(0, s.shape[1])
+        own = tl.sum(tl.where(column[None, :] == label[:, None], s, 0.0), axis=1)
+        hit = (label >= 0) & (label < tl.minimum(s.shape[1], C - class0)) & (k0 < K)
+        tl.store(own_ptr + n.to(tl.int64) * K + k0, own, mask=hit)
 
 
 @triton.jit
@@ -162,7 +177,7 @@ def subcentroid_weights_kernel(
         index = tl.load(index_ptr + n)
         any_hit = tl.max(((index >= class0) & (index < class0 + WIDTH)).to(tl.int32), axis=0) > 0
     best = tl.full((BLOCK_N, WIDTH), float("-inf"), tl.float32)
-    win = tl.zeros((BLOCK_N, WIDTH), tl.int32)
+    win = tl.zeros((BLOCK_N, WIDTH // 4), tl.int32)
     k0 = 0
     for _ in range(k_tiles):
         s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -183,12 +198,12 @@ def subcentroid_weights_kernel(
             weight_ptrs += BLOCK_M
         if not TARGET:
             if any_hit:
-                store_own(own_ptr, index_ptr, s, first + local, first + pixels, class0, k0, 0, C, K, WIDTH, 1)
+                store_own(own_ptr, index_ptr, s, first + local, first + pixels, class0, k0, C, K, COPIES)
             best, win = score_step(s, best, win, k0, COPIES)
         k0 += COPIES
     if not TARGET:
         store_scores(
-            scores_ptr, winner_ptr, scores_at, winner_at, best, win, first + local, first + pixels, class0, C, SCORES_MAP, WINNER_MAP, 1
+            scores_ptr, winner_ptr, scores_at, winner_at, best, win, first + local, first + pixels, class0, C, SCORES_MAP, WINNER_MAP
         )
 
 

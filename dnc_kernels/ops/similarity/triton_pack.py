@@ -43,10 +43,10 @@ class Slots(NamedTuple):
 
 
 def slots_of(classes: int, k: int, tile: int) -> Slots:
-    """The order with the fewest tiles of `tile` slots; of equals, the one with the fewest copies."""
+    """The order with the fewest tiles of `tile` slots; of equals, the one with the fewest copies. A tile has 8 classes or more."""
     options = []
     copies = 1
-    while copies <= min(k, tile // 2) or copies == 1:
+    while copies <= min(k, tile // 8) or copies == 1:
         width = tile // copies
         options.append(Slots(width, copies, triton.cdiv(k, copies), triton.cdiv(classes, width)))
         copies *= 2
