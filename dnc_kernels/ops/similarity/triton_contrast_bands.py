@@ -154,24 +154,22 @@ def store_gradient(
 @triton.jit
 def subcentroid_weights_kernel(
     x_ptr, rows_ptr, index_ptr, weights_ptr, tops_ptr, sums_ptr, scores_ptr, winner_ptr, own_ptr, x_at, scores_at, winner_at,
-    first, pixels, band, D, C, K, class_tiles, k_tiles, padded_d, slots, rate,
+    first, pixels, band, D, C, K, class_tiles, k_tiles, padded_d, slots, rate, zero,
     X_MAP: tl.constexpr, SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr, TARGET: tl.constexpr, GRAD: tl.constexpr,
     WIDTH: tl.constexpr, COPIES: tl.constexpr, EVEN_D: tl.constexpr, EVEN_M: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # neighbours share their pixels, which L2 then reads once
     class_tile = tl.program_id(0) % class_tiles
-    local = tl.program_id(0) // class_tiles * BLOCK_N + tl.arange(0, BLOCK_N)  # place in the band
-    inside = local < pixels
-    n = first + tl.minimum(local, pixels - 1)
+    place = tl.program_id(0) // class_tiles * BLOCK_N
+    row = tl.arange(0, BLOCK_N)
+    n = first + tl.minimum(place + row, pixels - 1)
     at = offset_of(n, x_at, X_MAP)
     d = tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_M)
     class0 = class_tile * WIDTH
     tile = class_tile * k_tiles
     p_ptrs = rows_ptr + tile.to(tl.int64) * BLOCK_M * padded_d + column[:, None] * padded_d + d[None, :]
-    weight_ptrs = weights_ptr + local.to(tl.int64)[:, None] * slots + tile * BLOCK_M + column[None, :]
-    part = tile.to(tl.int64) * band + local
     of_class = class0 + column % WIDTH
     if not TARGET:
         index = tl.load(index_ptr + n)
@@ -190,21 +188,25 @@ def subcentroid_weights_kernel(
             s = tl.where(((of_class < C) & (of_k < K))[None, :], s, float("-inf"))
         top = tl.max(s, axis=1)
         e = tl.exp2(s * rate - (top * rate)[:, None])
+        part = tile.to(tl.int64) * band + place + row
         tl.store(tops_ptr + part, top)
         tl.store(sums_ptr + part, tl.sum(e, axis=1))
-        part += band
         if GRAD:
-            tl.store(weight_ptrs, rounded(e, weights_ptr.dtype.element_ty))
-            weight_ptrs += BLOCK_M
+            weight = (place + row).to(tl.int64)[:, None] * slots + (tile * BLOCK_M + column)[None, :]
+            tl.store(weights_ptr + weight, rounded(e, weights_ptr.dtype.element_ty))
         if not TARGET:
             if any_hit:
-                store_own(own_ptr, index_ptr, s, first + local, first + pixels, class0, k0, C, K, COPIES)
+                store_own(own_ptr, index_ptr, s, first + place + row, first + pixels, class0, k0, C, K, COPIES)
             best, win = score_step(s, best, win, k0, COPIES)
         k0 += COPIES
+        tile += 1
+        # addresses made of a pixel's place are not known to be the same in every step, so they do not wait in registers
+        place += zero
     if not TARGET:
         store_scores(
-            scores_ptr, winner_ptr, scores_at, winner_at, best, win, first + local, first + pixels, class0, C, SCORES_MAP, WINNER_MAP
-        )
+            scores_ptr, winner_ptr, scores_at, winner_at, best, win, first + place + row, first + pixels, class0, C, SCORES_MAP,
+            WINNER_MAP,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -330,7 +332,7 @@ def subcentroid_cross_entropy(
         _triton.launch(
             subcentroid_weights_kernel, (triton.cdiv(pixels, use["BLOCK_N"]) * slots.class_tiles,), x, rows, index, weights,
             tops, sums, scores, winner, own, x_at, scores_at, winner_at, first, pixels, band, channels, classes, k,
-            slots.class_tiles, slots.k_tiles, rows.shape[1], len(rows), rate, **shared, SCORES_MAP=_triton.map_rank(scores_at),
+            slots.class_tiles, slots.k_tiles, rows.shape[1], len(rows), rate, 0, **shared, SCORES_MAP=_triton.map_rank(scores_at),
             WINNER_MAP=_triton.map_rank(winner_at), WIDTH=slots.width, COPIES=slots.copies,
             EVEN_D=rows.shape[1] == channels, EVEN_M=classes % slots.width == 0 and k % slots.copies == 0, **use,
         )  # fmt: skip
