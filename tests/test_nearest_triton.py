@@ -103,6 +103,18 @@ def test_knock_out_between_strips(copies, metric):
         check_nearest(*problem(21, 50, 3, 18, torch.bfloat16), metric)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_parts_of_the_sweep(metric, dtype, monkeypatch):
+    monkeypatch.setattr(_triton, "processors", lambda _: 20)
+    x, centroids = problem(70, 19, 10, 20, dtype)
+    check_nearest(x, centroids, metric)
+    check_nearest(x[:3], centroids, metric)
+    centroids = torch.randint(-4, 5, (3, 8), device=DEVICE).float().repeat(70, 1).view(35, 6, 8)
+    label, sub, _ = nearest(torch.randint(-4, 5, (40, 8), device=DEVICE).to(dtype), centroids, metric)
+    assert metric == "cosine" or (not label.any() and (sub < 3).all())
+
+
 @pytest.mark.parametrize("layout", ("nchw", "channels_last", "crop", "transposed"))
 @pytest.mark.parametrize("metric", METRICS)
 def test_maps_are_read_in_place(layout, metric):

@@ -10,7 +10,8 @@ Plan, nearest: a program owns BLOCK_N pixels and sweeps the rows, BLOCK_M at a t
 else both are read BLOCK_D channels at a time. The columns of a tile meet in a knock-out between COPIES strips of it, then a
 running maximum, element by element; columns meet each other once, after the sweep. Left beats right and early beats late on
 ties, so the lowest m wins. An element costs three instructions (compare, two selects), which a second program on the same
-multiprocessor hides where there is room for one. What is left of the last tile repeats the last row and is clamped to it.
+multiprocessor hides where there is room for one. What is left of the last tile repeats the last row and is clamped to it. Where
+pixels are too few to fill the device, programs sweep parts of the rows, and a second launch takes the best part, in their order.
 Plan, distance: a product of BLOCK_N x BLOCK_M tiles; |x|^2 is made from the channels as they pass.
 Every pixel's result depends on that pixel alone: deterministic. Reference: `nearest_centroid`, `centroid_distance` in
 reference.py.
@@ -18,6 +19,7 @@ reference.py.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,16 +30,20 @@ from .._triton import pixel_offset
 from .triton_pack import best_of_copies, dot, load_x, pack_rows
 
 _FAMILY = "similarity"
+_MOST_PARTS = 16  # of a sweep: what they leave behind stays small beside the pixels
 
 
 @triton.jit
 def nearest_centroid_kernel(
-    x_ptr, rows_ptr, bias_ptr, label_ptr, sub_ptr, score_ptr, N, D, M, K, m_tiles, padded_d,
+    x_ptr, rows_ptr, bias_ptr, top_ptr, m_ptr, label_ptr, sub_ptr, score_ptr, N, D, M, K, m_tiles, n_tiles, padded_d,
     hw, plane_width, stride_b, stride_h, stride_w, stride_d,
     MAP: tl.constexpr, METRIC: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr,
-    COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # with SPLIT, part number `part` of the pixels' programs sweeps m_tiles tiles and leaves its winner for `finish_nearest_kernel`
+    part = tl.program_id(0) // n_tiles
+    first_m = part * m_tiles * BLOCK_M
+    n = tl.program_id(0) % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     # pixels past the end repeat the last one and are not stored
     at = pixel_offset(tl.minimum(n, N - 1), hw, plane_width, stride_b, stride_h, stride_w, MAP)
     d = tl.arange(0, BLOCK_D)
@@ -54,7 +60,7 @@ def nearest_centroid_kernel(
 
     best = tl.full((BLOCK_N, BLOCK_M // COPIES), float("-inf"), tl.float32)
     where = tl.zeros((BLOCK_N, BLOCK_M // COPIES), tl.int32)
-    p_ptr = rows_ptr + column[:, None] * padded_d + d[None, :]  # [BLOCK_M, BLOCK_D]
+    p_ptr = rows_ptr + first_m.to(tl.int64) * padded_d + column[:, None] * padded_d + d[None, :]  # [BLOCK_M, BLOCK_D]
     for t in range(m_tiles):
         if KEEP:
             p = tl.load(p_ptr)
@@ -67,7 +73,7 @@ def nearest_centroid_kernel(
                 s = dot(part, tl.trans(p), s, PRECISION)
         p_ptr += BLOCK_M * padded_d
         if METRIC == "sqeuclidean":
-            s = 2 * s + tl.load(bias_ptr + t * BLOCK_M + column)[None, :]
+            s = 2 * s + tl.load(bias_ptr + first_m + t * BLOCK_M + column)[None, :]
         if COPIES == 1:
             better = s > best
             best = tl.where(better, s, best)
@@ -78,19 +84,47 @@ def nearest_centroid_kernel(
             best = tl.where(better, top, best)
             where = tl.where(better, t * COPIES + copy, where)
 
-    score = tl.max(best, axis=1)
-    # the strip of a winner and its place in it make its column; NaN and an all-NaN row's -inf end up without a pixel below
+    top = tl.max(best, axis=1)
+    # the strip of a winner and its place in it make its column
     m = where * (BLOCK_M // COPIES) + tl.arange(0, BLOCK_M // COPIES)[None, :]
-    m = tl.min(tl.where(best == score[:, None], m, 2147483647), axis=1)
-    m = tl.minimum(m, M - 1)
+    m = tl.min(tl.where(best == top[:, None], m, 2147483647), axis=1)
+    m = tl.minimum(first_m + m, M - 1)
+    if SPLIT:
+        tl.store(top_ptr + part.to(tl.int64) * N + n, top, mask=n < N)
+        tl.store(m_ptr + part.to(tl.int64) * N + n, m, mask=n < N)
+        tl.store(score_ptr + n, squares, mask=n < N)  # every part stores the same
+    else:
+        _store_nearest(label_ptr, sub_ptr, score_ptr, top, m, squares, n, N, K, METRIC)
+
+
+@triton.jit
+def _store_nearest(label_ptr, sub_ptr, score_ptr, score, m, squares, n, N, K, METRIC: tl.constexpr):
     if METRIC == "cosine":
         score = score / tl.maximum(tl.sqrt_rn(squares), 1e-12)
     if METRIC == "sqeuclidean":
         score = score - squares
+    # where all similarities are NaN, nothing beat minus infinity
     finite = tl.abs(score) < float("inf")
     tl.store(label_ptr + n, tl.where(finite, m // K, -1).to(tl.int64), mask=n < N)
     tl.store(sub_ptr + n, tl.where(finite, m % K, -1).to(tl.int64), mask=n < N)
     tl.store(score_ptr + n, tl.where(finite, score, float("nan")), mask=n < N)
+
+
+@triton.jit
+def finish_nearest_kernel(top_ptr, m_ptr, label_ptr, sub_ptr, score_ptr, N, K, parts, METRIC: tl.constexpr, BLOCK: tl.constexpr):
+    """The best of `parts` winners a pixel, the first on ties; score holds |x|^2 before it holds the score."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    m = tl.zeros((BLOCK,), tl.int32)
+    at = n.to(tl.int64)
+    for _ in range(parts):
+        other = tl.load(top_ptr + at, mask=n < N, other=float("-inf"))
+        other_m = tl.load(m_ptr + at, mask=n < N, other=0)
+        m = tl.where(other > top, other_m, m)
+        top = tl.where(other > top, other, top)
+        at += N
+    squares = tl.load(score_ptr + n, mask=n < N, other=0.0)
+    _store_nearest(label_ptr, sub_ptr, score_ptr, top, m, squares, n, N, K, METRIC)
 
 
 def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, sub: Tensor, score: Tensor) -> None:
@@ -112,13 +146,25 @@ def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, s
     whole = max(16, triton.next_power_of_2(channels))
     kept = whole <= keep
     block_d = whole if kept else min(block_d, whole)
-    rows, bias = pack_rows(centroids, metric, x.dtype, block_m, block_d)
+    n_tiles, m_tiles = triton.cdiv(n, block_n), triton.cdiv(classes * k, block_m)
+    # parts of the sweep where the pixels alone leave processors idle; then every part has as many tiles
+    parts = max(1, min(m_tiles, _triton.processors(x.device) // max(n_tiles, 1), _MOST_PARTS))
+    m_tiles = triton.cdiv(m_tiles, parts)
+    parts = triton.cdiv(classes * k, block_m * m_tiles)
+    rows, bias = pack_rows(centroids, metric, x.dtype, block_m * m_tiles, block_d)
+    tops = torch.empty((parts, n) if parts > 1 else 1, dtype=torch.float32, device=x.device)
+    indices = torch.empty_like(tops, dtype=torch.int32)
     pixels = _triton.pixels_of(x)
     _triton.launch(
-        nearest_centroid_kernel, (triton.cdiv(n, block_n),), x, rows, bias, label, sub, score, n, channels, classes * k, k,
-        rows.shape[0] // block_m, rows.shape[1], *pixels, MAP=_triton.map_rank(pixels), METRIC=metric,
-        PRECISION=_triton.dot_precision(x), KEEP=kept, EVEN=rows.shape[1] == channels, BLOCK_D=block_d, **use,
+        nearest_centroid_kernel, (n_tiles * parts,), x, rows, bias, tops, indices, label, sub, score, n, channels, classes * k,
+        k, m_tiles, n_tiles, rows.shape[1], *pixels, MAP=_triton.map_rank(pixels), METRIC=metric,
+        PRECISION=_triton.dot_precision(x), KEEP=kept, EVEN=rows.shape[1] == channels, SPLIT=parts > 1, BLOCK_D=block_d, **use,
     )  # fmt: skip
+    if parts > 1:
+        _triton.launch(
+            finish_nearest_kernel, (triton.cdiv(n, 256),), tops, indices, label, sub, score, n, k, parts, METRIC=metric,
+            BLOCK=256, num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit
