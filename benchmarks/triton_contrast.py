@@ -19,8 +19,6 @@ Shape = dict[str, int]
 def _problem(device: torch.device, when: Shape) -> tuple[Tensor, Tensor]:
     """Unit features [N,D] and unit centroids [C,K,D] of a shape."""
     n, c, k, d = when.get("N", 131072), when["C"], when["K"], when["D"]
-    if device.type == "meta":
-        n = min(n, 4096)  # one band says all
     dtype = torch.bfloat16 if when.get("bits", 16) == 16 else torch.float32
     if device.type == "meta":
         return torch.empty(n, d, dtype=dtype, device=device), torch.empty(c, k, d, device=device)
@@ -50,6 +48,8 @@ def _distance_candidates(when: Shape) -> list[dict[str, Any]]:
 
 
 def _contrast(device: torch.device, when: Shape) -> Callable[[], None]:
+    if device.type == "meta":
+        when = {**when, "N": min(when["N"], 4096)}  # one band says all
     x, centroids = _problem(device, when)
     loss, grad = torch.empty(len(x), device=device), torch.empty_like(x) if when.get("grad", 1) else None
     if not when.get("scored", 1):

@@ -50,11 +50,11 @@ def subcentroid_cross_entropy_kernel(
     first = tl.program_id(0) * BLOCK_N
     row = tl.arange(0, BLOCK_N)
     inside = first + row < N
-    n = tl.minimum(first + row, N - 1)  # pixels past the end repeat the last one and are not stored
+    n = first + row
     at = offset_of(n, x_at, X_MAP)
     d = tl.arange(0, BLOCK_D)
-    x = load_x(x_ptr, at, d, D, x_at.stride_d, EVEN_D)  # [BLOCK_N, BLOCK_D]
-    index = tl.load(index_ptr + n)
+    x = load_x(x_ptr, at, inside, d, D, x_at.stride_d, EVEN_D)  # [BLOCK_N, BLOCK_D]
+    index = tl.load(index_ptr + n, mask=inside, other=-1)
     counted = counted_pixels(index, ignore_index, C, TARGET)
     steps = tiles
     if TARGET:
@@ -116,8 +116,8 @@ def subcentroid_cross_entropy_kernel(
         # the target is taken from the maximum first: both can be large where their difference is not
         loss = (top - own) * inverse_t + tl.log(total)
     inside = first + row < N
-    n = tl.minimum(first + row, N - 1)
-    index = tl.load(index_ptr + n)
+    n = first + row
+    index = tl.load(index_ptr + n, mask=inside, other=-1)
     counted = counted_pixels(index, ignore_index, C, TARGET)
     tl.store(loss_ptr + n, tl.where(counted, loss, 0.0), mask=inside)
     if GRAD:

@@ -163,7 +163,8 @@ def subcentroid_weights_kernel(
     class_tile = tl.program_id(0) % class_tiles
     place = tl.program_id(0) // class_tiles * BLOCK_N
     row = tl.arange(0, BLOCK_N)
-    n = first + tl.minimum(place + row, pixels - 1)
+    inside = place + row < pixels
+    n = first + place + row
     at = offset_of(n, x_at, X_MAP)
     d = tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_M)
@@ -172,7 +173,7 @@ def subcentroid_weights_kernel(
     p_ptrs = rows_ptr + tile.to(tl.int64) * BLOCK_M * padded_d + column[:, None] * padded_d + d[None, :]
     of_class = class0 + column % WIDTH
     if not TARGET:
-        index = tl.load(index_ptr + n)
+        index = tl.load(index_ptr + n, mask=inside, other=-1)
         any_hit = tl.max(((index >= class0) & (index < class0 + WIDTH)).to(tl.int32), axis=0) > 0
     best = tl.full((BLOCK_N, WIDTH), float("-inf"), tl.float32)
     win = tl.zeros((BLOCK_N, WIDTH // 4), tl.int32)
@@ -180,7 +181,7 @@ def subcentroid_weights_kernel(
     for _ in range(k_tiles):
         s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for start in range(0, padded_d, BLOCK_D):
-            x = load_x(x_ptr, at, start + d, D, x_at.stride_d, EVEN_D)
+            x = load_x(x_ptr, at, inside, start + d, D, x_at.stride_d, EVEN_D)
             s = dot(x, tl.trans(tl.load(p_ptrs + start)), s, PRECISION)
         p_ptrs += BLOCK_M * padded_d
         of_k = k0 + column // WIDTH
@@ -220,9 +221,8 @@ def subcentroid_mix_kernel(
     d_tile = tl.program_id(0) % d_tiles
     local = tl.program_id(0) // d_tiles * BLOCK_N + tl.arange(0, BLOCK_N)  # place in the band
     inside = local < pixels
-    local = tl.minimum(local, pixels - 1)
     n = first + local
-    index = tl.load(index_ptr + n)
+    index = tl.load(index_ptr + n, mask=inside, other=-1)
     counted = counted_pixels(index, ignore_index, C, TARGET)
     row = rows_ptr + tl.where(counted, index, 0)[:, None] * padded_d  # of the target
     part = local.to(tl.int64)
@@ -243,7 +243,7 @@ def subcentroid_mix_kernel(
             at = offset_of(n, x_at, X_MAP)
             small = tl.arange(0, 16)
             for start in range(0, padded_d, 16):
-                x = load_x(x_ptr, at, start + small, D, x_at.stride_d, False).to(tl.float32)
+                x = load_x(x_ptr, at, inside, start + small, D, x_at.stride_d, False).to(tl.float32)
                 own += tl.sum(x * tl.load(row + (start + small)[None, :]).to(tl.float32), axis=1)
             # the target is taken from the maximum first: both can be large where their difference is not
             loss = (top - own) * inverse_t + tl.log(total)
@@ -316,8 +316,9 @@ def subcentroid_cross_entropy(
     gradient = grad_x is not None
     # the longest band that fits the scratch, then bands of equal length
     longest = max(1, _SCRATCH // (gradient * len(rows) * x.element_size() + slots.tiles * 8))
+    unit = max(use["BLOCK_N"], mix["BLOCK_N"])  # powers of two: whole tiles of both
     bands = max(1, triton.cdiv(n, longest))
-    band = max(1, triton.cdiv(n, bands * use["BLOCK_N"])) * use["BLOCK_N"]
+    band = max(1, triton.cdiv(n, bands * unit)) * unit
     weights = torch.empty((band if gradient else 1, len(rows)), dtype=x.dtype, device=x.device)
     tops, sums = torch.empty((2, slots.tiles, band), dtype=torch.float32, device=x.device)
     out = x if grad_x is None else grad_x

@@ -44,19 +44,19 @@ def nearest_centroid_kernel(
     part = tl.program_id(0) // n_tiles
     first_m = part * m_tiles * BLOCK_M
     n = tl.program_id(0) % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    # pixels past the end repeat the last one and are not stored
-    at = pixel_offset(tl.minimum(n, N - 1), hw, plane_width, stride_b, stride_h, stride_w, MAP)
+    inside = n < N
+    at = pixel_offset(n, hw, plane_width, stride_b, stride_h, stride_w, MAP)
     d = tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_M)
     squares = tl.zeros((BLOCK_N,), tl.float32)
-    if KEEP:
-        x = load_x(x_ptr, at, d, D, stride_d, EVEN)
-        if METRIC != "dot":
-            squares = tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
-    elif METRIC != "dot":
-        for start in range(0, padded_d, BLOCK_D):
-            x = load_x(x_ptr, at, start + d, D, stride_d, EVEN).to(tl.float32)
+    if METRIC != "dot":
+        # a few channels at a time: all of them at once would not stay in registers
+        few = tl.arange(0, 16)
+        for start in range(0, padded_d, 16):
+            x = load_x(x_ptr, at, inside, start + few, D, stride_d, EVEN).to(tl.float32)
             squares += tl.sum(x * x, axis=1)
+    if KEEP:
+        kept = load_x(x_ptr, at, inside, d, D, stride_d, EVEN)  # [BLOCK_N, BLOCK_D]
 
     best = tl.full((BLOCK_N, BLOCK_M // COPIES), float("-inf"), tl.float32)
     where = tl.zeros((BLOCK_N, BLOCK_M // COPIES), tl.int32)
@@ -64,13 +64,13 @@ def nearest_centroid_kernel(
     for t in range(m_tiles):
         if KEEP:
             p = tl.load(p_ptr)
-            s = dot(x, tl.trans(p), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            s = dot(kept, tl.trans(p), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         else:
             s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for start in range(0, padded_d, BLOCK_D):
-                part = load_x(x_ptr, at, start + d, D, stride_d, EVEN)
+                piece = load_x(x_ptr, at, inside, start + d, D, stride_d, EVEN)
                 p = tl.load(p_ptr + start)
-                s = dot(part, tl.trans(p), s, PRECISION)
+                s = dot(piece, tl.trans(p), s, PRECISION)
         p_ptr += BLOCK_M * padded_d
         if METRIC == "sqeuclidean":
             s = 2 * s + tl.load(bias_ptr + first_m + t * BLOCK_M + column)[None, :]
@@ -179,13 +179,14 @@ def centroid_distance_kernel(
     n = tl.program_id(0) // m_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    at = pixel_offset(tl.minimum(n, N - 1), hw, plane_width, stride_b, stride_h, stride_w, MAP)
+    inside = n < N
+    at = pixel_offset(n, hw, plane_width, stride_b, stride_h, stride_w, MAP)
     p_ptr = rows_ptr + m_tile.to(tl.int64) * BLOCK_M * padded_d
     tile_rows = tl.arange(0, BLOCK_M)[:, None] * padded_d + d[None, :]
     s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, padded_d, BLOCK_D):
-        x = load_x(x_ptr, at, start + d, D, stride_d, EVEN)
+        x = load_x(x_ptr, at, inside, start + d, D, stride_d, EVEN)
         p = tl.load(p_ptr + tile_rows + start)
         s = dot(x, tl.trans(p), s, PRECISION)
         squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
@@ -195,7 +196,7 @@ def centroid_distance_kernel(
     else:
         s = squares[:, None] - 2 * s - tl.load(bias_ptr + m)[None, :]
     out = out_ptr + n.to(tl.int64)[:, None] * M + m[None, :]
-    tl.store(out, s, mask=(n < N)[:, None] & (m < M)[None, :])
+    tl.store(out, s, mask=inside[:, None] & (m < M)[None, :])
 
 
 def centroid_distance(x: Tensor, centroids: Tensor, metric: str, out: Tensor) -> None:

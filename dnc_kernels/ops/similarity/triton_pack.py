@@ -123,13 +123,15 @@ def pack_rows(
 
 
 @triton.jit
-def load_x(x_ptr, at, d, D, stride_d, EVEN: tl.constexpr):
-    """Channels d of the pixels at offsets `at`, [len(at), len(d)]; zeros beyond D unless EVEN says that there is nothing."""
-    address = x_ptr + at[:, None] + d.to(tl.int64)[None, :] * stride_d
-    if EVEN:
-        return tl.load(address)
-    else:
-        return tl.load(address, mask=(d < D)[None, :], other=0.0)
+def load_x(x_ptr, at, inside, d, D, stride_d, EVEN: tl.constexpr):
+    """Channels d of the pixels at offsets `at`, [len(at), len(d)]; zeros outside, and beyond D where EVEN does not exclude that.
+
+    Pixels are masked, not clamped: the minimum with N - 1 would hide that neighbours in memory are neighbours in the tile.
+    """
+    mask = inside[:, None]
+    if not EVEN:
+        mask = mask & (d < D)[None, :]
+    return tl.load(x_ptr + at[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
 
 
 @triton.jit
