@@ -93,7 +93,10 @@ def slug(name: str) -> str:
 def stored(family: str, kind: str) -> dict[str, list[dict[str, Any]]]:
     """Configurations of a family for a device kind; empty where there are none."""
     path = Path(__file__).parent / family / "configs" / f"{kind}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path = path.with_name(f"contrast_{kind}.json")
+    found.update(json.loads(path.read_text()) if path.exists() else {})
+    return found
 
 
 def configuration(family: str, kernel: str, device: torch.device, **shape: int) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Cases of nearest_centroid, centroid_distance and subcentroid_cross_entropy for the ahead-of-time compiler and the tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnc_kernels.ops.similarity import triton_contrast, triton_nearest
+
+from .aot import Case
+
+Shape = dict[str, int]
+
+
+def _problem(device: torch.device, when: Shape) -> tuple[Tensor, Tensor]:
+    """Unit features [N,D] and unit centroids [C,K,D] of a shape."""
+    n, c, k, d = when.get("N", 131072), when["C"], when["K"], when["D"]
+    dtype = torch.bfloat16 if when.get("bits", 16) == 16 else torch.float32
+    if device.type == "meta":
+        return torch.empty(n, d, dtype=dtype, device=device), torch.empty(c, k, d, device=device)
+    x = F.normalize(torch.randn(n, d, device=device), dim=1).to(dtype)
+    return x, F.normalize(torch.randn(c, k, d, device=device), dim=2)
+
+
+def _nearest(device: torch.device, when: Shape) -> Callable[[], None]:
+    x, centroids = _problem(device, when)
+    label, sub = (torch.empty(len(x), dtype=torch.int64, device=device) for _ in range(2))
+    score = torch.empty(len(x), device=device)
+    return lambda: triton_nearest.nearest_centroid(x, centroids, "dot", label, sub, score)
+
+
+def _nearest_candidates(when: Shape) -> list[dict[str, Any]]:
+    return []
+
+
+def _distance(device: torch.device, when: Shape) -> Callable[[], None]:
+    x, centroids = _problem(device, when)
+    out = torch.empty(len(x), *centroids.shape[:2], device=device)
+    return lambda: triton_nearest.centroid_distance(x, centroids, "cosine", out)
+
+
+def _distance_candidates(when: Shape) -> list[dict[str, Any]]:
+    return []
+
+
+def _contrast(device: torch.device, when: Shape) -> Callable[[], None]:
+    if device.type == "meta":
+        when = {**when, "N": min(when["N"], 4096)}  # one band says all
+    x, centroids = _problem(device, when)
+    loss, grad = torch.empty(len(x), device=device), torch.empty_like(x) if when.get("grad", 1) else None
+    if not when.get("scored", 1):
+        target = torch.empty(len(x), dtype=torch.int64, device=device)
+        if device.type != "meta":
+            target.random_(when["C"] * when["K"])
+        return lambda: triton_contrast.subcentroid_cross_entropy(
+            x, centroids, target, 0.1, -1, None, loss, grad, None, None, None, None
+        )
+    labels = torch.empty(len(x), dtype=torch.int64, device=device)
+    if device.type != "meta":
+        # labels of a picture change rarely along a row
+        labels.copy_(torch.randint(when["C"], (len(x) // 64 + 1,), device=device).repeat_interleave(64)[: len(x)])
+    scores = torch.empty(len(x), when["C"], device=device)
+    winner, own = torch.empty_like(scores, dtype=torch.uint8), torch.empty(len(x), when["K"], device=device)
+    scale = torch.ones((), device=device)
+    return lambda: triton_contrast.subcentroid_cross_entropy(
+        x, centroids, None, 0.1, -1, scale, loss, grad, labels, scores, winner, own
+    )
+
+
+def _contrast_candidates(when: Shape) -> list[dict[str, Any]]:
+    return []
+
+
+CASES = {
+    "nearest_centroid": Case(_nearest, _nearest_candidates),
+    "centroid_distance": Case(_distance, _distance_candidates),
+    "subcentroid_cross_entropy": Case(_contrast, _contrast_candidates),
+    "subcentroid_weights": Case(_contrast, _contrast_candidates),
+    "subcentroid_mix": Case(_contrast, _contrast_candidates),
+}
