@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import triton_contrast
 from .aot import Case
 
 #: Pixels of a shape class: those of an ADE20K step with 1024^2 crops at stride 4.
@@ -106,5 +107,6 @@ CASES = {
     "centroid_gradient": Case(
         centroid_gradient, _candidates(**{**_TILES, "BLOCK_N": (32, 64, 128), "BLOCK_D": (64, 128, 256)})
     ),
+    **triton_contrast.CASES,
     "centroid_loss": Case(centroid_loss, _candidates(**_TILES, BLOCK_GRAD=(128, 256, 512), PROGRAMS=(1, 2))),
 }

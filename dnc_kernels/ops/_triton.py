@@ -4,6 +4,7 @@ Imported only when a Triton kernel is to run. Under ``TRITON_INTERPRET=1`` (read
 tensors, which is how they are tested without a GPU.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import json
@@ -93,10 +94,7 @@ def slug(name: str) -> str:
 def stored(family: str, kind: str) -> dict[str, list[dict[str, Any]]]:
     """Configurations of a family for a device kind; empty where there are none."""
     path = Path(__file__).parent / family / "configs" / f"{kind}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    path = path.with_name(f"contrast_{kind}.json")
-    found.update(json.loads(path.read_text()) if path.exists() else {})
-    return found
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def configuration(family: str, kernel: str, device: torch.device, **shape: int) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from triton import cdiv, next_power_of_2
 from .._common import METRICS, pixel_count
 from .._triton import configuration, dot_precision, launch, map_kind, pixels_of, processors
 from . import triton_loss, triton_scores
+from .triton_contrast import subcentroid_cross_entropy
+from .triton_nearest import centroid_distance, nearest_centroid
 
 #: Beyond this many classes the class scores between the two products of a loss are kept in bfloat16.
 SPILL_CLASSES = 4096
@@ -368,3 +370,13 @@ def centroid_cross_entropy(
         for target, part in ((grad_weight, made[0]), (grad_bias, made[1])):
             if target is not None:
                 target.copy_(part[:classes])
+
+
+__all__ = [
+    "centroid_cross_entropy",
+    "centroid_distance",
+    "class_scores",
+    "class_scores_backward",
+    "nearest_centroid",
+    "subcentroid_cross_entropy",
+]

@@ -18,6 +18,7 @@ Every pixel's results depend on that pixel alone: deterministic. Reference: `sub
 `scores_and_contrast_into` in reference.py.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import math
@@ -28,9 +29,10 @@ from torch import Tensor
 
 from .. import _triton
 from .._common import pixel_count
+from .._triton import dot, rounded
 from . import triton_contrast_bands as bands
 from .triton_contrast_bands import addresses, counted_pixels, offset_of, score_step, store_gradient, store_own, store_scores
-from .triton_pack import Slots, dot, load_x, pack_rows, rounded, slots_of
+from .triton_pack import Slots, load_x, pack_rows, slots_of
 
 _FAMILY = "similarity"
 #: Most channels whose float32 sums stay in registers beside the rest.

@@ -14,6 +14,7 @@ Every pixel's results depend on that pixel alone: deterministic. Reference: `sub
 `scores_and_contrast_into` in reference.py.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import math
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from .. import _triton
 from .._common import pixel_count
-from .._triton import Pixels, pixel_offset
-from .triton_pack import Slots, best_of_copies, dot, halves, load_x, pack_rows, rounded, slots_of
+from .._triton import Pixels, dot, pixel_offset, rounded
+from .triton_pack import Slots, best_of_copies, halves, load_x, pack_rows, slots_of
 
 _FAMILY = "similarity"
 _SCRATCH = 48 << 20  # bytes: they and a band of x stay in the L2 of a recent GPU, 40 to 126 MB
@@ -324,9 +325,7 @@ def subcentroid_cross_entropy(
     out = x if grad_x is None else grad_x
     x_at, grad_at, scores_at, winner_at = map(addresses, (x, out, scores, winner))
     d_tiles = triton.cdiv(channels, mix["BLOCK_D"]) if gradient else 1
-    shared = dict(
-        X_MAP=_triton.map_rank(x_at), TARGET=target is not None, GRAD=gradient, PRECISION=_triton.dot_precision(x)
-    )
+    shared = dict(X_MAP=_triton.map_rank(x_at), TARGET=target is not None, GRAD=gradient, PRECISION=_triton.dot_precision(x))
     rate = math.log2(math.e) / temperature
     for first in range(0, n, band):
         pixels = min(band, n - first)

@@ -16,6 +16,7 @@ rows of one pixel (loss), one tile (gradient of the scale) or one program (those
 up on the device in one order: results repeat bit for bit.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton

@@ -17,6 +17,7 @@ Every pixel's result depends on that pixel alone: deterministic. Reference: `nea
 reference.py.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import torch
@@ -26,8 +27,8 @@ from torch import Tensor
 
 from .. import _triton
 from .._common import pixel_count
-from .._triton import pixel_offset
-from .triton_pack import best_of_copies, dot, load_x, pack_rows
+from .._triton import dot, pixel_offset
+from .triton_pack import best_of_copies, load_x, pack_rows
 
 _FAMILY = "similarity"
 _MOST_PARTS = 16  # of a sweep: what they leave behind stays small beside the pixels
@@ -111,7 +112,9 @@ def _store_nearest(label_ptr, sub_ptr, score_ptr, score, m, squares, n, N, K, ME
 
 
 @triton.jit
-def finish_nearest_kernel(top_ptr, m_ptr, label_ptr, sub_ptr, score_ptr, N, K, parts, METRIC: tl.constexpr, BLOCK: tl.constexpr):
+def finish_nearest_kernel(
+    top_ptr, m_ptr, label_ptr, sub_ptr, score_ptr, N, K, parts, METRIC: tl.constexpr, BLOCK: tl.constexpr
+):
     """The best of `parts` winners a pixel, the first on ties; score holds |x|^2 before it holds the score."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -209,9 +212,7 @@ def centroid_distance(x: Tensor, centroids: Tensor, metric: str, out: Tensor) ->
         out: [N,C,K] float32, contiguous.
     """
     n, (classes, k, channels) = pixel_count(x), centroids.shape
-    use = _triton.configuration(
-        _FAMILY, "centroid_distance", x.device, D=channels, M=classes * k, bits=8 * x.element_size()
-    )
+    use = _triton.configuration(_FAMILY, "centroid_distance", x.device, D=channels, M=classes * k, bits=8 * x.element_size())
     block_n, block_m = use["BLOCK_N"], use["BLOCK_M"]
     block_d = min(use.pop("BLOCK_D"), max(16, triton.next_power_of_2(channels)))
     rows, bias = pack_rows(centroids, metric, x.dtype, block_m, block_d)

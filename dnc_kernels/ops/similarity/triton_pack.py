@@ -8,6 +8,7 @@ the side of the centroids. Squares are of the rounded rows, so that a distance i
 Reference: `similarity` in reference.py.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -17,11 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...backends import INTERPRETED
 from .. import _triton
+from .._triton import rounded
 
 _ROWS = 16
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 class Slots(NamedTuple):
@@ -132,27 +132,6 @@ def load_x(x_ptr, at, inside, d, D, stride_d, EVEN: tl.constexpr):
     if not EVEN:
         mask = mask & (d < D)[None, :]
     return tl.load(x_ptr + at[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """Sum of acc and a @ b, with products exact in 16 bits and sums in float32."""
-    if _INTERPRETED:
-        # the interpreter takes the bits of a bfloat16 for an integer
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def rounded(value, DTYPE: tl.constexpr):
-    """float32 `value` as DTYPE, to nearest even."""
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
-        # the interpreter cuts the bits off
-        bits = value.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(DTYPE)
 
 
 @triton.jit

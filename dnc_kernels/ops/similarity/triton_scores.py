@@ -16,6 +16,7 @@ of the product holds BLOCK_K values of k for BLOCK_C classes and the max over k 
 where D fits BLOCK_D the tile of x is loaded once and kept. Every sum has one order: results repeat bit for bit.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton

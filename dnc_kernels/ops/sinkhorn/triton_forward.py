@@ -324,7 +324,7 @@ def sinkhorn_result_kernel(
     if HAS_PLAN:
         plan = tl.where(used[:, None], softmax(score), tl.where(inside, float("nan"), 0.0)[:, None])
         tl.store(plan_ptr + n.to(tl.int64)[:, None] * K + k[None, :], plan, mask=(n < N)[:, None] & (k < K)[None, :])
-    if ITERATED and (HAS_HISTORY or HAS_STEPS):  # noqa: SIM102 (one is known when compiling, the other is not)
+    if ITERATED and (HAS_HISTORY or HAS_STEPS):
         if start < G:  # the program owns groups; what is stored for later steps is read by nobody
             _keep_potential(
                 t, base_ptr, sums_ptr, count_ptr, last_ptr, history_ptr, steps_ptr, G, K, unit, tolerance,
