@@ -199,9 +199,13 @@ def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, subcentroids:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a CUDA device; None: the current one."""
+    return _capability(index)
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 

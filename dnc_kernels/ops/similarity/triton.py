@@ -17,6 +17,7 @@ from .._triton import configuration, dot_precision, launch, map_kind, pixels_of,
 from . import triton_loss, triton_scores
 from .triton_contrast import subcentroid_cross_entropy
 from .triton_nearest import centroid_distance, nearest_centroid
+from .triton_pack import Slots, pack_rows
 
 #: Beyond this many classes the class scores between the two products of a loss are kept in bfloat16.
 SPILL_CLASSES = 4096
@@ -27,11 +28,11 @@ GRADIENT_BAND = 16384
 class _Packed(NamedTuple):
     """Sub-centroids in the order of the products, and the meta-parameters they were packed for."""
 
-    rows: Tensor  # [tiles, groups, BLOCK_K * BLOCK_C, DP]
-    bias: Tensor  # [tiles, groups, BLOCK_K * BLOCK_C]
-    sizes: tuple[int, int]  # tiles, groups
+    rows: Tensor  # [tiles * groups * BLOCK_K * BLOCK_C, depth]
+    bias: Tensor  # as many, for sqeuclidean
+    tiles: int  # of classes
+    groups: int  # of k
     blocks: dict[str, int]
-    has_bias: bool
     options: dict[str, int]  # num_warps, num_stages, ...
 
     @property
@@ -62,20 +63,12 @@ def _configured(kernel: str, x: Tensor, centroids: Tensor) -> tuple[dict[str, in
 
 def _pack(kernel: str, x: Tensor, centroids: Tensor, metric: str) -> _Packed:
     blocks, options = _configured(kernel, x, centroids)
-    classes, k, channels = centroids.shape
-    tiles, groups = cdiv(classes, blocks["BLOCK_C"]), cdiv(k, blocks["BLOCK_K"])
+    classes, k, _ = centroids.shape
+    width, copies = blocks["BLOCK_C"], blocks["BLOCK_K"]
+    slots = Slots(width, copies, cdiv(k, copies), cdiv(classes, width))
     deepest = max(blocks[key] for key in ("BLOCK_D", "BLOCK_GRAD") if key in blocks)
-    depth = cdiv(channels, deepest) * deepest
-    columns = blocks["BLOCK_K"] * blocks["BLOCK_C"]
-    rows = x.new_empty((tiles, groups, columns, depth))
-    bias = x.new_empty((tiles, groups, columns), dtype=torch.float32)
-    launch(
-        triton_scores.pack_kernel, (tiles * groups,), centroids, rows, bias, classes, k, channels, depth, groups,
-        *centroids.stride(), METRIC=METRICS.index(metric), BLOCK_C=blocks["BLOCK_C"], BLOCK_K=blocks["BLOCK_K"],
-        BLOCK_D=min(deepest, 64), num_warps=4,
-    )  # fmt: skip
-    has_bias = metric == "sqeuclidean" or k % blocks["BLOCK_K"] != 0
-    return _Packed(rows, bias, (tiles, groups), blocks, has_bias, options)
+    rows, bias = pack_rows(centroids, metric, x.dtype, copies * width, deepest, slots)
+    return _Packed(rows, bias, slots.class_tiles, slots.k_tiles, blocks, options)
 
 
 def _squares(x: Tensor, metric: str) -> Tensor:
@@ -104,7 +97,7 @@ def class_scores(
     """Into scores and winner, of any strides, and own [N,K], contiguous."""
     n, (classes, k, channels) = pixel_count(x), centroids.shape
     packed, square = _pack("class_scores", x, centroids, metric), _squares(x, metric)
-    tiles, groups = packed.sizes
+    tiles, groups = packed.tiles, packed.groups
     programs = cdiv(n, packed.blocks["BLOCK_N"])
     # few pixels and many classes: the class tiles of a pixel are shared out
     splits = max(1, min(tiles, 2 * processors(x.device) // max(programs, 1)))
@@ -119,9 +112,9 @@ def class_scores(
     launch(
         triton_scores.class_scores_kernel, (programs, cdiv(tiles, span)), x, packed.rows, packed.bias, square,
         x if labels is None else labels, scores, placed, x if own is None else own, n, classes, k, channels, packed.depth,
-        tiles, groups, span, *at, METRIC=METRICS.index(metric), OWN=own is not None, BIAS=packed.has_bias, **maps,
-        KEEP=packed.blocks["BLOCK_D"] >= channels, PRECISION=dot_precision(x), **packed.blocks,
-        BLOCK_OWN=next_power_of_2(k), **packed.options,
+        tiles, groups, span, *at, METRIC=METRICS.index(metric), OWN=own is not None,
+        EVEN_K=k % packed.blocks["BLOCK_K"] == 0, **maps, KEEP=packed.blocks["BLOCK_D"] >= channels,
+        PRECISION=dot_precision(x), **packed.blocks, BLOCK_OWN=next_power_of_2(k), **packed.options,
     )  # fmt: skip
     if placed is not winner:
         winner.copy_(placed)
@@ -148,13 +141,12 @@ def class_scores_backward(
         total = square.new_zeros(n if metric == "sqeuclidean" else 1)
         if grad_scores is not None and winner is not None:
             packed = _pack("scores_gradient", x, centroids, metric)
-            tiles, groups = packed.sizes
-            depth = groups * packed.blocks.pop("BLOCK_K")
+            depth = packed.groups * packed.blocks.pop("BLOCK_K")
             at, maps = _maps(MAP=grad_x, SCORE_MAP=grad_scores, WINNER_MAP=winner)
             launch(
                 triton_scores.scores_gradient_kernel,
                 (cdiv(n, packed.blocks["BLOCK_N"]), cdiv(channels, packed.blocks["BLOCK_D"])), grad_scores, winner, packed.rows,
-                grad_x, total, n, classes, k, channels, depth, packed.depth, tiles, *at, TOTAL=metric == "sqeuclidean",
+                grad_x, total, n, classes, k, channels, depth, packed.depth, packed.tiles, *at, TOTAL=metric == "sqeuclidean",
                 ACCUMULATE=accumulate, **maps, PRECISION=dot_precision(x), **packed.blocks, **packed.options,
             )  # fmt: skip
             accumulate = True
@@ -304,7 +296,7 @@ def centroid_cross_entropy(
     packed, square = _pack("centroid_loss", x, centroids, metric), _squares(x, metric)
     options = dict(packed.options)
     block_n, block_c = packed.blocks["BLOCK_N"], packed.blocks["BLOCK_C"]
-    tiles, groups = packed.sizes
+    tiles, groups = packed.tiles, packed.groups
     one_tile, save = tiles == 1, grad_centroids is not None
     factor, factor_kind = _gradient_factor(grad_loss, labels, ignore_index, class_weight, classes, reduction)
     forward = own is not None and prediction is not None
@@ -337,7 +329,7 @@ def centroid_cross_entropy(
             tiles, groups, ignore_index, norm_eps, 1.0 / temperature, label_smoothing, *at, METRIC=METRICS.index(metric),
             NORM=norm_weight is not None, SHIFT=norm_bias is not None, SCALE=scale is not None, WEIGHT=class_weight is not None,
             SMOOTH=label_smoothing > 0, FACTOR=factor_kind, FORWARD=forward, GRAD=grad_x is not None,
-            PARAMETERS=parameters, SAVE=save, ONE_TILE=one_tile, BIAS=packed.has_bias, **maps,
+            PARAMETERS=parameters, SAVE=save, ONE_TILE=one_tile, EVEN_K=k % packed.blocks["BLOCK_K"] == 0, **maps,
             KEEP=packed.blocks["BLOCK_D"] >= channels, PRECISION=dot_precision(x), **packed.blocks,
             BLOCK_OWN=next_power_of_2(k), **options,
         )  # fmt: skip

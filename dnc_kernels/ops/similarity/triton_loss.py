@@ -142,7 +142,7 @@ def centroid_loss_kernel(
     PARAMETERS: tl.constexpr,
     SAVE: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     MAP: tl.constexpr,
     GRAD_MAP: tl.constexpr,
     KEEP: tl.constexpr,
@@ -195,12 +195,12 @@ def centroid_loss_kernel(
         for tile in tl.range(0, 1 if ONE_TILE else tiles, disable_licm=True):
             r, winner = class_tile(
                 x, rows, inside, row_factor, square, label, own_rows, tile, p_ptr, bias_ptr, K, D, DP, groups, stride_d,
-                METRIC, FORWARD, KEEP, BIAS, MAP, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
+                METRIC, FORWARD, KEEP, EVEN_K, MAP, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             c = tile * BLOCK_C + columns
             real = (c < C)[None, :]
             finite = finite & (tl.min(tl.where(real & (is_finite(r) == 0), 0, 1), 1) == 1)
-            # columns without a class hold -inf, and 0 * -inf is NaN
+            # columns without a class: what they hold must not meet the sums over classes
             r = tl.where(real, r, 0.0)
             if NORM:
                 size = tl.minimum(C - tile * BLOCK_C, BLOCK_C).to(tl.float32)

@@ -11,9 +11,10 @@ over 800 TF/s = 126 us; 165 MB over 3.0 TB/s = 55 us: compute. Cityscapes/8 (N=2
 memory. scores_gradient_kernel is the transposed product, 2NMD FLOPs, with the sparse matrix dS[n,ck] = g[n,c] [w[n,c] = k] made
 in registers. centroid_gradient_kernel is the third product, dS^T x.
 
-Plan: sub-centroids are packed once as [class tile][group of k][k in group][class in tile][D], in the dtype of x, so that a tile
-of the product holds BLOCK_K values of k for BLOCK_C classes and the max over k is element-wise. A program owns BLOCK_N pixels;
-where D fits BLOCK_D the tile of x is loaded once and kept. Every sum has one order: results repeat bit for bit.
+Plan: sub-centroids are packed once as [class tile][group of k][k in group][class in tile][D], in the dtype of x
+(triton_pack.Slots), so that a tile of the product holds BLOCK_K values of k for BLOCK_C classes and the max over k is element-
+wise. A program owns BLOCK_N pixels; where D fits BLOCK_D the tile of x is loaded once and kept. Every sum has one order:
+results repeat bit for bit.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -25,55 +26,6 @@ import triton.language as tl
 from .._triton import dot, pixel_offset, rounded, wide_unless
 
 DOT, COSINE, SQEUCLIDEAN = (tl.constexpr(i) for i in range(3))  # the order of METRICS
-
-
-@triton.jit
-def pack_kernel(
-    centroids_ptr,  # [C,K,D]
-    packed_ptr,  # [tiles, groups, BLOCK_K * BLOCK_C, DP]
-    bias_ptr,  # [tiles, groups, BLOCK_K * BLOCK_C] fp32: -|p|^2 for sqeuclidean, else 0; -inf where there is no sub-centroid
-    C,
-    K,
-    D,
-    DP,
-    groups,
-    stride_c,
-    stride_k,
-    stride_d,
-    METRIC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Sub-centroids in the order and dtype of the products. One program a class tile and group."""
-    pid = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK_K * BLOCK_C)
-    c = (pid // groups) * BLOCK_C + j % BLOCK_C
-    k = (pid % groups) * BLOCK_K + j // BLOCK_C
-    inside = (c < C) & (k < K)
-    source = centroids_ptr + c * stride_c + k * stride_k
-    target = packed_ptr + (pid * (BLOCK_K * BLOCK_C) + j) * DP
-    d = tl.arange(0, BLOCK_D)
-    factor = tl.full((BLOCK_K * BLOCK_C,), 1.0, tl.float32)
-    if METRIC == COSINE:
-        square = tl.zeros((BLOCK_K * BLOCK_C,), tl.float32)
-        for d0 in range(0, D, BLOCK_D):
-            at = (d0 + d).to(tl.int64)
-            mask = inside[:, None] & (at < D)[None, :]
-            v = tl.load(source[:, None] + at[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-            square += tl.sum(v * v, 1)
-        factor = 1.0 / tl.maximum(tl.sqrt_rn(square), 1e-12)  # the bound of torch.nn.functional.normalize
-    square = tl.zeros((BLOCK_K * BLOCK_C,), tl.float32)
-    for d0 in range(0, DP, BLOCK_D):
-        at = (d0 + d).to(tl.int64)
-        mask = inside[:, None] & (at < D)[None, :]
-        v = tl.load(source[:, None] + at[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-        v = rounded(v * factor[:, None], packed_ptr.dtype.element_ty)
-        tl.store(target[:, None] + at[None, :], v)
-        # of the rounded sub-centroid: the distance must be one to a point
-        square += tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)
-    bias = -square if METRIC == SQEUCLIDEAN else tl.zeros_like(square)
-    tl.store(bias_ptr + pid * (BLOCK_K * BLOCK_C) + j, tl.where(inside, bias, float("-inf")))
 
 
 @triton.jit
@@ -127,7 +79,7 @@ def class_tile(
     METRIC: tl.constexpr,
     OWN: tl.constexpr,
     KEEP: tl.constexpr,
-    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     MAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -157,14 +109,13 @@ def class_tile(
                 part = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D, MAP)
                 p = tl.load(p_tile + d0 + ((j * DP)[None, :] + d[:, None]))
                 s = dot(part, p, s, PRECISION)
-        if METRIC == SQEUCLIDEAN:
-            s = 2.0 * s
-        if BIAS:
-            s += tl.load(bias_ptr + m + j)[None, :]
         if METRIC == COSINE:
             s = s * scale[:, None]
         if METRIC == SQEUCLIDEAN:
-            s = s - square[:, None]
+            s = 2.0 * s + tl.load(bias_ptr + m + j)[None, :] - square[:, None]
+        if not EVEN_K:
+            # rows without a sub-centroid are zero, which may beat a negative similarity
+            s = tl.where((group * BLOCK_K + j // BLOCK_C < K)[None, :], s, float("-inf"))
         if OWN:
             # neighbouring pixels share few classes: most tiles have nothing to write
             if any_here > 0:
@@ -226,7 +177,7 @@ def class_scores_kernel(
     score_stride_c,
     METRIC: tl.constexpr,
     OWN: tl.constexpr,
-    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     MAP: tl.constexpr,
     SCORE_MAP: tl.constexpr,
     KEEP: tl.constexpr,
@@ -260,7 +211,7 @@ def class_scores_kernel(
     for tile in range(tl.program_id(1) * span, tl.minimum((tl.program_id(1) + 1) * span, tiles)):
         best, winner = class_tile(
             x, rows, inside, scale, square, label, own_rows, tile, p_ptr, bias_ptr, K, D, DP, groups, stride_d,
-            METRIC, OWN, KEEP, BIAS, MAP, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
+            METRIC, OWN, KEEP, EVEN_K, MAP, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (c < C)[None, :]

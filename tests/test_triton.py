@@ -1,0 +1,240 @@
+"""Triton beside the ops: configurations, choice of backend, the head's step, and every shipped kernel compiled for three GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from dnc_kernels import backends, ops, use_backend
+from dnc_kernels.nn import DNCHead
+
+pytest.importorskip("triton")
+from benchmarks import aot
+from dnc_kernels.ops import _triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+
+
+# choice
+
+
+@pytest.mark.parametrize("op", backends.KERNELS)
+def test_auto_takes_triton_on_a_gpu(op, monkeypatch):
+    monkeypatch.setitem(backends.UNUSABLE, "triton", "")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = backends.resolve(op, "cuda", dtype, capability=(9, 0), subcentroids=10)
+        assert found.backend == "triton" and found.reason
+    assert backends.resolve(op, "cpu", torch.float32).backend == "cpu"
+
+
+def test_what_triton_cannot_do_runs_the_reference_with_the_reason(monkeypatch):
+    monkeypatch.setitem(backends.UNUSABLE, "triton", "")
+    resolve = backends.resolve
+    old = resolve("class_scores", "cuda", torch.float32, capability=(7, 5))
+    assert old.backend == "reference" and "needs compute capability 8.0, this GPU has 7.5" in old.reason
+    wide = resolve("class_scores", "cuda", torch.float64, capability=(9, 0))
+    assert wide.backend == "reference" and "does not take float64" in wide.reason
+    many = resolve("sinkhorn_assign", "cuda", torch.float32, capability=(9, 0), subcentroids=65)
+    assert many.backend == "reference" and "at most 64 sub-centroids a class, not 65" in many.reason
+    for options in ({"capability": (7, 5)}, {"capability": (9, 0), "subcentroids": 65}):
+        with pytest.raises(RuntimeError, match="'triton' was asked for but cannot run"):
+            resolve("sinkhorn_plan", "cuda", torch.float32, "triton", **options)
+
+
+def test_without_triton_or_a_gpu_the_reason_is_given(monkeypatch):
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends._probe()["triton"] == "torch sees no CUDA device"
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert "pip install triton" in backends._probe()["triton"]
+
+
+def test_float64_centroids_choose_as_float64_pixels():
+    x, p = torch.randn(4, 8), torch.randn(2, 2, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="does not take float64"):
+        ops.class_scores(x, p, backend="triton")
+
+
+def test_capability_is_a_constant_while_tracing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    backends._capability.cache_clear()
+
+    def step(x):
+        return x + backends.capability(3)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.compile(step, backend="eager", fullgraph=True)(torch.zeros(2)).eq(9).all()
+    backends._capability.cache_clear()
+
+
+# configurations
+
+
+def files():
+    return sorted((ROOT / "dnc_kernels" / "ops").glob("*/configs/*.json"))
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: f"{p.parts[-3]}-{p.stem}")
+def test_configuration_files_are_whole(path):
+    stored, cases = json.loads(path.read_text()), aot.cases(path.parts[-3])
+    assert stored.keys() == cases.keys(), "every kernel that is tuned has configurations, and no other"
+    for entries in stored.values():
+        assert entries
+        assert len({json.dumps(e["when"], sort_keys=True) for e in entries}) == len(entries), "a shape class twice"
+        for entry in entries:
+            assert entry.keys() - {"p50_ms"} == {"when", "use"}
+            assert entry["use"]["num_warps"] in (1, 2, 4, 8, 16)
+
+
+def test_every_family_has_every_kind():
+    kinds = {"sm_80", "sm_90", "sm_100", "interpreter"}
+    for family in aot.FAMILIES:
+        assert kinds <= {path.stem for path in files() if path.parts[-3] == family}
+
+
+def test_the_nearest_shape_class_is_taken(monkeypatch):
+    entries = [
+        {"when": {"C": 19, "D": 256, "bits": 16}, "use": {"a": 1}},
+        {"when": {"C": 150, "D": 256, "bits": 16}, "use": {"a": 2}},
+        {"when": {"C": 150, "D": 256, "bits": 32}, "use": {"a": 3}},
+    ]
+    monkeypatch.setattr(_triton, "stored", lambda family, kind: {"some_kernel": entries} if kind == "interpreter" else {})
+    monkeypatch.setattr(_triton, "_kind", "interpreter")
+    _triton._nearest.cache_clear()
+
+    def chosen(**shape):
+        return _triton.configuration("x", "some_kernel", CPU, **shape)["a"]
+
+    assert chosen(C=21, D=256, bits=16) == 1
+    assert chosen(C=171, D=512, bits=16) == 2
+    assert chosen(C=19, D=256, bits=32) == 3
+    with _triton.configured("some_kernel", a=7):
+        assert chosen(C=21, D=256, bits=16) == 7
+    assert chosen(C=21, D=256, bits=16) == 1
+    with pytest.raises(RuntimeError, match="other_kernel: no configuration for interpreter"):
+        _triton.configuration("x", "other_kernel", CPU)
+    _triton._nearest.cache_clear()
+
+
+def test_a_gpu_of_its_own_name_comes_before_its_architecture():
+    assert _triton.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_the_tuner_says_that_it_needs_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    from benchmarks import tune
+
+    assert tune.main([]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+# addresses of pixels
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((7, 5), (5, 1)), ((7, 5), (0, 1)), ((2, 3, 4, 5), (60, 20, 5, 1)), ((2, 3, 4, 5), (60, 1, 15, 3)),
+        ((2, 3, 4, 5), (200, 60, 9, 1)), ((1, 3, 4, 5), (7, 20, 5, 1)), ((2, 3, 1, 5), (15, 5, 99, 1)), ((2, 3, 4, 1), (12, 4, 1, 99)),
+        ((2, 3, 4, 5), (0, 0, 0, 0)), ((2, 3, 1, 1), (3, 1, 7, 9)),
+    ],
+)  # fmt: skip
+def test_addresses_of_pixels_in_any_layout(shape, strides):
+    x = torch.empty(100).as_strided(shape, strides) if 0 in strides else torch.empty_strided(shape, strides)
+    at = _triton.pixels_of(x)
+    rank = _triton.map_rank(at)
+    positions = (
+        [(n, 0, 0) for n in range(shape[0])]
+        if len(shape) == 2
+        else [(b, h, w) for b in range(shape[0]) for h in range(shape[2]) for w in range(shape[3])]
+    )
+    for n, (b, h, w) in enumerate(positions):
+        expected = b * strides[0] if len(shape) == 2 else b * strides[0] + h * strides[2] + w * strides[3]
+        inside, found = n, 0
+        if rank > 0:
+            inside, found = n % at.hw, n // at.hw * at.stride_b
+        if rank == 2:
+            inside, found = inside % at.width, found + inside // at.width * at.stride_h
+        assert found + inside * at.stride_w == expected
+    assert at.stride_d == strides[1]
+
+
+# the head
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("checkpoint", ["all", "none"])
+@pytest.mark.parametrize("size", [(6, 5), (12, 10)], ids=["equal", "upsampled"])
+def test_a_step_of_the_head_equals_float64(size, checkpoint):
+    def step(backend, dtype):
+        torch.manual_seed(0)
+        head = DNCHead(24, 5, 3, checkpoint=checkpoint, momentum=0.9).to(DEVICE, dtype)
+        head.train()
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 24, 6, 5, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+        labels = torch.randint(0, 5, (2, *size), generator=generator).to(DEVICE)
+        labels[:, 0] = 255
+        with use_backend(backend):
+            result = head.loss(x, labels)
+            result.loss.backward()
+        parameters = [p.grad for p in head.parameters() if p.grad is not None]
+        return result.loss.detach(), head.prototypes, x.grad, *parameters
+
+    for actual, expected in zip(step("triton", torch.float32), step("reference", torch.float64), strict=True):
+        assert_close(actual.detach().cpu(), expected.detach().cpu(), "head", terms=120)
+
+
+# ahead of time
+
+
+@pytest.fixture(scope="module")
+def rows():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.aot", "--json"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.stdout, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_every_shipped_configuration_compiles_without_a_spill(rows):
+    assert [(r["kernel"], r["arch"], r["when"], r["config"], r["faults"]) for r in rows if r["faults"]] == []
+    assert len(rows) >= 20 and {r["arch"] for r in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert all(0 < r["registers"] <= 255 and r["spills"] == 0 for r in rows)
+    compiled = {(r["op"], r["arch"]) for r in rows}
+    expected = {(f"{f}.{k}", f"sm_{a}") for f in aot.FAMILIES for a in aot.SHARED_LIMIT for k in aot.cases(f)}
+    assert compiled == expected
+
+
+@pytest.mark.slow
+def test_products_use_the_tensor_cores(rows):
+    products = [r for r in rows if aot.PRODUCTS.search(r["kernel"]) and r["when"].get("bits") == 16]
+    assert {r["arch"] for r in products if "wgmma" in r["ptx_features"]} == {"sm_90"}
+    assert {r["kernel"] for r in products} >= {"class_scores_kernel", "centroid_loss_kernel", "nearest_centroid_kernel"}
+
+
+def test_faults_are_named():
+    row = aot.Row("x", "class_scores_kernel", {}, {"bits": 16}, "sm_90", 255, 8, 300_000, 128, ["mma.sync"])
+    spill, shared, cores = aot.faults(row)
+    assert "spills 8 bytes" in spill and "300000 bytes of shared memory" in shared and "has no wgmma" in cores
+
+
+def test_instructions_are_found_at_the_start_of_a_line():
+    ptx = "  wgmma.mma_async.sync x;\n  @%p1 red.global.add y;\n ld.shared.b32 z;\n"
+    assert aot.features(ptx) == ["wgmma", "red"]
