@@ -31,12 +31,10 @@ def _inputs(device: torch.device, when: dict[str, int]) -> tuple[Tensor, Tensor]
     return scores, labels
 
 
-def _loss(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
+def _log_sum_exp(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
     scores, labels = _inputs(device, when)
-    sums = torch.empty(2, dtype=torch.float64, device=device)
-    lse = torch.empty(labels.shape, device=device)
     axes = kernels.axes_of(scores, (_SIZE, _SIZE), False, None)
-    return partial(kernels.forward, scores, labels, None, -100, 0.0, axes, sums, None, lse)
+    return partial(kernels.log_sum_exp, scores, None, 0.0, axes, torch.empty(labels.shape, device=device), None)
 
 
 def _gradient(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
@@ -44,8 +42,8 @@ def _gradient(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
     lse, grad_scores = torch.empty(labels.shape, device=device), torch.empty_like(scores, dtype=torch.float32)
     axes = kernels.axes_of(scores, (_SIZE, _SIZE), False, None)
     if device.type == "cuda":
-        kernels.forward(scores, labels, None, -100, 0.0, axes, None, None, lse)
-    return partial(kernels.backward, scores, labels, None, -100, 0.0, axes, None, lse, grad_scores)
+        kernels.log_sum_exp(scores, None, 0.0, axes, lse, None)
+    return partial(kernels.gradient, scores, labels, None, -100, 0.0, axes, None, lse, grad_scores)
 
 
 def _argmax(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
@@ -73,7 +71,7 @@ def _gradient_candidates(when: dict[str, int]) -> list[dict[str, Any]]:
 
 
 CASES = {
-    "cross_entropy": Case(_loss, _candidates),
-    "cross_entropy_backward": Case(_gradient, _gradient_candidates),
+    "log_sum_exp": Case(_log_sum_exp, _candidates),
+    "gradient": Case(_gradient, _gradient_candidates),
     "argmax": Case(_argmax, _candidates),
 }

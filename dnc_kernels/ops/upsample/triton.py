@@ -12,11 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .._triton import configuration, launch
+from .._triton import configuration, launch, processors
 from .reference import Window
 from .triton_argmax import argmax_kernel
 from .triton_cells import Axis, axis_of
-from .triton_loss import add_sums_kernel, cross_entropy_backward_kernel, cross_entropy_kernel
+from .triton_loss import add_sums_kernel, gradient_kernel, log_sum_exp_kernel, loss_kernel
+
+# Pixels that a program of the loss works on at a time: 2 for each of 4 * 32 threads.
+_PIXELS = 256
 
 
 def cross_entropy(
@@ -37,47 +40,69 @@ def cross_entropy(
     A label outside [0,C) is ignored: a check would wait for the device.
     """
     axes = axes_of(scores, (labels.shape[1], labels.shape[2]), align_corners, window)
-    options = (ignore_index, label_smoothing)
     if grad_scores is not None and scores.shape[1] == 1:  # one class has probability 1, whatever rounding says
         grad_scores.zero_()
         grad_scores = None
-    lse = None if grad_scores is None else torch.empty(labels.shape, dtype=torch.float32, device=scores.device)
-    if lse is not None or sums is not None or loss is not None:
-        forward(scores, labels, class_weight, *options, axes, sums, loss, lse)
-    if grad_scores is not None and lse is not None:
-        backward(scores, labels, class_weight, *options, axes, grad_loss, lse, grad_scores)
+    if grad_scores is None and sums is None and loss is None:
+        return
+    lse = torch.empty(labels.shape, dtype=torch.float32, device=scores.device)
+    options = (ignore_index, label_smoothing, axes)
+    wanted = sums is not None or loss is not None
+    spread = torch.empty_like(lse) if wanted and label_smoothing > 0 else None
+    log_sum_exp(scores, class_weight, label_smoothing, axes, lse, spread)
+    if wanted:
+        _losses(scores, labels, class_weight, *options, lse, spread, sums, loss)
+    if grad_scores is not None:
+        gradient(scores, labels, class_weight, *options, grad_loss, lse, grad_scores)
 
 
-def forward(
+def log_sum_exp(
+    scores: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    axes: tuple[Axis, Axis],
+    lse: Tensor,
+    spread: Tensor | None,
+) -> None:
+    """Base-2 log-sum-exp and, if given, the smoothed part of the loss, both [B,H,W] fp32 and contiguous."""
+    rows, columns = axes
+    cell, options = _cells("log_sum_exp", scores, axes)
+    lanes = scores.shape[0] * columns.cells * cell["PARTS_X"]
+    blocks = triton.cdiv(lanes, options["BLOCK"])
+    launch(
+        log_sum_exp_kernel, (blocks * rows.cells * cell["PARTS_Y"],),
+        scores, class_weight, lse, spread, scores.stride(), rows, columns, scores.shape[1], label_smoothing, lanes, blocks,
+        **cell, **options,
+    )  # fmt: skip
+
+
+def _losses(
     scores: Tensor,
     labels: Tensor,
     class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     axes: tuple[Axis, Axis],
+    lse: Tensor,
+    spread: Tensor | None,
     sums: Tensor | None,
     loss: Tensor | None,
-    lse: Tensor | None,
 ) -> None:
-    """Sums, loss and base-2 log-sum-exp [B,H,W], those given."""
+    """Losses of pixels and their sums, those given."""
     rows, columns = axes
-    batch, classes = scores.shape[:2]
-    cell, options = _cells("cross_entropy", scores, axes)
-    lanes = batch * columns.cells * cell["PARTS_X"]
-    blocks = triton.cdiv(lanes, options["BLOCK"])
-    programs = blocks * rows.cells * cell["PARTS_Y"]
+    programs = min(triton.cdiv(lse.numel(), _PIXELS), 8 * processors(lse.device))
     partial = None if sums is None else sums.new_empty((programs, 2))
     launch(
-        cross_entropy_kernel, (programs,),
-        scores, labels, class_weight, loss, lse, partial, scores.stride(), labels.stride(),
-        labels.stride() if loss is None else loss.stride(), rows, columns, classes, ignore_index, label_smoothing, lanes, blocks,
-        SMOOTH=label_smoothing > 0, **cell, **options,
+        loss_kernel, (programs,),
+        scores, labels, class_weight, lse, spread, loss, partial, scores.stride(), labels.stride(),
+        labels.stride() if loss is None else loss.stride(), rows, columns, scores.shape[1], ignore_index, label_smoothing,
+        lse.numel(), WIDE=rows.wide or columns.wide, FLAT_X=columns.flat, FLAT_Y=rows.flat, BLOCK=_PIXELS, num_warps=4,
     )  # fmt: skip
     if sums is not None:
-        launch(add_sums_kernel, (1,), partial, sums, programs, BLOCK=1024, num_warps=8)
+        launch(add_sums_kernel, (1,), partial, sums, programs, BLOCK=1024, num_warps=4)
 
 
-def backward(
+def gradient(
     scores: Tensor,
     labels: Tensor,
     class_weight: Tensor | None,
@@ -88,10 +113,10 @@ def backward(
     lse: Tensor,
     grad_scores: Tensor,
 ) -> None:
-    """Gradient of the scores from the log-sum-exp that `forward` left."""
+    """Gradient of the scores, from what `log_sum_exp` left."""
     rows, columns = axes
     batch, classes = scores.shape[:2]
-    cell, options = _cells("cross_entropy_backward", scores, axes)
+    cell, options = _cells("gradient", scores, axes)
     lanes = batch * (columns.sources + 1)
     blocks = triton.cdiv(lanes, options["BLOCK"] - 1)
     strips = triton.cdiv(rows.sources, options["ROWS"])
@@ -99,7 +124,7 @@ def backward(
     planes = 1 if cell["PARTS_X"] * cell["PARTS_Y"] == 1 else 2
     carry = scores.new_empty((programs, planes, options["CLASSES"], options["BLOCK"]), dtype=torch.float32)
     launch(
-        cross_entropy_backward_kernel, (programs,),
+        gradient_kernel, (programs,),
         scores, labels, class_weight, grad_loss, lse, grad_scores, carry, scores.stride(), labels.stride(),
         labels.stride() if grad_loss is None else grad_loss.stride(), grad_scores.stride(), rows, columns, classes, ignore_index,
         label_smoothing, lanes, blocks, strips, PLAIN=grad_loss is None and class_weight is None,

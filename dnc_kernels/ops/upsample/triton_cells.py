@@ -71,6 +71,15 @@ def first_target(r, axis, WIDE: tl.constexpr):
 
 
 @triton.jit
+def cell_of(i, axis, WIDE: tl.constexpr):
+    """Cell of target pixels i."""
+    if WIDE:
+        i = i.to(tl.int64)
+    ahead = i * axis.step + axis.base  # at least -unit: the division below must not see a negative number
+    return ((ahead + axis.unit) // axis.unit - 1).to(tl.int32)
+
+
+@triton.jit
 def share(i, r, axis, WIDE: tl.constexpr):
     """Share of source pixel r+1 in target pixel i of cell r, rounded once; 0 in the cells before the first and behind the last."""
     if WIDE:

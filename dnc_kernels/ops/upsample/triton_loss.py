@@ -31,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_cells import EXACT, FINITE, GUARDED, constants, corner_offsets, corner_scores, first_target, interpolate, shares
+from .triton_cells import EXACT, FINITE, GUARDED, cell_of, constants, corner_offsets, corner_scores, first_target, interpolate, share, shares
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -46,13 +46,12 @@ _SMALLEST_SUM = tl.constexpr(1e-25)
 
 
 @triton.jit
-def cross_entropy_kernel(
-    scores_ptr, labels_ptr, weight_ptr, loss_ptr, lse_ptr, partial_ptr, scores_at, labels_at, loss_at, rows, columns, C,
-    ignore_index, smoothing, lanes, blocks,
-    SMOOTH: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr, FLAT_X: tl.constexpr, FLAT_Y: tl.constexpr,
-    KX: tl.constexpr, KY: tl.constexpr, PARTS_X: tl.constexpr, PARTS_Y: tl.constexpr, BLOCK: tl.constexpr,
+def log_sum_exp_kernel(
+    scores_ptr, weight_ptr, lse_ptr, spread_ptr, scores_at, rows, columns, C, smoothing, lanes, blocks,
+    LARGE: tl.constexpr, WIDE: tl.constexpr, FLAT_X: tl.constexpr, FLAT_Y: tl.constexpr, KX: tl.constexpr, KY: tl.constexpr,
+    PARTS_X: tl.constexpr, PARTS_Y: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss, base-2 log-sum-exp [B,H,W] (not where ignored) and sums of the program [2] fp64, those given.
+    """lse [B,H,W], in powers of 2, and, if given, spread [B,H,W]: the smoothed part of the loss.
 
     A program per BLOCK cells (or parts of cells) of a row of cells; samples follow each other.
     """
@@ -69,16 +68,6 @@ def cross_entropy_kernel(
     across, down = shares(j0, x, columns, WIDE, KX), shares(i0, y, rows, WIDE, KY)
     offsets = corner_offsets(b, y, x, rows, columns, scores_at, LARGE)
 
-    # labels of pixels that count, else -1
-    labels = ()
-    counted = tl.zeros([BLOCK], tl.int32)
-    for k in tl.static_range(KX * KY):
-        inside = here & (i0 + k % KY < i1) & (j0 + k // KY < j1)
-        label = label_at(labels_ptr, b, i0 + k % KY - rows.target0, j0 + k // KY, labels_at, inside, C, ignore_index)
-        labels += (label,)
-        counted = tl.maximum(counted, label + 1)
-    classes = tl.where(tl.max(counted, 0) > 0, C, 0)  # nothing to do where all pixels are ignored
-
     sums = constants(KX * KY, 0.0, BLOCK, tl.float32)
     highest = tl.full([BLOCK], _FLOOR, tl.float32)
     weighted00, weighted01 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)  # sum_c w_c s_c at the corners
@@ -86,7 +75,7 @@ def cross_entropy_kernel(
     all_weights = 0.0
     row = scores_ptr
     coming = corner_scores(row, offsets, here)
-    for c in range(classes):
+    for c in range(C):
         s00, s01, s10, s11 = _bounded(coming)
         row += tl.where(c + 1 < C, scores_at[1], 0)
         coming = corner_scores(row, offsets, here)  # of the next class, while this one is worked on
@@ -99,7 +88,7 @@ def cross_entropy_kernel(
         for k in tl.static_range(KX * KY):
             new_sums += (tl.fma(sums[k], keep, tl.exp2(tl.fma(u[k], _LOG2E, -shift))),)
         sums = new_sums
-        if SMOOTH:
+        if spread_ptr is not None:
             weight = class_weight(weight_ptr, c)
             all_weights += weight
             weighted00, weighted01 = tl.fma(s00, weight, weighted00), tl.fma(s01, weight, weighted01)
@@ -107,8 +96,9 @@ def cross_entropy_kernel(
 
     lost = tl.zeros([BLOCK], tl.int32)
     for k in tl.static_range(KX * KY):
+        inside = here & (i0 + k % KY < i1) & (j0 + k // KY < j1)
         usable = (sums[k] > _SMALLEST_SUM) & (sums[k] < float("inf"))
-        lost = tl.maximum(lost, (~usable & (labels[k] >= 0)).to(tl.int32))
+        lost = tl.maximum(lost, (inside & ~usable).to(tl.int32))
     again = tl.max(lost, 0)
     highs = ()  # one for each pixel
     new_sums = ()
@@ -128,35 +118,53 @@ def cross_entropy_kernel(
             new_highs += (seen,)
         sums, highs = new_sums, new_highs
 
-    total = tl.zeros([BLOCK], tl.float64)
-    total_weight = tl.zeros([BLOCK], tl.float64)
-    mean_weighted = interpolate(
-        weighted00, weighted01, weighted10, weighted11, across, down, FLAT_X, FLAT_Y, GUARDED, KX, KY
-    )
+    weighted = interpolate(weighted00, weighted01, weighted10, weighted11, across, down, FLAT_X, FLAT_Y, GUARDED, KX, KY)
     for k in tl.static_range(KX * KY):
         i, j = i0 + k % KY, j0 + k // KY
-        counts = labels[k] >= 0
-        lse = tl.fma(highs[k], _LOG2E, tl.log2(tl.where(counts, sums[k], 1.0)))
-        own_row = scores_ptr + tl.maximum(labels[k], 0).to(tl.int64) * scores_at[1]
-        s00, s01, s10, s11 = corner_scores(own_row, offsets, counts)
-        u = _at(s00, s01, s10, s11, across[k // KY], down[k % KY], FLAT_X, FLAT_Y)
-        weight = class_weight(weight_ptr, tl.maximum(labels[k], 0))
-        loss = weight * (1 - smoothing) * (lse * _LN2 - u)
-        if SMOOTH:
-            loss += smoothing / C * (all_weights * (lse * _LN2) - mean_weighted[k])
-        loss = tl.where(counts, loss, 0.0)
-        total += loss.to(tl.float64)
-        total_weight += tl.where(counts, weight, 0.0).to(tl.float64)
         inside = here & (i < i1) & (j < j1)
-        i -= rows.target0
+        at = (b.to(tl.int64) * rows.targets + (i - rows.target0)) * columns.targets + j
+        lse = tl.fma(highs[k], _LOG2E, tl.log2(tl.where(inside, sums[k], 1.0)))
+        tl.store(lse_ptr + at, lse, mask=inside)
+        if spread_ptr is not None:
+            tl.store(spread_ptr + at, smoothing / C * (all_weights * (lse * _LN2) - weighted[k]), mask=inside)
+
+
+@triton.jit
+def loss_kernel(
+    scores_ptr, labels_ptr, weight_ptr, lse_ptr, spread_ptr, loss_ptr, partial_ptr, scores_at, labels_at, loss_at, rows, columns,
+    C, ignore_index, smoothing, pixels, WIDE: tl.constexpr, FLAT_X: tl.constexpr, FLAT_Y: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """loss [B,H,W] and partial [programs,2] fp64 (sums of losses and of class weights), those given: a thread per target pixel.
+
+    A program walks over blocks of pixels; each thread adds up its own in fp64.
+    """
+    total, total_weight = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK), tl.num_programs(0)):
+        n = block * BLOCK + tl.arange(0, BLOCK)
+        inside = tl.arange(0, BLOCK) < pixels - block * BLOCK  # n itself may overflow in the last block
+        j = n % columns.targets
+        i = n // columns.targets % rows.targets
+        b = n // columns.targets // rows.targets
+        label = label_at(labels_ptr, b, i, j, labels_at, inside, C, ignore_index)
+        counts = label >= 0
+        y, x = cell_of(i + rows.target0, rows, WIDE), cell_of(j, columns, WIDE)
+        across, down = (share(j, x, columns, WIDE),), (share(i + rows.target0, y, rows, WIDE),)
+        own_row = scores_ptr + tl.maximum(label, 0).to(tl.int64) * scores_at[1]
+        s00, s01, s10, s11 = corner_scores(own_row, corner_offsets(b, y, x, rows, columns, scores_at, True), counts)
+        u = interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, EXACT, 1, 1)[0]
+        weight = class_weight(weight_ptr, tl.maximum(label, 0))
+        lse = tl.load(lse_ptr + n, mask=counts, other=0.0) * _LN2
+        loss = weight * (1 - smoothing) * (lse - u)
+        if spread_ptr is not None:
+            loss += tl.load(spread_ptr + n, mask=counts, other=0.0)
+        loss = tl.where(counts, loss, 0.0)
         if loss_ptr is not None:
             to = b.to(tl.int64) * loss_at[0] + i.to(tl.int64) * loss_at[1] + j.to(tl.int64) * loss_at[2]
             tl.store(loss_ptr + to, loss, mask=inside)
-        if lse_ptr is not None:
-            to = (b.to(tl.int64) * rows.targets + i) * columns.targets + j
-            tl.store(lse_ptr + to, lse, mask=inside & counts)
+        total += loss.to(tl.float64)
+        total_weight += tl.where(counts, weight, 0.0).to(tl.float64)
     if partial_ptr is not None:
-        partial = partial_ptr + tl.program_id(0).to(tl.int64) * 2
+        partial = partial_ptr + tl.program_id(0) * 2
         tl.store(partial, tl.sum(total, 0))
         tl.store(partial + 1, tl.sum(total_weight, 0))
 
@@ -174,7 +182,7 @@ def add_sums_kernel(partial_ptr, sums_ptr, programs, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_backward_kernel(
+def gradient_kernel(
     scores_ptr, labels_ptr, weight_ptr, grad_loss_ptr, lse_ptr, grad_scores_ptr, carry_ptr, scores_at, labels_at, grad_loss_at,
     grad_scores_at, rows, columns, C, ignore_index, smoothing, lanes, blocks, strips,
     PLAIN: tl.constexpr, SMOOTH: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr, FLAT_X: tl.constexpr,
@@ -342,12 +350,6 @@ def _finite(scores):
         tl.minimum(tl.maximum(scores[2], _LOWEST), _HIGHEST),
         tl.minimum(tl.maximum(scores[3], _LOWEST), _HIGHEST),
     )
-
-
-@triton.jit
-def _at(s00, s01, s10, s11, across, down, FLAT_X: tl.constexpr, FLAT_Y: tl.constexpr):
-    """One pixel's score, exactly."""
-    return interpolate(s00, s01, s10, s11, (across,), (down,), FLAT_X, FLAT_Y, EXACT, 1, 1)[0]
 
 
 @triton.jit
