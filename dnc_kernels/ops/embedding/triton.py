@@ -2,28 +2,28 @@
 
     xhat = (x - mean) * rstd,  z = xhat * weight + bias,  y = z * inverse_norm      over the D channels of a pixel
 
-Forward reads x and writes y and 3 statistics [N] fp32; backward reads x, grad_y and the statistics and writes grad_x. Nothing else
-moves: forward 2*N*D elements, backward 3*N*D, plus 12 and 12 bytes a pixel. About 12 and 30 operations an element.
+Forward reads x and writes y and 3 statistics [N] fp32; backward reads x, grad_y and the statistics and writes grad_x. Nothing
+else moves: forward 2*N*D elements, backward 3*N*D, plus 12 bytes a pixel. About 12 and 30 operations an element.
 Floors for N=131072, D=256 in bf16 (memory at 3.0 TB/s; arithmetic at 128 lanes * 132 processors * 1.7 GHz = 28 T/s):
   forward   (2*2*N*D + 12*N) B / 3.0 TB/s = 45 us    12*N*D / 28 T/s = 14 us
   backward  (3*2*N*D + 12*N) B / 3.0 TB/s = 68 us    30*N*D / 28 T/s = 36 us
 In fp32 the bytes double.
 
-Plan: a program owns a tile of TILE numbers, BLOCK_N pixels x BLOCK_D channels, which stays in registers between the load and the
-store. The tile's last dimension is the one that is contiguous in memory, AXIS that of the channels:
+Plan: a program owns a tile of TILE numbers, BLOCK_N pixels x BLOCK_D channels, which stays in registers between the load and
+the store. The tile's last dimension is the one that is contiguous in memory, AXIS that of the channels:
   rows        [BLOCK_N,BLOCK_D], channels side by side ([N,D], channels_last): all channels of some pixels
-  planes      [BLOCK_D,BLOCK_N], pixels side by side (NCHW), at least PIXELS of them: all channels of 16 pixels and more, so that a
-              channel's piece is a whole sector of 32 bytes
-  odd planes  the same where rows of the map have no multiple of 16 pixels: a thread loads one number at a time and would need too
-              many addresses for all channels, so it takes a few channels of a pixel
-Where a tile does not hold all D channels of its pixels (D > TILE / PIXELS), it is passed over them several times, and what is read
-again comes from L1 or L2: x three times forward, x and grad_y twice backward.
-Backward is one launch of a few programs per processor. Each walks over tiles, with the loads of the next tile under way, and keeps
-its sums of grad_weight and grad_bias in registers (several passes: in its rows of the workspace [programs,2,D] fp32); one small
-launch adds the programs' sums. Without those two gradients there is a program per tile.
+  planes      [BLOCK_D,BLOCK_N], pixels side by side (NCHW), at least PIXELS of them: all channels of 16 pixels or more, so that
+              a channel's piece is a whole sector of 32 bytes
+  odd planes  the same where a row of the map is no multiple of 16 pixels: a thread then loads one number at a time and would
+              need too many addresses for all channels, so it takes a few channels of a pixel
+Where a tile does not hold all D channels of its pixels (D > TILE / PIXELS), it is passed over them several times, and what is
+read again comes from L1 or L2: x three times forward, x and grad_y twice backward.
+Backward is one launch of a few programs per processor. Each walks over tiles, with the loads of the next tiles under way, and
+keeps its sums of grad_weight and grad_bias in registers (several passes: in its rows of the workspace [programs,2,D] fp32); one
+small launch adds the programs' sums. Without those two gradients there is a program per tile.
 
-Deterministic: tiles belong to programs by number, sums are added in program order. Bit-equal from run to run on a kind of device.
-Reference: dnc_kernels/ops/embedding/reference.py.
+Deterministic: tiles belong to programs by number, sums are added in program order. Bit-equal from run to run on a kind of
+device. Reference: dnc_kernels/ops/embedding/reference.py.
 """
 
 from __future__ import annotations
@@ -124,26 +124,31 @@ def normalize_kernel(
     here = tl.arange(0, BLOCK_N) < N - first  # n itself may overflow in the last tile
     x_row = x_ptr + _offset(n, x_at, X_MAP)
     y_row = y_ptr + _offset(n, y_at, Y_MAP)
+    d = tl.arange(0, BLOCK_D)
+    x = _load(x_row, d, x_at.stride_d, here, D, MASKED and WHOLE, AXIS)  # all D channels, or the first ones
+    # The mean in two passes, the second of which corrects the first; the variance from the differences to the first. The first
+    # may be that of a part of the channels: its distance from the mean is at most sqrt(D / BLOCK_D) deviations.
+    center = tl.sum(x, AXIS)
+    center = tl.div_rn(center, _like(center, D if WHOLE else BLOCK_D))
     if WHOLE:
-        d = tl.arange(0, BLOCK_D)
-        weight, bias = _channels(weight_ptr, d, D, 1.0, MASKED, AXIS), _channels(bias_ptr, d, D, 0.0, MASKED, AXIS)
-        x = _load(x_row, d, x_at.stride_d, here, D, MASKED, AXIS)  # [BLOCK_N,BLOCK_D]
-        mean, squares = _moments(x, d, D, D, MASKED, AXIS)
+        left, squares = _moments(x, center, d, D, MASKED, AXIS)
     else:
-        mean = tl.zeros([BLOCK_N], tl.float32)
-        squares = mean
+        left = tl.zeros([BLOCK_N], tl.float32)
+        squares = left
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             x = _load(x_row, d, x_at.stride_d, here, D, MASKED, AXIS)
-            count = tl.minimum(D - start, BLOCK_D)
-            part_mean, part_squares = _moments(x, d, D, count, MASKED, AXIS)
-            # two sets of numbers become one (Chan, Golub, LeVeque 1979)
-            share = tl.div_rn(_like(mean, count), _like(mean, start + count))
-            delta = part_mean - mean
-            mean += delta * share
-            squares += part_squares + delta * delta * (start * share)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, _like(squares, D)) + eps))
+            part_left, part_squares = _moments(x, center, d, D, MASKED, AXIS)
+            left += part_left
+            squares += part_squares
+    channels = _like(center, D)
+    left = tl.div_rn(left, channels)
+    mean = center + left
+    variance = tl.div_rn(squares, channels) - left * left
+    variance = tl.where(variance < 0, 0.0, variance)  # rounding may leave a hair below 0; NaN stays NaN
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     if WHOLE:
+        weight, bias = _channels(weight_ptr, d, D, 1.0, MASKED, AXIS), _channels(bias_ptr, d, D, 0.0, MASKED, AXIS)
         _, z = _affine(x, mean, rstd, weight, bias, d, D, MASKED, AXIS)
         inverse_norm = _inverse_length(tl.sum(z * z, AXIS))
         _store(y_row, d, y_at.stride_d, here, D, z * tl.expand_dims(inverse_norm, AXIS), MASKED, AXIS)
@@ -250,16 +255,13 @@ def normalize_backward_kernel(
                     to_bias = tl.load(to_bias_ptr + d, mask=before, other=0.0) + tl.sum(dz, 1 - AXIS)
                     tl.store(to_weight_ptr + d, to_weight, mask=d < D)
                     tl.store(to_bias_ptr + d, to_bias, mask=d < D)
-    if partial_ptr is not None:
-        if WHOLE:
-            tl.store(to_weight_ptr + d, tl.sum(to_weight, 0) if AXIS == 1 else to_weight, mask=d < D)
-            tl.store(to_bias_ptr + d, tl.sum(to_bias, 0) if AXIS == 1 else to_bias, mask=d < D)
+    if partial_ptr is not None and WHOLE:
+        tl.store(to_weight_ptr + d, tl.sum(to_weight, 0) if AXIS == 1 else to_weight, mask=d < D)
+        tl.store(to_bias_ptr + d, tl.sum(to_bias, 0) if AXIS == 1 else to_bias, mask=d < D)
 
 
 @triton.jit
-def add_partials_kernel(
-    partial_ptr, grad_weight_ptr, grad_bias_ptr, programs, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def add_partials_kernel(partial_ptr, grad_weight_ptr, grad_bias_ptr, programs, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """grad_weight and grad_bias [D], those given, from partial [programs,2,D], in program order."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     if grad_weight_ptr is not None:
@@ -312,16 +314,12 @@ def _like(t, value):
 
 
 @triton.jit
-def _moments(x, d, D, count, MASKED: tl.constexpr, AXIS: tl.constexpr):
-    """Mean and sum of squared differences of `count` channels, in two passes; the mean of what is left corrects the first."""
-    count = _like(tl.sum(x, AXIS), count)
-    first = tl.div_rn(tl.sum(x, AXIS), count)
-    t = x - tl.expand_dims(first, AXIS)
+def _moments(x, center, d, D, MASKED: tl.constexpr, AXIS: tl.constexpr):
+    """Sums over channels of x - center and of its square."""
+    t = x - tl.expand_dims(center, AXIS)
     if MASKED:
         t = tl.where(tl.expand_dims(d < D, 1 - AXIS), t, 0.0)
-    left = tl.div_rn(tl.sum(t, AXIS), count)
-    squares = tl.sum(t * t, AXIS) - left * left * count
-    return first + left, tl.where(squares < 0, 0.0, squares)  # rounding may leave a hair below 0; NaN stays NaN
+    return tl.sum(t, AXIS), tl.sum(t * t, AXIS)
 
 
 @triton.jit
@@ -338,7 +336,7 @@ def _channels(ptr, d, D, other: tl.constexpr, MASKED: tl.constexpr, AXIS: tl.con
 
 @triton.jit
 def _affine(x, mean, rstd, weight, bias, d, D, MASKED: tl.constexpr, AXIS: tl.constexpr):
-    """xhat and z, both 0 where there is no channel."""
+    """Normalised x and z, both 0 where there is no channel."""
     xhat = (x - tl.expand_dims(mean, AXIS)) * tl.expand_dims(rstd, AXIS)
     if MASKED:
         xhat = tl.where(tl.expand_dims(d < D, 1 - AXIS), xhat, 0.0)
@@ -362,7 +360,7 @@ def _sums(xhat, z, g, weight, AXIS: tl.constexpr):
 
 @triton.jit
 def _gradient(xhat, z, g, rstd, inverse_norm, along, level, slope, weight, AXIS: tl.constexpr):
-    """dz and grad_x."""
+    """Gradients of z and x."""
     dz = tl.expand_dims(inverse_norm, AXIS) * g - tl.expand_dims(along, AXIS) * z
     grad_x = dz * weight - tl.expand_dims(level, AXIS) - xhat * tl.expand_dims(slope, AXIS)
     return dz, tl.expand_dims(rstd, AXIS) * grad_x

@@ -31,7 +31,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_cells import EXACT, FINITE, GUARDED, cell_of, constants, corner_offsets, corner_scores, first_target, interpolate, share, shares
+from .triton_cells import (
+    EXACT,
+    FINITE,
+    GUARDED,
+    cell_of,
+    constants,
+    corner_offsets,
+    corner_scores,
+    first_target,
+    interpolate,
+    share,
+    shares,
+)
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
