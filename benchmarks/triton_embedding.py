@@ -42,8 +42,8 @@ def _backward(layout: str, device: torch.device, when: dict[str, int]) -> Callab
     grad_y = torch.empty_like(x)
     if device.type == "cuda":
         grad_y.normal_()
-    made = (torch.empty_like(t) for t in (x, weight, bias))
-    return partial(kernels.normalize_backward, x, weight, bias, *statistics, grad_y, None, *made)
+    arguments: list[Any] = [x, weight, bias, *statistics, grad_y, None, *(torch.empty_like(t) for t in (x, weight, bias))]
+    return partial(kernels.normalize_backward, *arguments)
 
 
 def _candidates(layout: str, backward: bool, when: dict[str, int]) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
-"""Triton launchers of the upsampled cross-entropy and argmax; kernels, floors and plans: triton_loss.py, triton_argmax.py.
+"""Triton launchers of the upsampled cross-entropy and argmax; kernels: triton_loss.py, triton_gradient.py,
+triton_argmax.py, built on triton_cells.py.
 
-Launches: the loss 1, its sums 1 more, its gradient 1 more; argmax 1.
-Workspace: lse [B,H,W] fp32 and the carry of the gradient, about 1/ROWS of [B,C,h,w] fp32; 16 bytes a program of the loss.
+Launches: the log-sum-exp 1, the loss 1 more, its sums 1 more, the gradient 1 more; argmax 1.
+Workspace: lse [B,H,W] fp32 (with label smoothing two of them); the gradient's carry, about 1/ROWS of [B,C,h,w] fp32, or 2/ROWS
+where a cell has more than MOST x MOST target pixels; 16 bytes a program of the loss.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from .._triton import configuration, launch, processors
 from .reference import Window
 from .triton_argmax import argmax_kernel
 from .triton_cells import Axis, axis_of
-from .triton_loss import add_sums_kernel, gradient_kernel, log_sum_exp_kernel, loss_kernel
+from .triton_gradient import gradient_kernel
+from .triton_loss import add_sums_kernel, log_sum_exp_kernel, loss_kernel
 
 # Pixels that a program of the loss works on at a time: 2 for each of 4 * 32 threads.
 _PIXELS = 256
@@ -126,8 +129,8 @@ def gradient(
     launch(
         gradient_kernel, (programs,),
         scores, labels, class_weight, grad_loss, lse, grad_scores, carry, scores.stride(), labels.stride(),
-        labels.stride() if grad_loss is None else grad_loss.stride(), grad_scores.stride(), rows, columns, classes, ignore_index,
-        label_smoothing, lanes, blocks, strips, PLAIN=grad_loss is None and class_weight is None,
+        labels.stride() if grad_loss is None else grad_loss.stride(), grad_scores.stride(), rows, columns, classes,
+        ignore_index, label_smoothing, lanes, blocks, strips, PLAIN=grad_loss is None and class_weight is None,
         SMOOTH=label_smoothing > 0, **cell, **options,
     )  # fmt: skip
 

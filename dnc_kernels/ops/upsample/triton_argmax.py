@@ -1,17 +1,20 @@
 """The class of the highest bilinearly interpolated score of every target pixel, in Triton.
 
-    label[b,i,j] = argmax_c u[b,c,i,j],  u = scores interpolated at the position of (i,j); ties: the lowest class, NaN: the highest score
+    label[b,i,j] = argmax_c u[b,c,i,j],  u: scores interpolated at (i,j); ties: the lowest class; NaN: the highest score
 
-Reads scores [B,C,h,w], each number four times, of which three from L1 and L2; writes label [B,H,W] int64. [B,C,H,W] never exists.
-Floors for [8,150,128,128] fp32 -> 512^2 (3.0 TB/s; 128 lanes * 132 processors * 1.7 GHz = 28 T/s):
-  memory      4*B*C*h*w + 8*B*H*W bytes = 96 MB     32 us
-  arithmetic  B*H*W*C pixels and classes at 6       68 us
+Reads scores [B,C,h,w], each of them four times, three of these from L1 and L2; writes label [B,H,W] int64. [B,C,H,W] never
+exists. Floors for [8,150,128,128] fp32 -> 512^2 (3.0 TB/s; 128 lanes * 132 processors * 1.7 GHz = 28 T operations/s):
+  memory      4*B*C*h*w + 8*B*H*W bytes = 96 MB    32 us
+  arithmetic  6.9 operations * B*C*H*W             78 us
 
-Plan: a thread owns a cell (triton_cells.py) and keeps the best score and class of its target pixels in registers while it walks over
-the classes: 4 loads serve up to 16 pixels. Threads of a warp own cells side by side. All classes are rounded alike, so equal scores
-stay equal. A cell that has met a NaN or Inf is walked over once more, with care. Deterministic: a label depends on its scores only.
-Reference: dnc_kernels/ops/upsample/reference.py.
+Plan: a thread owns a cell (triton_cells.py) and keeps the best score and class of its target pixels in registers while it
+walks over the classes: 4 loads serve up to 16 pixels. Threads of a warp own cells side by side. All classes are rounded alike,
+so equal scores stay equal. A program that has met a NaN or Inf walks over the classes once more, with care.
+Deterministic: a label depends on its own scores only. Reference: dnc_kernels/ops/upsample/reference.py.
 """
+
+# tuples of tensors grow while a kernel is compiled
+# mypy: disallow-untyped-defs=False, disable-error-code=assignment
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ from .triton_cells import EXACT, FINITE, constants, corner_offsets, corner_score
 @triton.jit
 def argmax_kernel(
     scores_ptr, label_ptr, scores_at, label_at, rows, columns, C, lanes, blocks,
-    LARGE: tl.constexpr, WIDE: tl.constexpr, FLAT_X: tl.constexpr, FLAT_Y: tl.constexpr, KX: tl.constexpr, KY: tl.constexpr, PARTS_X: tl.constexpr,
-    PARTS_Y: tl.constexpr, BLOCK: tl.constexpr,
+    LARGE: tl.constexpr, WIDE: tl.constexpr, FLAT_X: tl.constexpr, FLAT_Y: tl.constexpr, KX: tl.constexpr, KY: tl.constexpr,
+    PARTS_X: tl.constexpr, PARTS_Y: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program per BLOCK cells (or parts of cells) of a row of cells; samples follow each other."""
     lane = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

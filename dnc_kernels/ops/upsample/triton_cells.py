@@ -1,11 +1,15 @@
 """Where target pixels lie between source pixels: what the upsample kernels in Triton are built on.
 
-A cell is the square between source pixels (r,x) and (r+1,x+1); its target pixels are those interpolated from these four corners.
-Cell -1 lies before the first source pixel, where positions are clamped to it. A thread owns a cell: it loads four corners of a class
-and makes all target pixels of the cell from them, in registers. A cell with more than MOST x MOST target pixels is cut into parts.
+A cell is the square between source pixels (r,x) and (r+1,x+1); its target pixels are those interpolated from these four
+corners. Cell -1 lies before the first source pixel, where positions are clamped to it. A thread owns a cell: it loads the four
+corners of a class and makes all target pixels of the cell from them, in registers. A cell of more than MOST x MOST target
+pixels is cut into parts. Where a map shrinks, most cells have no target pixel and their threads nothing to do.
 
 Positions are ratios of integers, as in reference._neighbours, so that no rounding moves a pixel to another cell.
 """
+
+# tuples of tensors grow while a kernel is compiled
+# mypy: disallow-untyped-defs=False, disable-error-code=assignment
 
 from __future__ import annotations
 
@@ -81,7 +85,7 @@ def cell_of(i, axis, WIDE: tl.constexpr):
 
 @triton.jit
 def share(i, r, axis, WIDE: tl.constexpr):
-    """Share of source pixel r+1 in target pixel i of cell r, rounded once; 0 in the cells before the first and behind the last."""
+    """Share of source pixel r+1 in target pixel i of cell r, rounded once; 0 before the first and behind the last cell."""
     if WIDE:
         i, r = i.to(tl.int64), r.to(tl.int64)
     beyond = (i * axis.step + axis.base - r * axis.unit).to(tl.float32)
@@ -105,6 +109,10 @@ def source_at(r, axis):
     return tl.minimum(tl.maximum(inside, 0), axis.sources - 1)
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+# A score of -inf counts as this: its differences are finite, and its power of 2 is 0.
+LOWEST = tl.constexpr(-2e38)
+
 # How interpolation treats scores that are not finite.
 FINITE = tl.constexpr(0)  # there are none
 GUARDED = tl.constexpr(1)  # a pixel that has no share of them does not see them
@@ -113,8 +121,10 @@ EXACT = tl.constexpr(2)  # also, infinities of one sign stay
 
 @triton.jit
 def blend(low, high, part, MODE: tl.constexpr, FIRST: tl.constexpr):
-    """`part` of the way from low to high. FIRST: the first pixel of a cell; beside the clamped ones, whose two neighbours are the
-    same pixel, only that one can have share 0."""
+    """`part` of the way from low to high.
+
+    FIRST: the first pixel of a cell. Beside clamped ones, whose two neighbours are the same pixel, only it can have share 0.
+    """
     if MODE == EXACT:
         return tl.where(part == 0, low, (1 - part) * low + part * high)
     elif MODE == GUARDED and FIRST:
@@ -145,8 +155,10 @@ def interpolate(
 
 @triton.jit
 def corner_offsets(b, y, x, rows, columns, scores_at, LARGE: tl.constexpr):
-    """Offsets of the corners of cells (y,x) of samples b: scores_at are strides [b,c,h,w]. int32 saves half of a loop's address
-    arithmetic; LARGE: it would overflow."""
+    """Offsets of the corners of cells (y,x) of samples b; scores_at: strides [b,c,h,w].
+
+    int32, which halves a loop's address arithmetic, unless that would overflow (LARGE).
+    """
     y0, y1, x0, x1 = source_at(y, rows), source_at(y + 1, rows), source_at(x, columns), source_at(x + 1, columns)
     sample = b.to(tl.int64) * scores_at[0]
     low = sample + y0.to(tl.int64) * scores_at[2]
@@ -174,6 +186,23 @@ def corner_scores(row, offsets, here):
 def constants(count: tl.constexpr, value, BLOCK: tl.constexpr, dtype: tl.constexpr):
     """`count` tensors [BLOCK]: one for each target pixel of a cell."""
     made = ()
-    for k in tl.static_range(count):
+    for _ in tl.static_range(count):
         made += (tl.full([BLOCK], value, dtype),)
     return made
+
+
+@triton.jit
+def label_at(labels_ptr, b, i, j, labels_at, inside, C, ignore_index):
+    """int32 labels of pixels that count; -1 for the others."""
+    at = b.to(tl.int64) * labels_at[0] + i.to(tl.int64) * labels_at[1] + j.to(tl.int64) * labels_at[2]
+    label = tl.load(labels_ptr + at, mask=inside, other=0).to(tl.int64)
+    return tl.where(inside & (label >= 0) & (label < C) & (label != ignore_index), label, -1).to(tl.int32)
+
+
+@triton.jit
+def class_weight(weight_ptr, c):
+    """Class weights of c; 1 where there are none."""
+    if weight_ptr is None:
+        return 1.0
+    else:
+        return tl.load(weight_ptr + c)
