@@ -93,6 +93,7 @@ def gradient_kernel(
         j1 = first_target(x + 1, columns, WIDE)
         offsets = corner_offsets(b, y, x, rows, columns, scores_at, LARGE)
         for part in range(PARTS):
+            tl.debug_barrier()  # the next pass over the classes reads what this program left in carry
             i0 = i_first + part // PARTS_X * KY
             j0 = j_first + part % PARTS_X * KX
             across, down = shares(j0, x, columns, WIDE, KX), shares(i0, y, rows, WIDE, KY)
