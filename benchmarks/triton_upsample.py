@@ -1,0 +1,77 @@
+"""How the Triton upsample kernels are launched for a shape class, and the meta-parameters worth trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnc_kernels.ops.upsample import triton as kernels
+
+from .aot import Case
+
+_DTYPES = {16: torch.bfloat16, 32: torch.float32}
+#: Labels of 8 maps of 512 x 512.
+_BATCH, _SIZE = 8, 512
+
+
+def _inputs(device: torch.device, when: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """Scores and labels, the latter in regions of 32 x 32 pixels with a tenth ignored, as images have them."""
+    side = _SIZE // when["scale"]
+    scores = torch.empty((_BATCH, when["C"], side, side), dtype=_DTYPES[when["bits"]], device=device)
+    labels = torch.empty((_BATCH, _SIZE, _SIZE), dtype=torch.int64, device=device)
+    if device.type == "cuda":
+        scores.normal_()
+        regions = torch.randint(when["C"], (_BATCH, _SIZE // 32, _SIZE // 32), device=device)
+        regions[torch.rand(regions.shape, device=device) < 0.1] = -100
+        labels.copy_(regions.repeat_interleave(32, 1).repeat_interleave(32, 2))
+    return scores, labels
+
+
+def _log_sum_exp(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
+    scores, labels = _inputs(device, when)
+    sums = torch.empty(2, dtype=torch.float64, device=device)
+    return partial(kernels.cross_entropy, scores, labels, None, False, -100, 0.0, None, None, sums, None, None)
+
+
+def _gradient(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
+    scores, labels = _inputs(device, when)
+    lse, grad_scores = torch.empty(labels.shape, device=device), torch.empty_like(scores, dtype=torch.float32)
+    axes = kernels.axes_of(scores, (_SIZE, _SIZE), False, None)
+    if device.type == "cuda":
+        kernels.log_sum_exp(scores, None, 0.0, axes, lse, None)
+    return partial(kernels.gradient, scores, labels, None, -100, 0.0, axes, None, lse, grad_scores)
+
+
+def _argmax(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
+    scores, labels = _inputs(device, when)
+    return partial(kernels.argmax, scores, False, labels)
+
+
+def _candidates(when: dict[str, int]) -> list[dict[str, Any]]:
+    return [
+        {"MOST": most, "BLOCK": block, "num_warps": block // 32}
+        for most in (2, 4)
+        for block in (32, 64, 128)
+        if most <= max(2, when["scale"])
+    ]
+
+
+def _gradient_candidates(when: dict[str, int]) -> list[dict[str, Any]]:
+    return [
+        {**use, "ROWS": rows, "CLASSES": classes}
+        for use in _candidates(when)
+        for rows in (8, 16, 32)
+        for classes in (8, 16, 32)
+        if use["num_warps"] <= 2  # more: a cell's neighbour lies in another warp too often
+    ]
+
+
+CASES = {
+    "log_sum_exp": Case(_log_sum_exp, _candidates),
+    "gradient": Case(_gradient, _gradient_candidates),
+    "argmax": Case(_argmax, _candidates),
+}
