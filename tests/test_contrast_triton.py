@@ -45,9 +45,7 @@ def junk_like(x):
 def run(x, p, target, temperature=0.2, ignore_index=-1, gradient=True):
     loss = torch.full(target.shape, 77.0, device=DEVICE)
     grad = junk_like(x) if gradient else None
-    triton_contrast.subcentroid_cross_entropy(
-        x, p, target, temperature, ignore_index, None, loss, grad, None, None, None, None
-    )
+    triton_contrast.subcentroid_cross_entropy(x, p, target, temperature, ignore_index, None, loss, grad, None, None, None, None)
     return loss, grad
 
 
@@ -158,9 +156,7 @@ def run_scores(x, p, labels, temperature=0.2, scale=1.5, gradient=True):
         winner = winner.permute(0, 3, 1, 2).contiguous()
     grad = junk_like(x) if gradient else None
     factor = torch.tensor(scale, device=DEVICE)
-    triton_contrast.subcentroid_cross_entropy(
-        x, p, None, temperature, -1, factor, loss, grad, labels, scores, winner, own
-    )
+    triton_contrast.subcentroid_cross_entropy(x, p, None, temperature, -1, factor, loss, grad, labels, scores, winner, own)
     return loss, grad, scores, winner, own
 
 
