@@ -17,8 +17,8 @@ Shape = dict[str, int]
 
 
 def _problem(device: torch.device, when: Shape) -> tuple[Tensor, Tensor]:
-    """Unit features [N,D] and unit centroids [C,K,D] of a shape."""
-    n, c, k, d = when.get("N", 131072), when["C"], when["K"], when["D"]
+    """Unit features [N,D] and unit centroids [C,K,D] of a shape; M sub-centroids are M classes where C and K do not matter."""
+    n, c, k, d = when["N"], when.get("C", when.get("M", 1)), when.get("K", 1), when["D"]
     dtype = torch.bfloat16 if when.get("bits", 16) == 16 else torch.float32
     if device.type == "meta":
         return torch.empty(n, d, dtype=dtype, device=device), torch.empty(c, k, d, device=device)
@@ -34,7 +34,17 @@ def _nearest(device: torch.device, when: Shape) -> Callable[[], None]:
 
 
 def _nearest_candidates(when: Shape) -> list[dict[str, Any]]:
-    return []
+    tiles: tuple[tuple[int, ...], ...]
+    if when["bits"] == 32:
+        tiles = ((64, 64, 32, 0, 4, 8, 3), (64, 64, 32, 0, 4, 4, 3), (128, 64, 32, 0, 4, 8, 3), (32, 64, 32, 0, 4, 4, 3))
+    else:
+        tiles = (
+            (256, 64, 64, 256, 2, 16, 3), (256, 64, 64, 256, 4, 8, 3), (128, 64, 64, 256, 4, 8, 3), (128, 64, 64, 256, 4, 4, 3),
+            (128, 32, 64, 256, 4, 8, 3), (128, 32, 64, 256, 4, 4, 3), (64, 64, 64, 256, 4, 4, 3), (128, 128, 64, 256, 4, 8, 2),
+            (128, 128, 64, 0, 4, 8, 3), (128, 128, 64, 0, 4, 8, 4), (128, 256, 64, 0, 8, 8, 3), (128, 256, 64, 0, 16, 8, 4),
+        )  # fmt: skip
+    names = ("BLOCK_N", "BLOCK_M", "BLOCK_D", "KEEP_D", "COPIES", "num_warps", "num_stages")
+    return [dict(zip(names, tile, strict=True)) for tile in tiles]
 
 
 def _distance(device: torch.device, when: Shape) -> Callable[[], None]:
@@ -43,8 +53,16 @@ def _distance(device: torch.device, when: Shape) -> Callable[[], None]:
     return lambda: triton_nearest.centroid_distance(x, centroids, "cosine", out)
 
 
-def _distance_candidates(when: Shape) -> list[dict[str, Any]]:
-    return []
+def _product_candidates(when: Shape) -> list[dict[str, Any]]:
+    tiles: tuple[tuple[int, ...], ...]
+    if when["bits"] == 32:
+        tiles = ((64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3), (64, 64, 16, 4, 4))
+    else:
+        tiles = (
+            (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+            (128, 256, 64, 8, 3), (256, 64, 64, 8, 3),
+        )  # fmt: skip
+    return [dict(zip(("BLOCK_N", "BLOCK_M", "BLOCK_D", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]
 
 
 def _contrast(device: torch.device, when: Shape) -> Callable[[], None]:
@@ -72,13 +90,23 @@ def _contrast(device: torch.device, when: Shape) -> Callable[[], None]:
 
 
 def _contrast_candidates(when: Shape) -> list[dict[str, Any]]:
-    return []
+    tiles = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 8, 3))
+    return [dict(zip(("BLOCK_N", "BLOCK_M", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]
+
+
+def _mix_candidates(when: Shape) -> list[dict[str, Any]]:
+    tiles: tuple[tuple[int, ...], ...]
+    if when["bits"] == 32:
+        tiles = ((64, 64, 32, 8, 3), (64, 64, 16, 4, 3), (32, 64, 32, 4, 3))
+    else:
+        tiles = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 32, 8, 4), (64, 256, 64, 4, 3))
+    return [dict(zip(("BLOCK_N", "BLOCK_D", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]
 
 
 CASES = {
     "nearest_centroid": Case(_nearest, _nearest_candidates),
-    "centroid_distance": Case(_distance, _distance_candidates),
+    "centroid_distance": Case(_distance, _product_candidates),
     "subcentroid_cross_entropy": Case(_contrast, _contrast_candidates),
-    "subcentroid_weights": Case(_contrast, _contrast_candidates),
-    "subcentroid_mix": Case(_contrast, _contrast_candidates),
+    "subcentroid_weights": Case(_contrast, _product_candidates),
+    "subcentroid_mix": Case(_contrast, _mix_candidates),
 }

@@ -98,7 +98,7 @@ def test_nearest(shape, metric, dtype):
 @pytest.mark.parametrize("copies", (1, 2, 4))
 @pytest.mark.parametrize("metric", METRICS)
 def test_knock_out_between_strips(copies, metric):
-    use = dict(BLOCK_N=16, BLOCK_M=64, BLOCK_D=16, KEEP_D=16, COPIES=copies, num_warps=4, num_stages=2)
+    use = {"BLOCK_N": 16, "BLOCK_M": 64, "BLOCK_D": 16, "KEEP_D": 16, "COPIES": copies, "num_warps": 4, "num_stages": 2}
     with _triton.configured("nearest_centroid", **use):
         check_nearest(*problem(21, 50, 3, 18, torch.bfloat16), metric)
 
@@ -135,7 +135,7 @@ def test_ties_go_to_the_lowest_index(copies):
     # small integers: their products have no rounding, which a column's place in a tile could change
     x = torch.randint(-4, 5, (40, 16), device=DEVICE).bfloat16()
     one = torch.randint(-4, 5, (3, 16), device=DEVICE).float()
-    use = dict(BLOCK_N=16, BLOCK_M=32, BLOCK_D=16, KEEP_D=16, COPIES=copies, num_warps=4, num_stages=2)
+    use = {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_D": 16, "KEEP_D": 16, "COPIES": copies, "num_warps": 4, "num_stages": 2}
     with _triton.configured("nearest_centroid", **use):
         label, sub, _ = nearest(x, one.repeat(70, 1).view(35, 6, 16), "sqeuclidean")
         assert not label.any() and ((sub >= 0) & (sub < 3)).all()

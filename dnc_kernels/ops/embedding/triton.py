@@ -26,6 +26,7 @@ Deterministic: tiles belong to programs by number, sums are added in program ord
 device. Reference: dnc_kernels/ops/embedding/reference.py.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 from typing import Any

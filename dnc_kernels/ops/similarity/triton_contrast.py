@@ -9,10 +9,11 @@
     a gradient: 126 us); 2*N*D*2 + N*12 = 136 MB = 45 us, with scores, winner and own N*C*5 + N*K*4 = 104 MB more, 79 us.
 Plan: attention whose keys are its values. A program owns BLOCK_N pixels, whose features stay in shared memory, and sweeps the
 rows BLOCK_M at a time: one load serves s = x p^T and, after an online softmax, acc = acc * alpha + exp(s - top) p, [BLOCK_N, D]
-in float32 registers. The target's row is gathered for s[target] before the sweep and for its pull after it. With scores the rows
-come as [class tile][k tile][copy][class] (triton_pack.Slots), so that the maximum over K is element by element; scores of a class
-tile are written when its last k has passed. Similarities with the own sub-centroids are stored as they pass, in class tiles that
-hold a label of the program's. A program none of whose pixels counts sweeps nothing.
+in float32 registers. The target's row is gathered for s[target] before the sweep and for its pull after it. With scores the
+rows come as [class tile][k tile][copy][class] (triton_pack.Slots), so that the maximum over K is element by element; scores of
+a class tile are written when its last k has passed. Similarities with the own sub-centroids are stored as they pass, in class
+tiles between the program's least and greatest label. Without scores a program none of whose pixels counts sweeps nothing.
+Registers are what limits the tile: 128 of 255 hold sums at D = 256 with 128 pixels in 8 warps.
 exp2 is the hardware's, within 2 ulp (PTX ISA, ex2.approx.ftz.f32), of exponents that are at most 0.
 Every pixel's results depend on that pixel alone: deterministic. Reference: `subcentroid_cross_entropy` and
 `scores_and_contrast_into` in reference.py.
@@ -40,7 +41,7 @@ FUSED_CHANNELS = 256
 
 
 @triton.jit
-def subcentroid_cross_entropy_kernel(
+def _subcentroid_cross_entropy_kernel(
     x_ptr, rows_ptr, index_ptr, scale_ptr, loss_ptr, grad_ptr, scores_ptr, winner_ptr, own_ptr,
     x_at, grad_at, scores_at, winner_at, N, D, C, K, tiles, k_tiles, ignore_index, inverse_t, rate, zero,
     X_MAP: tl.constexpr, GRAD_MAP: tl.constexpr, SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr,
@@ -191,7 +192,7 @@ def subcentroid_cross_entropy(
     maps = tuple(map(addresses, (x, out, scores, winner)))
     x_map, grad_map, scores_map, winner_map = map(_triton.map_rank, maps)
     _triton.launch(
-        subcentroid_cross_entropy_kernel, (triton.cdiv(n, block_n),), x, rows, index, scale, loss, out, scores, winner, own,
+        _subcentroid_cross_entropy_kernel, (triton.cdiv(n, block_n),), x, rows, index, scale, loss, out, scores, winner, own,
         *maps, n, channels, classes, k, slots.tiles, slots.k_tiles, ignore_index, 1 / temperature,
         math.log2(math.e) / temperature, 0, X_MAP=x_map, GRAD_MAP=grad_map, SCORES_MAP=scores_map, WINNER_MAP=winner_map,
         TARGET=target is not None, GRAD=grad_x is not None, WIDTH=slots.width, COPIES=slots.copies,

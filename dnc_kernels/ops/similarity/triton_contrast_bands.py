@@ -7,8 +7,8 @@
     channel tile; a band of pixels is as long as 48 MiB of weights are.
     floors on an H100 (800 TF/s bf16, 3.0 TB/s): ImageNet N=4096 M=4000 D=2048: 4*N*M*D = 134 GFLOP = 168 us, weights
     2*N*M*2 = 66 MB = 22 us. ADE20K N=65536 M=1500 D=768: 302 GFLOP = 377 us, x and dX 201 MB = 67 us, weights 393 MB = 131 us.
-Plan: two plain products, so that no sum of D channels has to stay in registers. A tile's own maximum makes its weights at most 1
-without waiting for other tiles; the second product scales them in registers as they pass. Two launches a band.
+Plan: two plain products, so that no sum of D channels has to stay in registers. A tile's own maximum makes its weights at most
+1 without waiting for other tiles; the second product scales them in registers as they pass. Two launches a band.
 exp2 is the hardware's, within 2 ulp (PTX ISA, ex2.approx.ftz.f32), of exponents that are at most 0.
 Every pixel's results depend on that pixel alone: deterministic. Reference: `subcentroid_cross_entropy` and
 `scores_and_contrast_into` in reference.py.
@@ -153,7 +153,7 @@ def store_gradient(
 
 
 @triton.jit
-def subcentroid_weights_kernel(
+def _subcentroid_weights_kernel(
     x_ptr, rows_ptr, index_ptr, weights_ptr, tops_ptr, sums_ptr, scores_ptr, winner_ptr, own_ptr, x_at, scores_at, winner_at,
     first, pixels, band, D, C, K, class_tiles, k_tiles, padded_d, slots, rate, zero,
     X_MAP: tl.constexpr, SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr, TARGET: tl.constexpr, GRAD: tl.constexpr,
@@ -212,7 +212,7 @@ def subcentroid_weights_kernel(
 
 
 @triton.jit
-def subcentroid_mix_kernel(
+def _subcentroid_mix_kernel(
     x_ptr, rows_ptr, index_ptr, scale_ptr, weights_ptr, tops_ptr, sums_ptr, loss_ptr, grad_ptr, own_ptr, x_at, grad_at,
     first, pixels, band, D, C, K, d_tiles, tiles, padded_d, slots, ignore_index, inverse_t, rate,
     X_MAP: tl.constexpr, GRAD_MAP: tl.constexpr, TARGET: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -298,7 +298,7 @@ def subcentroid_cross_entropy(
 ) -> None:
     """What `triton_contrast.subcentroid_cross_entropy` says, for any number of channels."""
     n, (classes, k, channels) = pixel_count(x), centroids.shape
-    shape = dict(N=n, C=classes, K=k, D=channels, bits=8 * x.element_size())
+    shape = {"N": n, "C": classes, "K": k, "D": channels, "bits": 8 * x.element_size()}
     use = _triton.configuration(_FAMILY, "subcentroid_weights", x.device, **shape)
     mix = _triton.configuration(_FAMILY, "subcentroid_mix", x.device, **shape)
     whole = max(16, triton.next_power_of_2(channels))
@@ -325,19 +325,24 @@ def subcentroid_cross_entropy(
     out = x if grad_x is None else grad_x
     x_at, grad_at, scores_at, winner_at = map(addresses, (x, out, scores, winner))
     d_tiles = triton.cdiv(channels, mix["BLOCK_D"]) if gradient else 1
-    shared = dict(X_MAP=_triton.map_rank(x_at), TARGET=target is not None, GRAD=gradient, PRECISION=_triton.dot_precision(x))
+    shared = {
+        "X_MAP": _triton.map_rank(x_at),
+        "TARGET": target is not None,
+        "GRAD": gradient,
+        "PRECISION": _triton.dot_precision(x),
+    }
     rate = math.log2(math.e) / temperature
     for first in range(0, n, band):
         pixels = min(band, n - first)
         _triton.launch(
-            subcentroid_weights_kernel, (triton.cdiv(pixels, use["BLOCK_N"]) * slots.class_tiles,), x, rows, index, weights,
+            _subcentroid_weights_kernel, (triton.cdiv(pixels, use["BLOCK_N"]) * slots.class_tiles,), x, rows, index, weights,
             tops, sums, scores, winner, own, x_at, scores_at, winner_at, first, pixels, band, channels, classes, k,
-            slots.class_tiles, slots.k_tiles, rows.shape[1], len(rows), rate, 0, **shared, SCORES_MAP=_triton.map_rank(scores_at),
-            WINNER_MAP=_triton.map_rank(winner_at), WIDTH=slots.width, COPIES=slots.copies,
+            slots.class_tiles, slots.k_tiles, rows.shape[1], len(rows), rate, 0, **shared,
+            SCORES_MAP=_triton.map_rank(scores_at), WINNER_MAP=_triton.map_rank(winner_at), WIDTH=slots.width, COPIES=slots.copies,
             EVEN_D=rows.shape[1] == channels, EVEN_M=classes % slots.width == 0 and k % slots.copies == 0, **use,
         )  # fmt: skip
         _triton.launch(
-            subcentroid_mix_kernel, (triton.cdiv(pixels, mix["BLOCK_N"]) * d_tiles,), x, rows, index, scale, weights, tops,
+            _subcentroid_mix_kernel, (triton.cdiv(pixels, mix["BLOCK_N"]) * d_tiles,), x, rows, index, scale, weights, tops,
             sums, loss, out, own, x_at, grad_at, first, pixels, band, channels, classes, k, d_tiles, slots.tiles, rows.shape[1],
             len(rows), ignore_index, 1 / temperature, rate, **shared, GRAD_MAP=_triton.map_rank(grad_at), TILE=tile,
             SMALL_K=triton.next_power_of_2(k), **mix,

@@ -2,16 +2,17 @@
 
     s[n,m] = <x_n, p_m> (dot), <x_n, p_m>/(|x_n||p_m|) (cosine), 2<x_n, p_m> - |p_m|^2 - |x_n|^2 (sqeuclidean), m = c*K + k
     nearest: (label, sub, score)[n] = max_m s, the lowest m on ties. distance: out[n,m] = 1 - s (cosine), -s (sqeuclidean)
-    nearest reads x [N,D] once and the packed rows [M,D] from L2 once a program, writes 20 bytes a pixel.
+    nearest reads x [N,D] once (again, from L2, for |x|^2) and the packed rows [M,D] from L2 once a program, writes 20 bytes a
+    pixel.
     distance reads both once a tile, through L2, and writes [N,M] float32.
     floors on an H100 (800 TF/s bf16, 3.0 TB/s), ADE20K N=131072 M=1500 D=256: nearest 2*N*M*D = 101 GFLOP = 126 us, and
     N*D*2 + N*20 = 70 MB = 23 us; distance 101 GFLOP = 126 us, and N*M*4 + N*D*2 = 853 MB = 285 us.
-Plan, nearest: a program owns BLOCK_N pixels and sweeps the rows, BLOCK_M at a time. Its x stays in shared memory while D <= KEEP_D,
-else both are read BLOCK_D channels at a time. The columns of a tile meet in a knock-out between COPIES strips of it, then a
-running maximum, element by element; columns meet each other once, after the sweep. Left beats right and early beats late on
-ties, so the lowest m wins. An element costs three instructions (compare, two selects), which a second program on the same
-multiprocessor hides where there is room for one. What is left of the last tile repeats the last row and is clamped to it. Where
-pixels are too few to fill the device, programs sweep parts of the rows, and a second launch takes the best part, in their order.
+Plan, nearest: a program owns BLOCK_N pixels and sweeps the rows, BLOCK_M at a time. Its x stays in shared memory while D <=
+KEEP_D, else both are read BLOCK_D channels at a time. The columns of a tile meet in a knock-out between COPIES strips of it,
+then a running maximum, element by element; columns meet each other once, after the sweep. Left beats right and early beats
+late on ties, so the lowest m wins. An element costs three instructions (compare, two selects), which other warps' products
+hide in part. What is left of the last tile repeats the last row and is clamped to it. Where pixels are too few to fill the
+device, programs sweep parts of the rows, and a second launch takes the best part, in their order.
 Plan, distance: a product of BLOCK_N x BLOCK_M tiles; |x|^2 is made from the channels as they pass.
 Every pixel's result depends on that pixel alone: deterministic. Reference: `nearest_centroid`, `centroid_distance` in
 reference.py.
@@ -35,13 +36,13 @@ _MOST_PARTS = 16  # of a sweep: what they leave behind stays small beside the pi
 
 
 @triton.jit
-def nearest_centroid_kernel(
+def _nearest_centroid_kernel(
     x_ptr, rows_ptr, bias_ptr, top_ptr, m_ptr, label_ptr, sub_ptr, score_ptr, N, D, M, K, m_tiles, n_tiles, padded_d,
     hw, plane_width, stride_b, stride_h, stride_w, stride_d,
     MAP: tl.constexpr, METRIC: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr,
     SPLIT: tl.constexpr, COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # with SPLIT, part number `part` of the pixels' programs sweeps m_tiles tiles and leaves its winner for `finish_nearest_kernel`
+    # a program sweeps m_tiles tiles; with SPLIT they are part of all, and `_finish_nearest_kernel` takes the best
     part = tl.program_id(0) // n_tiles
     first_m = part * m_tiles * BLOCK_M
     n = tl.program_id(0) % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -61,7 +62,8 @@ def nearest_centroid_kernel(
 
     best = tl.full((BLOCK_N, BLOCK_M // COPIES), float("-inf"), tl.float32)
     where = tl.zeros((BLOCK_N, BLOCK_M // COPIES), tl.int32)
-    p_ptr = rows_ptr + first_m.to(tl.int64) * padded_d + column[:, None] * padded_d + d[None, :]  # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, BLOCK_D]
+    p_ptr = rows_ptr + first_m.to(tl.int64) * padded_d + column[:, None] * padded_d + d[None, :]
     for t in range(m_tiles):
         if KEEP:
             p = tl.load(p_ptr)
@@ -112,7 +114,7 @@ def _store_nearest(label_ptr, sub_ptr, score_ptr, score, m, squares, n, N, K, ME
 
 
 @triton.jit
-def finish_nearest_kernel(
+def _finish_nearest_kernel(
     top_ptr, m_ptr, label_ptr, sub_ptr, score_ptr, N, K, parts, METRIC: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The best of `parts` winners a pixel, the first on ties; score holds |x|^2 before it holds the score."""
@@ -159,19 +161,19 @@ def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, s
     indices = torch.empty_like(tops, dtype=torch.int32)
     pixels = _triton.pixels_of(x)
     _triton.launch(
-        nearest_centroid_kernel, (n_tiles * parts,), x, rows, bias, tops, indices, label, sub, score, n, channels, classes * k,
+        _nearest_centroid_kernel, (n_tiles * parts,), x, rows, bias, tops, indices, label, sub, score, n, channels, classes * k,
         k, m_tiles, n_tiles, rows.shape[1], *pixels, MAP=_triton.map_rank(pixels), METRIC=metric,
         PRECISION=_triton.dot_precision(x), KEEP=kept, EVEN=rows.shape[1] == channels, SPLIT=parts > 1, BLOCK_D=block_d, **use,
     )  # fmt: skip
     if parts > 1:
         _triton.launch(
-            finish_nearest_kernel, (triton.cdiv(n, 256),), tops, indices, label, sub, score, n, k, parts, METRIC=metric,
+            _finish_nearest_kernel, (triton.cdiv(n, 256),), tops, indices, label, sub, score, n, k, parts, METRIC=metric,
             BLOCK=256, num_warps=4,
         )  # fmt: skip
 
 
 @triton.jit
-def centroid_distance_kernel(
+def _centroid_distance_kernel(
     x_ptr, rows_ptr, bias_ptr, out_ptr, N, D, M, m_tiles, padded_d,
     hw, plane_width, stride_b, stride_h, stride_w, stride_d,
     MAP: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
@@ -219,7 +221,7 @@ def centroid_distance(x: Tensor, centroids: Tensor, metric: str, out: Tensor) ->
     m_tiles = rows.shape[0] // block_m
     pixels = _triton.pixels_of(x)
     _triton.launch(
-        centroid_distance_kernel, (triton.cdiv(n, block_n) * m_tiles,), x, rows, bias, out, n, channels, classes * k, m_tiles,
+        _centroid_distance_kernel, (triton.cdiv(n, block_n) * m_tiles,), x, rows, bias, out, n, channels, classes * k, m_tiles,
         rows.shape[1], *pixels, MAP=_triton.map_rank(pixels), COSINE=metric == "cosine", PRECISION=_triton.dot_precision(x),
         EVEN=rows.shape[1] == channels, BLOCK_D=block_d, **use,
     )  # fmt: skip

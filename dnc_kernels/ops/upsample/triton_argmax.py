@@ -16,6 +16,7 @@ Deterministic: a label depends on its own scores only. Reference: dnc_kernels/op
 # tuples of tensors grow while a kernel is compiled
 # mypy: disallow-untyped-defs=False, disable-error-code=assignment
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton

@@ -11,6 +11,7 @@ Positions are ratios of integers, as in reference._neighbours, so that no roundi
 # tuples of tensors grow while a kernel is compiled
 # mypy: disallow-untyped-defs=False, disable-error-code=assignment
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 from typing import NamedTuple

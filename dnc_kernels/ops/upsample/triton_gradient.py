@@ -22,6 +22,7 @@ Reference: dnc_kernels/ops/upsample/reference.py, csrc/cpu/upsample_unit.h.
 # tuples of tensors grow while a kernel is compiled
 # mypy: disallow-untyped-defs=False, disable-error-code=assignment
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton

@@ -24,6 +24,7 @@ relative). Reference: dnc_kernels/ops/upsample/reference.py, csrc/cpu/upsample_l
 # tuples of tensors grow while a kernel is compiled
 # mypy: disallow-untyped-defs=False, disable-error-code=assignment
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton
