@@ -338,7 +338,8 @@ def subcentroid_cross_entropy(
             _subcentroid_weights_kernel, (triton.cdiv(pixels, use["BLOCK_N"]) * slots.class_tiles,), x, rows, index, weights,
             tops, sums, scores, winner, own, x_at, scores_at, winner_at, first, pixels, band, channels, classes, k,
             slots.class_tiles, slots.k_tiles, rows.shape[1], len(rows), rate, 0, **shared,
-            SCORES_MAP=_triton.map_rank(scores_at), WINNER_MAP=_triton.map_rank(winner_at), WIDTH=slots.width, COPIES=slots.copies,
+            SCORES_MAP=_triton.map_rank(scores_at), WINNER_MAP=_triton.map_rank(winner_at), WIDTH=slots.width,
+            COPIES=slots.copies,
             EVEN_D=rows.shape[1] == channels, EVEN_M=classes % slots.width == 0 and k % slots.copies == 0, **use,
         )  # fmt: skip
         _triton.launch(
