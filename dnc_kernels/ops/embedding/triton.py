@@ -14,8 +14,8 @@ the store. The tile's last dimension is the one that is contiguous in memory, AX
   rows        [BLOCK_N,BLOCK_D], channels side by side ([N,D], channels_last): all channels of some pixels
   planes      [BLOCK_D,BLOCK_N], pixels side by side (NCHW), at least PIXELS of them: all channels of 16 pixels or more, so that
               a channel's piece is a whole sector of 32 bytes
-  odd planes  the same where a row of the map is no multiple of 16 pixels: a thread then loads one number at a time and would
-              need too many addresses for all channels, so it takes a few channels of a pixel
+  odd planes  the same where sizes or strides of the map are no multiples of 16: a thread then loads one number at a time and
+              would need too many addresses for all channels, so it takes a few channels of a pixel
 Where a tile does not hold all D channels of its pixels (D > TILE / PIXELS), it is passed over them several times, and what is
 read again comes from L1 or L2: x three times forward, x and grad_y twice backward.
 Backward is one launch of a few programs per processor. Each walks over tiles, with the loads of the next tiles under way, and
@@ -60,7 +60,7 @@ def normalize(
     launch(
         normalize_kernel, (triton.cdiv(pixels, tile["BLOCK_N"]),),
         x, weight, bias, y, mean, rstd, inverse_norm, x_at, y_at, pixels, channels, eps,
-        X_MAP=map_rank(x_at), Y_MAP=map_rank(y_at), **tile, **options,
+        X_MAP=_map(x_at), Y_MAP=_map(y_at), **tile, **options,
     )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def normalize_backward(
         normalize_backward_kernel, (programs,),
         x, weight, bias, mean, rstd, inverse_norm, grad_y, grad_rstd, grad_x, partial, x_at, grad_y_at, grad_x_at,
         pixels, channels, tiles,
-        X_MAP=map_rank(x_at), GRAD_Y_MAP=map_rank(grad_y_at), GRAD_X_MAP=map_rank(grad_x_at), **tile, **options,
+        X_MAP=_map(x_at), GRAD_Y_MAP=_map(grad_y_at), GRAD_X_MAP=_map(grad_x_at), **tile, **options,
     )  # fmt: skip
     if partial is not None:
         block = 32
@@ -101,11 +101,22 @@ def normalize_backward(
         )  # fmt: skip
 
 
+def _even(at: Pixels) -> bool:
+    """Whether Triton can tell that 16 pixels on a multiple of 16 lie side by side, on 16-byte borders."""
+    sizes = (at.hw, at.width, at.stride_b, at.stride_h, at.stride_d)
+    return at.stride_w == 1 and all(size % 16 == 0 for size in sizes)
+
+
+def _map(at: Pixels) -> int:
+    """MAP of `_pixels`."""
+    return map_rank(at) + (4 if at.stride_w == 1 and not _even(at) else 0)
+
+
 def _plan(kernel: str, x: Tensor, at: Pixels) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shape of the tile and the dimension of its channels; the other meta-parameters."""
     channels, layout = x.shape[1], "rows"
     if at.stride_d > at.stride_w:
-        layout = "planes" if at.stride_w == 1 and at.hw % 16 == 0 and at.width % 16 == 0 else "odd_planes"
+        layout = "planes" if _even(at) else "odd_planes"
     use = configuration("embedding", f"{kernel}_{layout}", x.device, D=channels, bits=8 * x.element_size())
     size = use.pop("TILE")
     block_d = min(triton.next_power_of_2(channels), size // use.pop("PIXELS"))
@@ -123,8 +134,8 @@ def normalize_kernel(
     first = tl.program_id(0) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
     here = tl.arange(0, BLOCK_N) < N - first  # n itself may overflow in the last tile
-    x_row = x_ptr + _offset(n, x_at, X_MAP)
-    y_row = y_ptr + _offset(n, y_at, Y_MAP)
+    x_row = _pixels(x_ptr, n, x_at, X_MAP)
+    y_row = _pixels(y_ptr, n, y_at, Y_MAP)
     d = tl.arange(0, BLOCK_D)
     x = _load(x_row, d, x_at.stride_d, here, D, MASKED and WHOLE, AXIS)  # all D channels, or the first ones
     # The mean in two passes, the second of which corrects the first; the variance from the differences to the first. The first
@@ -200,8 +211,8 @@ def normalize_backward_kernel(
         mean = tl.load(mean_ptr + n, mask=here, other=0.0)
         rstd = tl.load(rstd_ptr + n, mask=here, other=0.0)
         inverse_norm = tl.load(inverse_norm_ptr + n, mask=here, other=0.0)
-        x_row = x_ptr + _offset(n, x_at, X_MAP)
-        grad_y_row = grad_y_ptr + _offset(n, grad_y_at, GRAD_Y_MAP)
+        x_row = _pixels(x_ptr, n, x_at, X_MAP)
+        grad_y_row = _pixels(grad_y_ptr, n, grad_y_at, GRAD_Y_MAP)
         if WHOLE:
             x = _load(x_row, d, x_at.stride_d, here, D, MASKED, AXIS)
             g = _load(grad_y_row, d, grad_y_at.stride_d, here, D, MASKED, AXIS)
@@ -231,7 +242,7 @@ def normalize_backward_kernel(
             slope += tl.load(grad_rstd_ptr + n, mask=here, other=0.0) * rstd
         slope = slope / D
         if grad_x_ptr is not None:
-            grad_x_row = grad_x_ptr + _offset(n, grad_x_at, GRAD_X_MAP)
+            grad_x_row = _pixels(grad_x_ptr, n, grad_x_at, GRAD_X_MAP)
         if WHOLE:
             dz, grad_x = _gradient(xhat, z, g, rstd, inverse_norm, along, level, slope, weight, AXIS)
             if grad_x_ptr is not None:
@@ -282,9 +293,14 @@ def _column_sums(partial_ptr, d, programs, D, BLOCK_P: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
-def _offset(n, at, MAP: tl.constexpr):
-    """[BLOCK_N] int64 offsets of pixels n."""
-    return pixel_offset(n, at.hw, at.width, at.stride_b, at.stride_h, at.stride_w, MAP)
+def _pixels(ptr, n, at, MAP: tl.constexpr):
+    """[BLOCK_N] pointers to pixels n. MAP: that of pixel_offset; 4 more: they lie side by side unbeknown to Triton."""
+    pointers = ptr + pixel_offset(n, at.hw, at.width, at.stride_b, at.stride_h, at.stride_w, MAP % 4)
+    if MAP >= 4:
+        # Threads side by side then take pixels side by side, not channels (Triton 3.6 would). That two of them might straddle
+        # two rows of the map is harmless: their alignment is unknown, so each is loaded alone.
+        pointers = tl.max_contiguous(pointers, 2)
+    return pointers
 
 
 @triton.jit
