@@ -32,7 +32,9 @@ FEATURES = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async", "mbarrier", "redux",
 #: What multiplies matrices of 16 bits on an architecture, at its full rate.
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 #: Kernels of products: they must use the tensor cores.
-PRODUCTS = re.compile(r"^_?(class_scores|scores_gradient|centroid_(gradient|loss|distance)|nearest_centroid|subcentroid_\w+)_kernel$")
+PRODUCTS = re.compile(
+    r"^_?(class_scores|scores_gradient|centroid_(gradient|loss|distance)|nearest_centroid|subcentroid_\w+)_kernel$"
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dnc_kernels import ops
 
-from .harness import Call, Case, Settings, Variant, dtype_of, error_ratio, kernels
+from .harness import Call, Case, Settings, Variant, compiled, dtype_of, error_ratio, kernels
 
 # Element-wise chains of sums of D terms; gradients of the parameters are sums over all pixels.
 _ALLOWED, _PARAMETERS = 64, 1024
@@ -75,7 +75,7 @@ def _case(layout: str, sizes: dict[str, int], dtype: str, settings: Settings) ->
         variants=[
             *kernels(settings, dtype, ["normalize_embedding"], kernel),
             Variant("layer_norm_normalize", timed(_eager)),
-            Variant("layer_norm_normalize_compiled", timed(torch.compile(_eager, dynamic=False)), compiled=True),
+            *compiled(settings, "layer_norm_normalize", _eager, timed),
         ],
         bytes=5.0 * size,  # x twice, y, and the gradients of both
         allowed_extra_bytes=1.1 * (2 * size + 12 * b * h * w) + 2**22,

@@ -19,7 +19,7 @@ from torch import Tensor
 from dnc_kernels import ops
 
 from . import bench_sinkhorn as sinkhorn
-from .harness import Call, Case, Settings, Variant, dtype_of, error_ratio, kernels
+from .harness import Call, Case, Settings, Variant, compiled, dtype_of, error_ratio, kernels
 
 MOMENTUM = 0.999  # the default of the op
 _DATA = sinkhorn.DATA + ", 30% of the others wrongly classified"
@@ -126,7 +126,7 @@ def _update(sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
             *kernels(settings, dtype, ["momentum_update_"], kernel),
             Variant("index_add", timed(_index_add)),
             Variant("scatter_add", timed(_scatter_add)),
-            Variant("index_add_compiled", timed(torch.compile(_index_add, dynamic=False)), compiled=True),
+            *compiled(settings, "index_add", _index_add, timed),
             Variant("loop", timed(_loop)),
         ],
         bytes=float(sizes["N"] * (sizes["D"] * dtype_of(dtype).itemsize + 8)),
@@ -170,7 +170,7 @@ def _training(sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
             Variant("loop_released", lambda i: lambda: _training_loop(i, lambda c, mask: i.everything[..., c][mask])),
             Variant("loop_own", lambda i: lambda: _training_loop(i, lambda c, mask: i.similarity[mask])),
             Variant("vectorized", timed(vectorized)),
-            Variant("vectorized_compiled", timed(torch.compile(vectorized, dynamic=False)), compiled=True),
+            *compiled(settings, "vectorized", vectorized, timed),
         ],
         goals=settings.goals(dtype, {"loop_released": 10, "loop_own": 10}),
     )  # fmt: skip

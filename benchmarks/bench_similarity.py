@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dnc_kernels import ops
 
-from .harness import Call, Case, Settings, Variant, choice_ratio, dtype_of, error_ratio, kernels
+from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
 
 _ADE20K = {"N": 16384, "C": 150, "K": 10, "D": 256}
 # name: sizes, least ratio to the best baseline on CPU, options of _loss_case
@@ -99,7 +99,7 @@ def _loss_case(
         variants=[
             *kernels(settings, dtype, ["centroid_cross_entropy"], kernel),
             *(Variant(v, timed(f)) for v, f in eager.items()),
-            *(Variant(f"{v}_compiled", timed(torch.compile(f, dynamic=False)), compiled=True) for v, f in eager.items()),
+            *(v for name, f in eager.items() for v in compiled(settings, name, f, timed)),
         ],
         inputs=lambda: _inputs(sizes, dtype, settings.device, nchw),
         reference=lambda i: _reference(i, grad_scale),
@@ -187,7 +187,7 @@ def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settin
         variants=[
             *kernels(settings, dtype, ["nearest_centroid"], kernel),
             Variant("mm_argmax", timed(mm_argmax)),
-            Variant("mm_argmax_compiled", timed(torch.compile(mm_argmax, dynamic=False)), compiled=True),
+            *compiled(settings, "mm_argmax", mm_argmax, timed),
             *([Variant("faiss_flat_ip", faiss_call, backend="faiss")] if on_cpu and importlib.util.find_spec("faiss") else []),
         ],
         inputs=lambda: _inputs(sizes, dtype, settings.device),
@@ -230,7 +230,7 @@ def _contrast_case(name: str, sizes: dict[str, int], dtype: str, settings: Setti
             error_ratio(result[1], dx, _GRADIENT * eps * dx.abs().max()),
         )
 
-    variants = [Variant("mm", timed(mm)), Variant("mm_compiled", timed(torch.compile(mm, dynamic=False)), compiled=True)]
+    variants = [Variant("mm", timed(mm)), *compiled(settings, "mm", mm, timed)]
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13: chunked
         variants.append(
             Variant("linear_cross_entropy", timed(lambda x, p, target: F.linear_cross_entropy(x, p.flatten(0, 1), target)))

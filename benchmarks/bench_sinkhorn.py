@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dnc_kernels import ops
 
-from .harness import Call, Case, Settings, Variant, choice_ratio, dtype_of, kernels
+from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, kernels
 
 EPSILON, ITERATIONS = 0.05, 3
 # Rounding of s/epsilon (|s| <= 1) and of the exp, log and sums of 3 iterations.
@@ -113,7 +113,7 @@ def _case(name: str, sizes: dict[str, int], dtype: str, settings: Settings) -> C
             *kernels(settings, dtype, ["sinkhorn_assign"], kernel),
             Variant("loop", timed(loop)),
             Variant("vectorized", timed(vectorized)),
-            Variant("vectorized_compiled", timed(torch.compile(vectorized, dynamic=False)), compiled=True),
+            *compiled(settings, "vectorized", vectorized, timed),
         ],
         bytes=float(n * (k * dtype_of(dtype).itemsize + 16)),
         goals=settings.goals(dtype, {"loop": 10, "vectorized_compiled": 6}),

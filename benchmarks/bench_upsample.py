@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dnc_kernels import ops
 
-from .harness import Call, Case, Settings, Variant, choice_ratio, dtype_of, error_ratio, kernels
+from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
 
 # The gradient's largest element collects the pixels of a cell; F.interpolate computes positions in float32.
 _GRADIENT = 256
@@ -65,7 +65,7 @@ def _loss_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings)
         variants=[
             *kernels(settings, dtype, ["upsample_cross_entropy"], kernel),
             Variant("interpolate_ce", timed(_eager_loss)),
-            Variant("interpolate_ce_compiled", timed(torch.compile(_eager_loss, dynamic=False)), compiled=True),
+            *compiled(settings, "interpolate_ce", _eager_loss, timed),
         ],
         bytes=float(2 * b * c * h * h * dtype_of(dtype).itemsize + 8 * b * size * size),
         # 5% of what eager holds: the upsampled scores, their log-softmax and its gradient
@@ -117,7 +117,7 @@ def _argmax_case(name: str, sizes: dict[str, int], dtype: str, settings: Setting
         variants=[
             *kernels(settings, dtype, ["upsample_argmax"], kernel),
             Variant("interpolate_argmax", timed(eager)),
-            Variant("interpolate_argmax_compiled", timed(torch.compile(eager, dynamic=False)), compiled=True),
+            *compiled(settings, "interpolate_argmax", eager, timed),
         ],
         bytes=float(b * c * h * h * dtype_of(dtype).itemsize + 8 * b * size * size),
         # the labels, and 5% of the upsampled scores

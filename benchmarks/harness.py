@@ -119,6 +119,17 @@ def kernels(
     return [Variant(f"dnc_{b}", prepare(b), baseline=False, backend=b) for b in sorted(usable) or ["reference"]]
 
 
+def compiled(
+    settings: Settings, name: str, function: Callable[..., Any], prepare: Callable[[Callable[..., Any]], Callable[[Any], Call]]
+) -> list[Variant]:
+    """`function` under torch.compile, on CUDA also tuned by it. `prepare` gets the compiled function."""
+    made = [Variant(f"{name}_compiled", prepare(torch.compile(function, dynamic=False)), compiled=True)]
+    if settings.cuda:
+        tuned = torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
+        made.append(Variant(f"{name}_autotuned", prepare(tuned), compiled=True))
+    return made
+
+
 def error_ratio(actual: Tensor, expected: Tensor, allowed: Tensor | float) -> float:
     """Worst |actual - expected| / allowed; inf for another shape or a NaN."""
     if actual.shape != expected.shape:

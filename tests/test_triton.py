@@ -226,7 +226,11 @@ def test_every_shipped_configuration_compiles_without_a_spill(rows):
 def test_products_use_the_tensor_cores(rows):
     products = [r for r in rows if aot.PRODUCTS.search(r["kernel"]) and r["when"].get("bits") == 16]
     assert {r["arch"] for r in products if "wgmma" in r["ptx_features"]} == {"sm_90"}
-    assert {r["kernel"].strip("_") for r in products} >= {"class_scores_kernel", "centroid_loss_kernel", "nearest_centroid_kernel"}
+    assert {r["kernel"].strip("_") for r in products} >= {
+        "class_scores_kernel",
+        "centroid_loss_kernel",
+        "nearest_centroid_kernel",
+    }
 
 
 def test_faults_are_named():

@@ -28,7 +28,7 @@ def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int, *, backend: str 
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
         cluster: [N] (or [B,H,W]) any integer dtype, in [0,M) or -1 to leave a pixel out.
         num_clusters: M > 0.
-        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
 
     Returns:
         sums [M,D], float64 for float64 `x`, else float32; counts [M] int64. A pixel with a NaN or Inf feature is left out of
@@ -60,7 +60,7 @@ def apply_momentum_(
         sums: [M,D] float32 or float64, as from `cluster_sums` (all-reduce it and `counts` first in data parallel).
         counts: [M] integers.
         momentum: in [0,1].
-        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or momentum.
@@ -100,7 +100,7 @@ def momentum_update_(
         cluster: [N] (or [B,H,W]) integers ``c*K + k``; -1 leaves a pixel out.
         momentum: in [0,1].
         deterministic: every kernel there is is deterministic; None and both values give the same result.
-        backend: ``auto``, ``reference``, ``cpu`` or ``cuda``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype, momentum, or a cluster outside [-1,C*K).

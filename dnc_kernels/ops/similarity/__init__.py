@@ -59,7 +59,7 @@ def centroid_distance(x: Tensor, centroids: Tensor, *, metric: str = "cosine", b
         x: features [N,D] or [B,D,H,W] (N = B*H*W), any strides, read in place; float32, float64, float16 or bfloat16.
         centroids: [C,K,D], any of these dtypes.
         metric: ``cosine`` (1 - <x,p>/(|x||p|), in [0,2]) or ``sqeuclidean`` (|x-p|^2).
-        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
 
     Returns:
         [N,C,K], float64 if an input is float64, else float32. Differentiable in `x` and `centroids`. sqeuclidean is computed as
@@ -88,7 +88,7 @@ def class_scores(
         centroids: [C,K,D], K <= 256.
         labels: optional [N] or [B,H,W], any integer dtype. Outside [0,C): the pixel has no own class.
         metric: ``dot`` (<x,p>; the cosine for unit vectors), ``cosine``, or ``sqeuclidean`` (-|x-p|^2).
-        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
 
     Returns:
         scores [N,C] or [B,C,H,W] (in x's memory format), float64 if an input is float64, else float32; winner uint8 of the
@@ -124,7 +124,7 @@ def nearest_centroid(x: Tensor, centroids: Tensor, *, metric: str = "dot", backe
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
         centroids: [C,K,D].
         metric: ``dot``, ``cosine`` or ``sqeuclidean``.
-        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
 
     Returns:
         label, sub, score, each [N] or [B,H,W]: class and sub-centroid (int64; the lowest c*K+k on ties) and the similarity,
@@ -180,7 +180,7 @@ def centroid_cross_entropy(
         ignore_index: label of pixels left out; outside [0,C).
         label_smoothing: in [0,1].
         reduction: ``mean`` (over the class weights of the pixels that count), ``sum`` or ``none``.
-        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
 
     Returns:
         loss: scalar, or [N] / [B,H,W] for ``none`` (zero where ignored), float64 if an input is float64, else float32.
@@ -255,7 +255,7 @@ def subcentroid_cross_entropy(
         temperature: divides the similarities <x,p>.
         ignore_index: target of pixels left out; outside [0,C*K).
         reduction: ``mean``, ``sum`` or ``none``.
-        backend: ``auto``, ``reference`` or ``cpu``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
 
     Returns:
         Scalar, or [N] / [B,H,W] for ``none``, zero where ignored; float64 if an input is float64, else float32. Differentiable
