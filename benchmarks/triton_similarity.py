@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import torch
@@ -85,28 +84,63 @@ def centroid_loss(device: torch.device, when: dict[str, int]) -> Callable[[], No
     )
 
 
-def _candidates(**choices: tuple[int, ...]) -> Callable[[dict[str, int]], list[dict[str, Any]]]:
+def _candidates(
+    names: tuple[str, ...], halves: tuple[tuple[int, ...], ...], singles: tuple[tuple[int, ...], ...]
+) -> Callable[[dict[str, int]], list[dict[str, Any]]]:
+    """Few enough to compile and time within minutes: 16-bit tiles, and those of float32 products."""
+    names = (*names, "num_warps", "num_stages")
+
     def made(when: dict[str, int]) -> list[dict[str, Any]]:
-        return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+        return [dict(zip(names, tile, strict=True)) for tile in (halves if when["bits"] == 16 else singles)]
 
     return made
 
 
-_TILES: dict[str, tuple[int, ...]] = {
-    "BLOCK_N": (64, 128),
-    "BLOCK_C": (32, 64, 128),
-    "BLOCK_K": (1, 2, 4),
-    "BLOCK_D": (64, 128, 256, 512),
-    "num_warps": (4, 8),
-    "num_stages": (2, 3, 4),
-}
+_TILE = ("BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D")
 
 CASES = {
-    "class_scores": Case(class_scores, _candidates(**_TILES)),
-    "scores_gradient": Case(scores_gradient, _candidates(**{**_TILES, "BLOCK_D": (64, 128, 256)})),
+    "class_scores": Case(
+        class_scores,
+        _candidates(
+            _TILE,
+            (
+                (128, 32, 2, 256, 8, 3), (128, 64, 1, 256, 8, 3), (128, 32, 4, 256, 8, 2), (64, 32, 2, 256, 4, 3),
+                (64, 32, 2, 512, 8, 2), (128, 32, 4, 64, 8, 4), (128, 64, 2, 64, 8, 3), (64, 32, 4, 64, 4, 4),
+            ),
+            ((128, 32, 2, 32, 8, 3), (64, 32, 2, 32, 8, 3), (64, 32, 1, 32, 4, 3), (32, 32, 1, 32, 4, 2)),
+        ),
+    ),
+    "scores_gradient": Case(
+        scores_gradient,
+        _candidates(
+            _TILE,
+            (
+                (128, 32, 1, 256, 8, 3), (128, 32, 1, 128, 8, 3), (128, 64, 1, 128, 8, 3), (64, 32, 1, 256, 8, 3),
+                (64, 32, 1, 128, 4, 4), (64, 64, 1, 256, 8, 3),
+            ),
+            ((128, 32, 1, 128, 8, 2), (64, 32, 1, 128, 8, 2), (64, 32, 1, 64, 8, 3), (32, 32, 1, 64, 4, 2)),
+        ),
+    ),
     "centroid_gradient": Case(
-        centroid_gradient, _candidates(**{**_TILES, "BLOCK_N": (32, 64, 128), "BLOCK_D": (64, 128, 256)})
+        centroid_gradient,
+        _candidates(
+            _TILE,
+            ((64, 32, 4, 128, 8, 3), (64, 32, 4, 128, 8, 2), (64, 32, 2, 128, 4, 3), (128, 32, 2, 128, 8, 2), (64, 32, 4, 256, 8, 2)),
+            ((32, 32, 2, 128, 8, 2), (32, 32, 2, 64, 8, 2), (32, 32, 1, 64, 4, 2)),
+        ),
+    ),
+    "centroid_loss": Case(
+        centroid_loss,
+        _candidates(
+            (*_TILE, "BLOCK_GRAD", "PROGRAMS"),
+            (
+                (128, 32, 2, 256, 256, 1, 8, 3), (128, 32, 2, 256, 128, 1, 8, 3), (128, 32, 2, 256, 256, 1, 8, 2),
+                (64, 32, 2, 256, 256, 1, 8, 3), (64, 32, 2, 256, 128, 2, 4, 2), (128, 64, 1, 256, 128, 1, 8, 3),
+                (128, 32, 4, 64, 256, 1, 8, 3), (128, 32, 4, 64, 128, 1, 8, 4), (64, 32, 4, 64, 256, 2, 8, 3),
+                (64, 32, 2, 512, 256, 1, 8, 2),
+            ),
+            ((64, 32, 2, 32, 128, 1, 8, 2), (64, 32, 1, 32, 64, 2, 8, 2), (128, 32, 2, 32, 128, 1, 8, 2), (32, 32, 1, 32, 64, 2, 4, 2)),
+        ),
     ),
     **triton_contrast.CASES,
-    "centroid_loss": Case(centroid_loss, _candidates(**_TILES, BLOCK_GRAD=(128, 256, 512), PROGRAMS=(1, 2))),
-}
+}  # fmt: skip

@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,17 @@ def milliseconds(call: Callable[[], None], rounds: int) -> float:
     return statistics.median(times)
 
 
-def tune(family: str, kernel: str, shapes: Sequence[dict[str, int]], rounds: int) -> list[dict[str, Any]]:
-    """The fastest configuration of every shape class, with its time."""
-    from triton.runtime.errors import OutOfResources
-
+def tune(
+    family: str,
+    kernel: str,
+    shapes: Sequence[dict[str, int]],
+    device: torch.device,
+    time: Callable[[Callable[[], None]], float],
+) -> list[dict[str, Any]]:
+    """The fastest configuration of every shape class, with its time: the stored one or a candidate that compiles and fits."""
     from dnc_kernels.ops import _triton
 
-    case, device, entries = cases(family)[kernel], torch.device("cuda"), []
+    case, entries = cases(family)[kernel], []
     for when in shapes:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if when.get("bits") == 19 else "ieee"
         call = case.prepare(device, when)
@@ -51,8 +56,8 @@ def tune(family: str, kernel: str, shapes: Sequence[dict[str, int]], rounds: int
         for use in [stored, *case.candidates(when)]:
             try:
                 with _triton.configured(kernel, **use):
-                    p50 = milliseconds(call, rounds)
-            except (OutOfResources, torch.cuda.OutOfMemoryError, RuntimeError) as error:
+                    p50 = time(call)
+            except Exception as error:  # what does not compile or fit this GPU is no candidate
                 print(f"  {use}: {type(error).__name__}", file=sys.stderr)
                 continue
             if not best or p50 < best["p50_ms"]:
@@ -75,14 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     from dnc_kernels.ops import _triton
 
-    name, arch = _triton.device_kinds(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    name, arch = _triton.device_kinds(device)
     for family in options.family or FAMILIES:
         path = Path(_triton.__file__).parent / family / "configs" / f"{name}.json"
         made = json.loads(path.read_text()) if path.exists() else {}
         for kernel, entries in _triton.stored(family, arch).items():
             if options.kernel and kernel not in options.kernel:
                 continue
-            made[kernel] = tune(family, kernel, [entry["when"] for entry in entries], options.rounds)
+            shapes = [entry["when"] for entry in entries]
+            made[kernel] = tune(family, kernel, shapes, device, partial(milliseconds, rounds=options.rounds))
             # after every kernel: a run that is cut off keeps what it has
             path.write_text(json.dumps(made, indent=1) + "\n")
     return 0

@@ -138,6 +138,25 @@ def test_the_tuner_says_that_it_needs_a_gpu(capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
+def test_the_tuner_keeps_the_fastest_that_fits(monkeypatch):
+    from benchmarks import tune
+
+    times = {1: 3.0, 2: 1.5, 3: RuntimeError("out of resource: shared memory"), 4: 2.0}
+
+    def time(call):
+        made = times[_triton.configuration("x", "some_kernel", CPU)["a"]]
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    case = aot.Case(lambda device, when: lambda: None, lambda when: [{"a": a} for a in (2, 3, 4)])
+    monkeypatch.setattr(tune, "cases", lambda family: {"some_kernel": case})
+    monkeypatch.setattr(_triton, "stored", lambda family, kind: {"some_kernel": [{"when": {"C": 19}, "use": {"a": 1}}]})
+    _triton._nearest.cache_clear()
+    assert tune.tune("x", "some_kernel", [{"C": 19}], CPU, time) == [{"when": {"C": 19}, "use": {"a": 2}, "p50_ms": 1.5}]
+    _triton._nearest.cache_clear()
+
+
 # addresses of pixels
 
 
