@@ -63,6 +63,12 @@ def test_float64_centroids_choose_as_float64_pixels():
         ops.class_scores(x, p, backend="triton")
 
 
+def test_float64_sums_are_not_rounded_by_the_kernel():
+    p, sums = torch.randn(2, 8), torch.randn(2, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="does not take float64"):
+        ops.apply_momentum_(p, sums, torch.ones(2, dtype=torch.int64), backend="triton")
+
+
 def test_capability_is_a_constant_while_tracing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     backends._capability.cache_clear()

@@ -74,7 +74,7 @@ def apply_momentum_(
     check_value(list(counts.shape) == [rows], op, "counts", lambda: f"[M]=[{rows}] to match centroids", counts)
     check_device(op, "sums", sums, centroids, "centroids")
     check_device(op, "counts", counts, centroids, "centroids")
-    backend = pick(op, centroids, backend)
+    backend = pick(op, centroids, backend, sums)
     if backend == "reference":
         with torch.no_grad():
             reference.apply_momentum_(centroids, sums.detach(), counts, momentum)

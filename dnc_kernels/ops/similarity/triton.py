@@ -19,10 +19,10 @@ from .triton_contrast import subcentroid_cross_entropy
 from .triton_nearest import centroid_distance, nearest_centroid
 from .triton_pack import Slots, pack_rows
 
-#: Beyond this many classes the class scores between the two products of a loss are kept in bfloat16.
+#: Beyond this many classes the scores of 16-bit pixels are kept in bfloat16 between the two products of a loss.
 SPILL_CLASSES = 4096
-#: Pixels whose class gradients exist at a time while the gradient of the sub-centroids is made.
-GRADIENT_BAND = 16384
+#: Pixels whose class gradients exist at a time while the gradient of the sub-centroids is made, and the most numbers of them.
+GRADIENT_BAND, GRADIENT_NUMBERS = 16384, 2**25
 
 
 class _Packed(NamedTuple):
@@ -302,12 +302,13 @@ def centroid_cross_entropy(
     forward = own is not None and prediction is not None
     parameters = grad_weight is not None or grad_bias is not None
     per_processor = options.pop("PROGRAMS", 1)
-    band = GRADIENT_BAND if save else max(n, 1)
-    programs = max(1, min(cdiv(min(n, band), block_n), per_processor * processors(x.device)))
     columns = tiles * block_c
+    band = max(block_n, min(GRADIENT_BAND, GRADIENT_NUMBERS // columns)) if save else max(n, 1)
+    programs = max(1, min(cdiv(min(n, band), block_n), per_processor * processors(x.device)))
     # whole tiles, so that no address of the slab needs a mask
     slab_rows = cdiv(min(n, band), block_n) * block_n if save else (0 if one_tile else programs * block_n)
-    slab_dtype = torch.bfloat16 if classes > SPILL_CLASSES and not save else torch.float32
+    spill = classes > SPILL_CLASSES and x.dtype != torch.float32 and not save
+    slab_dtype = torch.bfloat16 if spill else torch.float32
     slab_r, slab_w = (x.new_empty((max(slab_rows, 1), columns), dtype=t) for t in (slab_dtype, torch.uint8))
     row_total = square.new_empty(n if metric == "sqeuclidean" and grad_x is not None else 1)
     at, maps = _maps(MAP=x, GRAD_MAP=x if grad_x is None else grad_x)
