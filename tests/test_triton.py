@@ -219,6 +219,46 @@ def test_a_step_of_the_head_equals_float64(size, checkpoint):
         assert_close(actual.detach().cpu(), expected.detach().cpu(), "head", terms=120)
 
 
+# large tensors
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device with 16 GB free")
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+def test_more_elements_than_an_int32_counts(layout):
+    """[N,D] of 2^31 + 2^20 elements: the last pixels are those of the same pixels alone."""
+    d, tail = 512, 4096
+    n = 2**22 + tail
+    x = torch.empty(n, d, dtype=torch.bfloat16, device=DEVICE).normal_()
+    p = torch.nn.functional.normalize(torch.randn(5, 2, d, device=DEVICE), dim=2)
+    labels = torch.randint(0, 5, (n,), device=DEVICE)
+    last = x[-tail:].clone()
+    whole, alone = x, last
+    if layout == "planes":
+        whole = x.view(1, n // tail, tail, d).permute(0, 3, 1, 2)
+        alone = last.view(1, 1, tail, d).permute(0, 3, 1, 2)
+        whole, alone = whole.contiguous(), alone.contiguous()
+
+    def flat(t):
+        return t if t.ndim == 1 or t.ndim == 2 else t.movedim(1, -1).reshape(-1, t.shape[1])
+
+    shaped = labels if layout == "rows" else labels.view(1, -1, tail)
+    shaped_last = labels[-tail:] if layout == "rows" else labels[-tail:].view(1, 1, tail)
+    with use_backend("triton"):
+        assert torch.equal(flat(ops.class_scores(whole, p).scores)[-tail:], flat(ops.class_scores(alone, p).scores))
+        assert torch.equal(ops.nearest_centroid(whole, p).sub.flatten()[-tail:], ops.nearest_centroid(alone, p).sub.flatten())
+        assert torch.equal(flat(ops.normalize_embedding(whole))[-tail:], flat(ops.normalize_embedding(alone)))
+        cluster = torch.where(torch.arange(n, device=DEVICE) < n - tail, -1, 0).view(shaped.shape)
+        sums = [ops.cluster_sums(t, c, 3).sums for t, c in ((whole, cluster), (alone, torch.zeros_like(shaped_last)))]
+        torch.testing.assert_close(*sums)
+        grads = []
+        for t, y in ((whole, shaped), (alone, shaped_last)):
+            t = t.detach().requires_grad_()
+            loss = ops.centroid_cross_entropy(t, p, y, reduction="sum").loss
+            grads.append(flat(torch.autograd.grad(loss, t)[0])[-tail:])
+        assert torch.equal(*grads)
+
+
 # ahead of time
 
 
