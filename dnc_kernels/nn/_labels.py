@@ -58,7 +58,7 @@ def sample_of_each_class(labels: Tensor, num_classes: int, most: int, generator:
     order = shuffled[labelled[shuffled].argsort(stable=True)]  # by class, in random order within it
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=labels.device)
     first = counts.index_add(0, labelled, torch.ones_like(labelled)).cumsum(0).roll(1)
-    first[0] = 0
+    first[:1].zero_()
     place = torch.arange(len(labels), device=labels.device) - first[labelled[order]]
     return torch.where(torch.zeros_like(labels).scatter(0, order, place) < most, labels, -1)
 

@@ -214,7 +214,8 @@ def centroid_distance(x: Tensor, centroids: Tensor, metric: str, out: Tensor) ->
         out: [N,C,K] float32, contiguous.
     """
     n, (classes, k, channels) = pixel_count(x), centroids.shape
-    use = _triton.configuration(_FAMILY, "centroid_distance", x.device, D=channels, M=classes * k, bits=8 * x.element_size())
+    shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size()}
+    use = _triton.configuration(_FAMILY, "centroid_distance", x.device, **shape)
     block_n, block_m = use["BLOCK_N"], use["BLOCK_M"]
     block_d = min(use.pop("BLOCK_D"), max(16, triton.next_power_of_2(channels)))
     rows, bias = pack_rows(centroids, metric, x.dtype, block_m, block_d)
