@@ -101,6 +101,17 @@ def compiling(arch: int, found: Callable[[Any, Any], None]) -> Iterator[None]:
         _triton._recorder = _triton._kind = None
 
 
+@contextmanager
+def product_precision(when: dict[str, int]) -> Iterator[None]:
+    """Torch's setting for float32 products that a shape class stands for: bits 19 are tf32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if when.get("bits") == 19 else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def resources(compiled: Any) -> tuple[int, int]:
     """Registers and bytes of local memory a thread, as the machine code states them."""
     from triton import knobs
@@ -140,16 +151,8 @@ def compile_one(family: str, kernel: str, arch: int, when: dict[str, int], use: 
             )
         )  # fmt: skip
 
-    # bits 19: a float32 product in tf32
-    before, torch.backends.cuda.matmul.fp32_precision = (
-        torch.backends.cuda.matmul.fp32_precision,
-        "tf32" if when.get("bits") == 19 else "ieee",
-    )
-    try:
-        with _triton.configured(kernel, **use), compiling(arch, found):
-            cases(family)[kernel].prepare(torch.device("meta"), when)()
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    with product_precision(when), _triton.configured(kernel, **use), compiling(arch, found):
+        cases(family)[kernel].prepare(torch.device("meta"), when)()
     return rows
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .aot import FAMILIES, cases
+from .aot import FAMILIES, cases, product_precision
 
 
 def milliseconds(call: Callable[[], None], rounds: int) -> float:
@@ -49,20 +49,19 @@ def tune(
 
     case, entries = cases(family)[kernel], []
     for when in shapes:
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if when.get("bits") == 19 else "ieee"
-        call = case.prepare(device, when)
-        stored = _triton.configuration(family, kernel, device, **when)
         best: dict[str, Any] = {}
-        for use in [stored, *case.candidates(when)]:
-            try:
-                with _triton.configured(kernel, **use):
-                    p50 = time(call)
-            except Exception as error:  # what does not compile or fit this GPU is no candidate
-                print(f"  {use}: {type(error).__name__}", file=sys.stderr)
-                continue
-            if not best or p50 < best["p50_ms"]:
-                best = {"when": when, "use": use, "p50_ms": round(p50, 5)}
-                print(f"{family}.{kernel} {when} {use}: {p50:.4f} ms", flush=True)
+        with product_precision(when):
+            call = case.prepare(device, when)
+            for use in [_triton.configuration(family, kernel, device, **when), *case.candidates(when)]:
+                try:
+                    with _triton.configured(kernel, **use):
+                        p50 = time(call)
+                except Exception as error:  # what does not compile or fit this GPU is no candidate
+                    print(f"  {use}: {type(error).__name__}", file=sys.stderr)
+                    continue
+                if not best or p50 < best["p50_ms"]:
+                    best = {"when": when, "use": use, "p50_ms": round(p50, 5)}
+                    print(f"{family}.{kernel} {when} {use}: {p50:.4f} ms", flush=True)
         if best:
             entries.append(best)
     return entries

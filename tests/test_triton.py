@@ -101,6 +101,32 @@ def test_configuration_files_are_whole(path):
             assert entry["use"]["num_warps"] in (1, 2, 4, 8, 16)
 
 
+@pytest.mark.parametrize("kind", ["sm_80", "sm_90", "sm_100", "interpreter"])
+@pytest.mark.parametrize("family", aot.FAMILIES)
+def test_every_launcher_finds_its_own_configuration(family, kind, monkeypatch):
+    """The sizes a launcher looks up with are those its entries are kept by: for an entry's shape it takes that entry."""
+    taken = []
+    nearest = _triton._nearest
+
+    def look_up(family, kernel, kinds, shape):
+        taken.append((kernel, nearest(family, kernel, kinds, shape)))
+        return taken[-1][1]
+
+    monkeypatch.setattr(_triton, "_nearest", look_up)
+    monkeypatch.setattr(_triton, "_recorder", lambda *arguments: None)
+    monkeypatch.setattr(_triton, "_kind", kind)
+    shapes = _triton.stored(family, kind if kind != "interpreter" else "sm_90")
+    for kernel, entries in shapes.items():
+        for entry in entries:
+            taken.clear()
+            with aot.product_precision(entry["when"]):
+                aot.cases(family)[kernel].prepare(torch.device("meta"), entry["when"])()
+            uses = [use for name, use in taken if name == kernel]
+            assert uses, f"{kernel} is launched without a configuration"
+            if kind != "interpreter":
+                assert entry["use"] in uses, f"{kernel} {entry['when']}"
+
+
 def test_every_family_has_every_kind():
     kinds = {"sm_80", "sm_90", "sm_100", "interpreter"}
     for family in aot.FAMILIES:
