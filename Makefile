@@ -43,7 +43,7 @@ gpu-check: ## build in place for this GPU alone with PYTHON, run the tests of CU
 	test -n "$(GPU_ARCH)"
 	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m dnc_kernels doctor
-	$(PYTHON) -m pytest -m "gpu or triton"
+	$(PYTHON) -m pytest -m "gpu or triton" $(ARGS)
 	mkdir -p benchmarks/results/$(GPU_NAME)
 	$(PYTHON) -m benchmarks run --device cuda --out benchmarks/results/$(GPU_NAME)/$(shell date -u +%Y-%m-%dT%H%M%S).jsonl
 

@@ -171,6 +171,11 @@ def test_a_zero_vector_has_embedding_and_gradient_zero(columns):
     assert (y[[0, 1, 3]] != 0).all() and (grad[[0, 1, 3]].abs().sum(1) > 0).all()
 
 
+def test_a_length_below_the_bound_is_divided_by_the_bound():
+    weight, bias = affine(9)
+    check(normal(9, 9), weight * 1e-13, bias * 1e-13, normal(9, 9))
+
+
 def test_one_channel_is_the_sign_of_the_bias():
     for value in (-0.5, 2.0):
         bias = torch.tensor([value], device=DEVICE)
@@ -195,6 +200,12 @@ def test_sums_over_pixels_are_bit_equal_from_run_to_run():
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
         results.append(torch.autograd.grad(ops.normalize_embedding(*leaves, backend="triton"), leaves, grad))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_sums_of_more_programs_than_a_block():
+    partial, (weight, bias) = normal(70, 2, 40), affine(40)
+    kernels.launch(kernels.add_partials_kernel, (2,), partial, weight, bias, 70, 40, BLOCK_P=32, BLOCK_D=32, num_warps=1)
+    assert_close(torch.stack((weight, bias)), partial.double().sum(0), "sum", terms=70)
 
 
 def test_nothing_is_written_beside_the_output():

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tolerances import assert_close
 
 from dnc_kernels import ops
-from dnc_kernels.ops._triton import configured
-from dnc_kernels.ops.momentum import reference
+from dnc_kernels.ops._triton import configured, launch
+from dnc_kernels.ops.momentum import reference, triton_sums
 
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,7 +101,7 @@ def test_all_pixels_in_one_cluster_and_all_left_out():
 def test_clusters_out_of_range_are_left_out():
     x = make("rows", 60, 5)
     cluster = clusters_for(x, 9)
-    cluster[3], cluster[4], cluster[5] = 9, -7, 2**40
+    cluster[3], cluster[4], cluster[5], cluster[6] = 9, -7, 2**40, -(2**40)
     check(x, cluster, 9)
 
 
@@ -191,8 +191,34 @@ def test_reruns_are_bit_equal():
 
 
 def test_a_large_cluster_is_many_units():
-    x = make("rows", 300, 3)
-    cluster = torch.full((300,), 3, device=DEVICE)
+    x = make("rows", 600, 3)  # more units than the last launch adds at a time
+    cluster = torch.full((600,), 3, device=DEVICE)
     cluster[:20] = 18
     with configured("momentum_rows", BLOCK_T=32, BLOCK_B=1, UNIT=16, BLOCK_P=16, BLOCK_D=16, num_warps=1, num_stages=1):
         check(x, cluster, 20)
+
+
+def test_a_bucket_of_many_tiles_and_units():
+    """Places and units of each bucket, whatever the order in which buckets got their room."""
+    tiles, buckets, unit = 37, 3, 2
+
+    def integers(*size):
+        return torch.zeros(size, dtype=torch.int32, device=DEVICE)
+
+    counts = torch.randint(0, 5, (tiles, buckets), dtype=torch.int32, device=DEVICE)
+    places, bucket, cursor = counts.clone(), integers(3, buckets), integers(2)
+    of_unit, begin = (integers(buckets + int(counts.sum()) // unit) - 1 for _ in range(2))
+    launch(
+        triton_sums.momentum_columns_kernel, (buckets,), places, bucket, cursor, of_unit, begin, tiles, buckets,
+        UNIT=unit, BLOCK_T=16, BLOCK_U=16, num_warps=1,
+    )  # fmt: skip
+    sizes = counts.sum(0)
+    units = (sizes + unit - 1) // unit
+    assert torch.equal(places, counts.cumsum(0) - counts) and torch.equal(bucket[1].long(), sizes)
+    assert cursor.tolist() == [int(sizes.sum()), int(units.sum())]
+    for first, size in ((bucket[0], sizes), (bucket[2], units)):  # rooms follow each other without a gap
+        order = first.argsort()
+        assert torch.equal(first[order].long(), size[order].cumsum(0) - size[order])
+    for b, (first, count) in enumerate(zip(bucket[2].tolist(), units.tolist(), strict=True)):
+        assert of_unit[first : first + count].eq(b).all()
+        assert begin[first : first + count].tolist() == list(range(0, unit * count, unit))

@@ -170,6 +170,14 @@ def test_distance(shape, metric, dtype):
     check_distance(*problem(*shape, dtype), metric)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_cosine_of_zero_vectors_is_zero(dtype):
+    x, centroids = problem(20, 5, 3, 24, dtype)
+    x[3], centroids[2, 1] = 0, 0
+    check_nearest(x, centroids, "cosine")
+    check_distance(x, centroids, "cosine")
+
+
 def test_no_pixels():
     x, centroids = problem(0, 3, 2, 8, torch.float32)
     assert nearest(x, centroids, "dot")[0].shape == (0,)

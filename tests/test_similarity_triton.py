@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from tolerances import assert_close
 
 from dnc_kernels import ops
+from dnc_kernels.ops._triton import configured
+from dnc_kernels.ops.similarity import op
 
 pytestmark = pytest.mark.triton
 pytest.importorskip("triton")
@@ -100,6 +102,60 @@ def test_sixteen_bits_and_odd_shapes(shape, dtype):
         assert_close(a.cpu(), e.cpu(), "similarity", terms=terms, scale=10.0)
 
 
+def test_one_k_at_a_time():
+    """Where a tile holds one k of every class, as several of them meet in test_class_scores_and_gradients."""
+    x, p, labels = problem()
+    p[7] = p[7, :1]  # three equals: the first wins
+    to_scores, to_own = torch.randn(42, 19, device=DEVICE), torch.randn(42, 3, device=DEVICE)
+    use = {"BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_K": 1, "BLOCK_D": 64, "num_warps": 4, "num_stages": 1}
+    with configured("class_scores", **use), configured("scores_gradient", **use), configured("centroid_gradient", **use):
+        actual = grads("triton", x, p, labels, "dot", to_scores, to_own)
+    expected = grads("reference", x.double(), p.double(), labels, "dot", to_scores, to_own)
+    assert torch.equal(actual[1], expected[1]) and actual[1][:, 7].eq(0).all()
+    for a, e, terms, scale in zip(actual[::2], expected[::2], (40, 40, 42), (1.0, 1.0, 10.0), strict=True):
+        assert_close(a.cpu(), e.cpu(), "similarity", terms=terms, scale=scale)
+    assert_close(actual[3].cpu(), expected[3].cpu(), "similarity", terms=22, scale=10.0)
+
+
+@pytest.mark.parametrize("name", ("rows", "crop"))
+def test_gradients_are_added_to_what_is_there(name):
+    x, p, labels = problem()
+    to_scores, to_own = torch.randn(42, 19, device=DEVICE), torch.randn(42, 3, device=DEVICE)
+    winner = torch.randint(0, 3, (42, 19), dtype=torch.uint8, device=DEVICE)
+    if name == "crop":
+        to_scores, winner = (t.view(2, 3, 7, 19).permute(0, 3, 1, 2) for t in (to_scores, winner))
+    before = layout(x, name)
+    actual, expected = before.clone(), before.double()
+    labels[labels >= 19] = -100
+    for grad, q, backend in ((actual, p, "triton"), (expected, p.double(), "reference")):
+        op.add_scores_gradient_(grad, q, winner, to_scores.to(grad.dtype), backend)
+        op.add_own_gradient_(grad, q, labels, to_own.to(grad.dtype), backend)
+    assert_close(actual.cpu(), expected.cpu(), "similarity", terms=22, scale=10.0)
+
+
+def test_cosine_of_pixels_of_any_length():
+    x, p, labels = problem(n=18, c=7, k=2, d=24)
+    x = x * torch.linspace(0.5, 4, 18, device=DEVICE)[:, None]
+    to_scores, to_own = torch.randn(18, 7, device=DEVICE), torch.randn(18, 2, device=DEVICE)
+    actual = grads("triton", x, p, labels, "cosine", to_scores, to_own)
+    expected = grads("reference", x.double(), p.double(), labels, "cosine", to_scores, to_own)
+    for a, e, terms, scale in zip(actual[::2], expected[::2], (24, 24, 18), (1.0, 1.0, 10.0), strict=True):
+        assert_close(a.cpu(), e.cpu(), "similarity", terms=terms, scale=scale)
+    assert_close(actual[3].cpu(), expected[3].cpu(), "similarity", terms=9, scale=20.0)
+    check_loss(x, p, labels, True, metric="cosine", **options_of(7, True, False, 0.0))
+
+
+def test_cosine_of_a_zero_pixel_is_zero():
+    x, p, labels = problem(n=18, c=7, k=2, d=24)
+    x[3], labels[3] = 0, 2
+    x.requires_grad_()
+    assert ops.class_scores(x, p, metric="cosine", backend="triton").scores[3].eq(0).all()
+    loss = ops.centroid_cross_entropy(x, p, labels, metric="cosine", reduction="none", backend="triton").loss
+    assert loss.isfinite().all()
+    made, alone = (torch.autograd.grad(part.sum(), x, retain_graph=True)[0] for part in (loss, loss[4:]))
+    assert made.isfinite().all() and made[3].any() and torch.equal(made[4:], alone[4:])
+
+
 def test_sub_centroids_are_rounded_to_the_pixels_dtype_once():
     x, p, _ = problem(dtype=torch.bfloat16)
     p = unit(19, 3, 40)
@@ -112,7 +168,9 @@ def loss_and_grads(backend, x, p, labels, to_centroids, **options):
     """Loss, prediction, own similarities and every gradient."""
     x, p = x.detach().requires_grad_(), p.detach().requires_grad_(to_centroids)
     learnable = {
-        name: options[name].detach().requires_grad_() for name in ("norm_weight", "norm_bias", "temperature") if name in options
+        name: options[name].detach().requires_grad_()
+        for name in ("norm_weight", "norm_bias", "temperature")
+        if isinstance(options.get(name), torch.Tensor)
     }
     shaped = labels if x.ndim == 2 else labels.view(x.shape[0], *x.shape[2:])
     out = ops.centroid_cross_entropy(x, p, shaped, backend=backend, **{**options, **learnable})
@@ -162,6 +220,13 @@ def test_loss(norm, to_centroids, reduction):
 def test_loss_of_every_metric_and_layout(name, metric):
     x, p, labels = problem(c=21)
     check_loss(layout(x, name), p, labels, name == "nchw", metric=metric, **options_of(21, True, True, 0.1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_loss_of_few_channels(metric):
+    """The tile of x is loaded once and kept."""
+    x, p, labels = problem(c=11, d=24)
+    check_loss(x, p, labels, metric=metric, **{**options_of(11, False, True, 0.1), "temperature": 0.3})
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -219,6 +284,16 @@ def test_pixels_that_are_not_finite():
     q = p.clone().requires_grad_()
     loss = ops.centroid_cross_entropy(x.detach()[[0, 4, 6, 7]], q, labels[[0, 4, 6, 7]], reduction="sum", backend="triton").loss
     assert torch.autograd.grad(loss, q)[0].isfinite().all()
+
+
+def test_an_ignored_pixel_that_is_not_finite_sends_nothing_to_the_parameters():
+    x, p, labels = problem(n=18, c=7, k=2, d=24)
+    options = {**options_of(7, True, False, 0.1), "reduction": "sum"}
+    labels[4] = -100
+    clean = loss_and_grads("triton", x, p, labels, True, **options)
+    x[4, 7] = math.nan
+    dirty = loss_and_grads("triton", x, p, labels, True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(clean[4:], dirty[4:], strict=True)) and dirty[0].isfinite()
 
 
 def test_ties_go_to_the_lowest_index():

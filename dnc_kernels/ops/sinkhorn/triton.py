@@ -22,7 +22,8 @@ def _shape(kernel: str, similarity: Tensor, group: Tensor | None, groups: int) -
     """Grid, for pixels and groups alike, and the meta-parameters that all kernels share."""
     pixels, width = similarity.shape
     use = configuration("sinkhorn", kernel, similarity.device, N=pixels, G=groups, K=width)
-    block_k = triton.next_power_of_2(width)
+    # Triton 3.6 cannot compile a sum over tiles of one column
+    block_k = max(triton.next_power_of_2(width), 2)
     # whatever configuration is nearest, a tile has as many cells as its warps have registers for
     block_n = max(min(use.pop("BLOCK_N"), use.pop("CELLS") // block_k), 16)
     grid = (triton.cdiv(max(pixels, groups), block_n),)
