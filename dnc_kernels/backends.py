@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -47,10 +47,12 @@ class Kernel:
 
 
 _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-_TRITON = Kernel("cuda", _HALF_AND_SINGLE, capability=(8, 0))
+#: Oldest compute capability that the GPU kernels are written for.
+OLDEST_CAPABILITY = (8, 0)
+_TRITON = Kernel("cuda", _HALF_AND_SINGLE, capability=OLDEST_CAPABILITY)
 _CPU_AND_TRITON = {"cpu": Kernel("cpu"), "triton": _TRITON}
 # a row of the plan lies in registers
-_SINKHORN = {"cpu": Kernel("cpu"), "triton": Kernel("cuda", _HALF_AND_SINGLE, capability=(8, 0), max_subcentroids=64)}
+_SINKHORN = {**_CPU_AND_TRITON, "triton": replace(_TRITON, max_subcentroids=64)}
 
 #: Kernels of every op beside the reference, best first.
 KERNELS: dict[str, dict[str, Kernel]] = {

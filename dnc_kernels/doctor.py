@@ -21,7 +21,6 @@ from ._selftest import CASES, data, worst_error
 #: Largest error allowed by the self-test, relative to the largest element: 32 roundings of float32, for sums of some 100 terms.
 BOUND = 32 * torch.finfo(torch.float32).eps
 OLDEST_TORCH = (2, 11)
-OLDEST_CAPABILITY = (8, 0)
 _REBUILD = "run `pip install .` in a checkout, or `python setup.py build_ext --inplace` for work in place"
 # what the instruction sets need, and what later kernels may use
 _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16")
@@ -160,8 +159,8 @@ def _look_at_cuda(report: Report) -> None:
     major, minor = torch.cuda.get_device_capability()
     report.cuda["device"] = torch.cuda.get_device_name()
     report.cuda["capability"] = f"{major}.{minor}"
-    if (major, minor) < OLDEST_CAPABILITY:
-        oldest = ".".join(map(str, OLDEST_CAPABILITY))
+    if (major, minor) < backends.OLDEST_CAPABILITY:
+        oldest = ".".join(map(str, backends.OLDEST_CAPABILITY))
         what = f"the GPU's compute capability {major}.{minor} is older than {oldest}: its ops run in plain torch"
         report.problems.append(Problem(what, "use a GPU of the Ampere generation or later", serious=False))
     if backends._native is None:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import INTERPRETED
+from ..backends import INTERPRETED, capability
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -81,8 +81,8 @@ def device_kinds(device: torch.device) -> tuple[str, ...]:
 
 @cache
 def _device_kinds(index: int) -> tuple[str, ...]:
-    capability = 10 * torch.cuda.get_device_capability(index)[0]
-    return slug(torch.cuda.get_device_name(index)), f"sm_{min(max(capability, 80), 100)}"
+    arch = 10 * capability(index)[0]
+    return slug(torch.cuda.get_device_name(index)), f"sm_{min(max(arch, 80), 100)}"
 
 
 def slug(name: str) -> str:
