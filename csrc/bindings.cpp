@@ -1,10 +1,6 @@
 // The Python module _C: every public function of the library, on views of tensors that Python owns.
 // The GIL is released while a kernel runs; a Status that is not ok becomes a Python exception that names the op.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <string>
-#include <vector>
+#include "bindings.h"
 
 #include "dnc/common.h"
 #include "dnc/embedding.h"
@@ -18,16 +14,6 @@ using namespace dnc;
 
 namespace {
 
-View make_view(uintptr_t data, int dtype, const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
-  View v;
-  v.data = reinterpret_cast<void*>(data);
-  v.dtype = static_cast<DType>(dtype);
-  v.ndim = static_cast<int32_t>(size.size());
-  if (v.ndim > 4) throw py::value_error("View: at most 4 dimensions");
-  for (int i = 0; i < v.ndim; i++) v.size[i] = size[i], v.stride[i] = stride[i];
-  return v;
-}
-
 // Runs a kernel without the GIL and raises what it reports.
 template <class Args>
 void run(const char* op, Status (*kernel)(const Args&), const Args& args) {
@@ -36,15 +22,7 @@ void run(const char* op, Status (*kernel)(const Args&), const Args& args) {
     py::gil_scoped_release release;
     s = kernel(args);
   }
-  const std::string name = std::string(op) + ": ";
-  switch (s.code) {
-    case Code::ok: return;
-    case Code::bad_label:
-      throw py::value_error(name + s.what + "; got " + std::to_string(s.value) + " at pixel " + std::to_string(s.index));
-    case Code::bad_argument: throw py::value_error(name + s.what);
-    case Code::out_of_memory: throw std::bad_alloc();
-    case Code::cuda_error: throw std::runtime_error(name + s.what);
-  }
+  raise(op, s);
 }
 
 }  // namespace
@@ -57,8 +35,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_archs") = py::none();
 #endif
-  // dynamic attributes: Python hangs the tensor on its view, so that a temporary lives through the call
-  py::class_<View>(m, "View", py::dynamic_attr()).def(py::init(&make_view)).def(py::init<>());
+  bind_view(m);
   m.def("best_isa", [] { return int(best_isa()); });
   m.def("current_isa", [] { return int(current_isa()); });
   m.def("set_isa", [](int isa) { return set_isa(Isa(isa)); });
@@ -70,13 +47,8 @@ PYBIND11_MODULE(_C, m) {
     run("apply_momentum_", apply_momentum, ApplyMomentum{centroids, sums, counts, momentum, threads});
   });
 #if defined(DNC_WITH_CUDA)
-  m.def("momentum_workspace_bytes", &momentum_workspace_bytes);
-  m.def("momentum_update_cuda_",
-        [](View centroids, View x, View cluster, double momentum, uintptr_t workspace, uintptr_t stream) {
-          run("momentum_update_", momentum_update_cuda,
-              MomentumUpdateCuda{centroids, x, cluster, momentum, reinterpret_cast<void*>(workspace),
-                                 reinterpret_cast<void*>(stream)});
-        });
+  py::module_ cuda = m.def_submodule("cuda");
+  bind_cuda(cuda);
 #endif
   m.def("sinkhorn", [](View similarity, View group, int64_t groups, double epsilon, int iterations, double tolerance,
                        View assignment, View plan, View history, View steps, int threads) {

@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from cuda_on_cpu import DEVICE, ORDERS, configure, host_kernels
+
 from dnc_kernels import backends
 
 try:
@@ -42,3 +44,23 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cuda():
+    """The device that backend "cuda" runs on, for tests marked ``cuda``: without a GPU its kernels run on CPU tensors."""
+    if DEVICE == "cuda":
+        yield DEVICE
+    else:
+        with host_kernels():
+            yield DEVICE
+
+
+@pytest.fixture(params=ORDERS)
+def order(request, cuda):
+    """The order in which the host runs a kernel's threads; a GPU has but its own."""
+    if cuda == "cpu":
+        configure(request.param)
+    elif request.param != "forward":
+        pytest.skip("a GPU chooses its own order")
+    return request.param

@@ -11,12 +11,11 @@
 // cluster). fp32 sums, fp64 lengths. Deterministic: no atomics, every sum has a fixed order. Non-finite pixels: a cluster whose
 // sum is not finite is summed again by its block without them. Clusters outside [0,M) are ignored. Reference:
 // dnc_kernels/ops/momentum/reference.py; the same on the CPU: csrc/cpu/momentum.cpp.
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
+#include "common.h"
 #include "dnc/momentum.h"
 
 namespace dnc {
+namespace cuda {
 namespace {
 
 constexpr int kWarpPixels = 512;  // of a histogram column: M * 4 bytes of histogram for so many pixels
@@ -26,13 +25,6 @@ constexpr int kChannels = 8;                // a lane's channels in a pass of mo
 constexpr int kSlice = 32 * kChannels;      // channels of a block of it
 constexpr int64_t kMaxPixels = UINT32_MAX;  // of the histogram's counters
 static_assert(kSlice == kThreads, "momentum_sum_kernel writes one channel a thread");
-
-// x as the kernels see it.
-struct Source {
-  const void* data;
-  int64_t N, D, HW, W, sb, sh, sw, sd;  // offset of pixel n: n / HW * sb + n % HW / W * sh + n % W * sw
-  bool flat;                            // pixels are sw apart throughout
-};
 
 // The parts of the workspace.
 struct Workspace {
@@ -46,50 +38,31 @@ struct Workspace {
   size_t bytes;
 };
 
-__host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Workspace layout(void* base, int64_t M, int64_t D, int64_t N) {
   Workspace w{};
   w.columns = divide_up(N, kWarpPixels), w.units = M + N / kUnit;  // every cluster has at most one unit that is not full
-  char* at = static_cast<char*>(base);
-  const auto take = [&](int64_t elements, size_t size) {
-    char* p = at;
-    at += (size_t(elements) * size + 255) / 256 * 256;
-    return p;
-  };
-  w.histogram = reinterpret_cast<uint32_t*>(take(M * w.columns, sizeof(uint32_t)));
-  w.start = reinterpret_cast<int64_t*>(take(M + 1, sizeof(int64_t)));
-  w.unit_start = reinterpret_cast<int64_t*>(take(M + 1, sizeof(int64_t)));
-  w.offset = reinterpret_cast<int64_t*>(take(N, sizeof(int64_t)));
-  w.partial = reinterpret_cast<float*>(take(w.units * D, sizeof(float)));
-  w.sums = reinterpret_cast<float*>(take(M * D, sizeof(float)));
-  w.bytes = size_t(at - static_cast<char*>(base));
+  Parts parts(base);
+  w.histogram = parts.take<uint32_t>(M * w.columns);
+  w.start = parts.take<int64_t>(M + 1);
+  w.unit_start = parts.take<int64_t>(M + 1);
+  w.offset = parts.take<int64_t>(N);
+  w.partial = parts.take<float>(w.units * D);
+  w.sums = parts.take<float>(M * D);
+  w.bytes = parts.bytes();
   return w;
 }
 
-__device__ inline float to_float(float v) { return v; }
-__device__ inline float to_float(BFloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
-__device__ inline float to_float(Float16 v) { return __half2float(__ushort_as_half(v.bits)); }
-
-__device__ inline int64_t offset_of(const Source& x, int64_t n) {
-  return x.flat ? n * x.sw : n / x.HW * x.sb + n % x.HW / x.W * x.sh + n % x.W * x.sw;
-}
-
-// Inclusive sum over the lanes of a warp.
-template <class T>
-__device__ inline T warp_scan(T v) {
-  const int lane = threadIdx.x % 32;
-  for (int step = 1; step < 32; step *= 2) {
-    const T other = __shfl_sync(~0u, v, lane - step < 0 ? lane : lane - step);
-    if (lane >= step) v += other;
-  }
-  return v;
-}
+// Shared memory of a block, of every kernel here.
+struct Shared {
+  int64_t of_warp[kWarps];
+  double sum_of_warp[kWarps];
+  float part[kWarps][kSlice];
+};
 
 // Inclusive sum over the threads of a block of kThreads; *total: over all of them.
 template <class T>
 __device__ inline T block_scan(T v, T* total) {
-  __shared__ int64_t of_warp[kWarps];
+  int64_t* of_warp = shared_memory<Shared>()->of_warp;
   v = warp_scan(v);
   if (threadIdx.x % 32 == 31) of_warp[threadIdx.x / 32] = int64_t(v);
   __syncthreads();  // of_warp is complete
@@ -103,24 +76,14 @@ __device__ inline T block_scan(T v, T* total) {
   return before + v;
 }
 
-// Sum over the threads of a block, in a fixed order; every thread gets it.
-__device__ inline double block_sum(double v) {
-  __shared__ double of_warp[kWarps];
-  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(~0u, v, step);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
-  __syncthreads();  // of_warp is complete
-  double sum = 0;
-  for (int w = 0; w < kWarps; w++) sum += of_warp[w];
-  __syncthreads();  // of_warp has been read and may be written again
-  return sum;
-}
+__device__ inline double block_sum(double v) { return cuda::block_sum<kWarps>(v, shared_memory<Shared>()->sum_of_warp); }
 
 // Walks the pixels of a warp in steps of 32 and keeps a count for each cluster in the warp's own column of the histogram, which
 // holds the number of pixels seen before. kScatter: the column starts at the positions, and the offsets of the pixels are
 // written there.
 template <bool kScatter>
 __global__ void __launch_bounds__(kThreads)
-    momentum_sort_kernel(Source x, const int64_t* __restrict__ cluster, int64_t M, Workspace w) {
+    momentum_sort_kernel(PixelMap x, const int64_t* __restrict__ cluster, int64_t M, Workspace w) {
   const int lane = threadIdx.x % 32;
   const int64_t column = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (column >= w.columns) return;
@@ -133,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
     const unsigned before = __popc(peers & ((1u << lane) - 1));
     uint32_t seen = 0;
     if (m >= 0) seen = w.histogram[m * w.columns + column];
-    if (kScatter && m >= 0) w.offset[w.start[m] + seen + before] = offset_of(x, n);
+    if (kScatter && m >= 0) w.offset[w.start[m] + seen + before] = x.offset(n);
     __syncwarp();  // all peers have read the count before one of them moves it
     if (m >= 0 && before == 0) w.histogram[m * w.columns + column] = seen + __popc(peers);
     __syncwarp();  // the next step sees it
@@ -172,8 +135,8 @@ __global__ void __launch_bounds__(kThreads) momentum_starts_kernel(int64_t M, Wo
 
 // A block sums one unit over one slice of channels; grid (units at most, slices).
 template <class S>
-__global__ void __launch_bounds__(kThreads) momentum_sum_kernel(Source x, int64_t M, Workspace w) {
-  __shared__ float part[kWarps][kSlice];
+__global__ void __launch_bounds__(kThreads) momentum_sum_kernel(PixelMap x, int64_t M, Workspace w) {
+  auto& part = shared_memory<Shared>()->part;
   const S* data = static_cast<const S*>(x.data);
   const int64_t unit = blockIdx.x, d0 = int64_t(blockIdx.y) * kSlice;
   if (unit >= w.unit_start[M]) return;
@@ -221,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) momentum_sum_kernel(Source x, int64_
 // Sums of the finite pixels of cluster m, by a whole block; returns how many they are. A thread owns channels threadIdx.x, +
 // kThreads, ...
 template <class S>
-__device__ int64_t sum_finite_pixels(const Source& x, const Workspace& w, int64_t m) {
+__device__ int64_t sum_finite_pixels(const PixelMap& x, const Workspace& w, int64_t m) {
   const S* data = static_cast<const S*>(x.data);
   const int lane = threadIdx.x % 32;
   double bad = 0;
@@ -253,7 +216,7 @@ __device__ inline bool usable(double squared) { return squared > 0 && squared <=
 // A block per cluster: adds its units in order, then EMA and renormalisation.
 template <class S>
 __global__ void __launch_bounds__(kThreads)
-    momentum_update_kernel(float* __restrict__ centroids, Source x, double momentum, Workspace w) {
+    momentum_update_kernel(float* __restrict__ centroids, PixelMap x, double momentum, Workspace w) {
   const int64_t m = blockIdx.x;
   if (w.start[m] == w.start[m + 1]) return;
   float* p = centroids + m * x.D;
@@ -285,39 +248,29 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t d = threadIdx.x; d < x.D; d += kThreads) p[d] = float((momentum * p[d] + c * sums[d]) * r);
 }
 
-Status failed(cudaError_t error) { return {Code::cuda_error, 0, 0, cudaGetErrorString(error)}; }
-
 template <class S>
-Status update(const MomentumUpdateCuda& a, const Source& x, int64_t M) {
-  const Workspace w = layout(a.workspace, M, x.D, x.N);
-  const cudaStream_t stream = static_cast<cudaStream_t>(a.stream);
+Status update(const MomentumUpdate& a, const PixelMap& x, int64_t M, const Workspace& w, cudaStream_t stream) {
   const int64_t* cluster = a.cluster.as<int64_t>();
   const unsigned sorters = unsigned(divide_up(w.columns, kWarps)), clusters = unsigned(M);
-  cudaError_t error = cudaMemsetAsync(w.histogram, 0, size_t(M * w.columns) * sizeof(uint32_t), stream);
-  if (error != cudaSuccess) return failed(error);
-  momentum_sort_kernel<false><<<sorters, kThreads, 0, stream>>>(x, cluster, M, w);
-  if ((error = cudaGetLastError()) != cudaSuccess) return failed(error);
-  momentum_columns_kernel<<<clusters, kThreads, 0, stream>>>(w);
-  if ((error = cudaGetLastError()) != cudaSuccess) return failed(error);
-  momentum_starts_kernel<<<1, kThreads, 0, stream>>>(M, w);
-  if ((error = cudaGetLastError()) != cudaSuccess) return failed(error);
-  momentum_sort_kernel<true><<<sorters, kThreads, 0, stream>>>(x, cluster, M, w);
-  if ((error = cudaGetLastError()) != cudaSuccess) return failed(error);
-  const dim3 sums(unsigned(w.units), unsigned(divide_up(x.D, kSlice)));
-  momentum_sum_kernel<S><<<sums, kThreads, 0, stream>>>(x, M, w);
-  if ((error = cudaGetLastError()) != cudaSuccess) return failed(error);
-  momentum_update_kernel<S><<<clusters, kThreads, 0, stream>>>(a.centroids.as<float>(), x, a.momentum, w);
-  if ((error = cudaGetLastError()) != cudaSuccess) return failed(error);
+  const auto grid = [&](dim3 blocks) { return Grid{blocks, kThreads, stream, sizeof(Shared)}; };
+  DNC_CHECK(cudaMemsetAsync(w.histogram, 0, size_t(M * w.columns) * sizeof(uint32_t), stream));
+  DNC_CHECK(launch(grid(sorters), momentum_sort_kernel<false>, x, cluster, M, w));
+  DNC_CHECK(launch(grid(clusters), momentum_columns_kernel, w));
+  DNC_CHECK(launch(grid(1), momentum_starts_kernel, M, w));
+  DNC_CHECK(launch(grid(sorters), momentum_sort_kernel<true>, x, cluster, M, w));
+  DNC_CHECK(launch(grid(dim3(unsigned(w.units), unsigned(divide_up(x.D, kSlice)))), momentum_sum_kernel<S>, x, M, w));
+  DNC_CHECK(launch(grid(clusters), momentum_update_kernel<S>, a.centroids.as<float>(), x, a.momentum, w));
   return {};
 }
 
 }  // namespace
 
-size_t momentum_workspace_bytes(int64_t M, int64_t D, int64_t N) { return layout(nullptr, M, D, N).bytes; }
+size_t momentum_update_workspace(const MomentumUpdate& a) {
+  return layout(nullptr, a.centroids.size[0], a.centroids.size[1], a.cluster.size[0]).bytes;
+}
 
-Status momentum_update_cuda(const MomentumUpdateCuda& a) {
-  const Pixels p(a.x);
-  const Source x{p.data, p.N(), p.D, p.H * p.W, p.W, p.sb, p.sh, p.sw, p.sd, p.B == 1 && p.H == 1};
+Status momentum_update(const MomentumUpdate& a, const Launch& where) {
+  const PixelMap x(a.x);
   const int64_t M = a.centroids.size[0];
   if (a.centroids.dtype != DType::float32) return bad_argument("centroids must be float32");
   if (x.N > kMaxPixels) return bad_argument("x must have fewer than 2^32 pixels");
@@ -325,12 +278,18 @@ Status momentum_update_cuda(const MomentumUpdateCuda& a) {
     return bad_argument("x and centroids must fit a launch grid: fewer than 2^31 sub-centroids and 2^24 channels");
   }
   if (x.N == 0 || M == 0) return {};
+  if (!enough(where, momentum_update_workspace(a))) return too_small();
+  const OnDevice device(where);
+  DNC_CHECK(device.error());
+  const Workspace w = layout(where.workspace, M, x.D, x.N);
+  const cudaStream_t stream = static_cast<cudaStream_t>(where.stream);
   switch (a.x.dtype) {
-    case DType::float32: return update<float>(a, x, M);
-    case DType::float16: return update<Float16>(a, x, M);
-    case DType::bfloat16: return update<BFloat16>(a, x, M);
+    case DType::float32: return update<float>(a, x, M, w, stream);
+    case DType::float16: return update<Float16>(a, x, M, w, stream);
+    case DType::bfloat16: return update<BFloat16>(a, x, M, w, stream);
     default: return bad_argument("x must be float32, float16 or bfloat16");
   }
 }
 
+}  // namespace cuda
 }  // namespace dnc

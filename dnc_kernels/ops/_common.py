@@ -33,9 +33,9 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 def kernels(family: str, backend: str) -> ModuleType:
     """The module that launches a family's kernels, with the same functions for every backend.
 
-    ``native`` is C++, on CPU and CUDA. Triton is imported only here: on the first use of one of its kernels.
+    ``native`` is C++ on the CPU. Triton is imported only here: on the first use of one of its kernels.
     """
-    return import_module(f".{family}.{'native' if backend in ('cpu', 'cuda') else backend}", __package__)
+    return import_module(f".{family}.{'native' if backend == 'cpu' else backend}", __package__)
 
 
 def view(tensor: Tensor | None) -> Any:

@@ -1,6 +1,7 @@
 // Sums of the pixels of each sub-centroid, and the momentum update (DNC, eq. 8).
 #pragma once
 #include "dnc/common.h"
+#include "dnc/cuda.h"
 
 namespace dnc {
 
@@ -26,19 +27,18 @@ struct ApplyMomentum {
 };
 Status apply_momentum(const ApplyMomentum&);
 
-#if defined(DNC_WITH_CUDA)
-// The same two steps on the current CUDA device, on `stream` (a cudaStream_t), without a host synchronisation.
-// Deterministic: the pixels of a sub-centroid are added in a fixed order. Clusters outside [0,M) are left out.
-struct MomentumUpdateCuda {
+// Both steps at once, on CUDA alone.
+struct MomentumUpdate {
   View centroids;  // in and out [M,D] float32, contiguous
-  View x;          // [N,D] or [B,D,H,W] float32/float16/bfloat16
-  View cluster;    // [N] int64, contiguous
+  View x;          // [N,D] or [B,D,H,W] float32/float16/bfloat16, any strides
+  View cluster;    // [N] int64, contiguous; outside [0,M): left out
   double momentum = 0.999;
-  void* workspace = nullptr;  // momentum_workspace_bytes(M, D, N) bytes of device memory, 256-byte aligned
-  void* stream = nullptr;
+  bool deterministic = true;  // the pixels of a sub-centroid are added in a fixed order
 };
-size_t momentum_workspace_bytes(int64_t M, int64_t D, int64_t N);
-Status momentum_update_cuda(const MomentumUpdateCuda&);
-#endif
+
+namespace cuda {
+size_t momentum_update_workspace(const MomentumUpdate&);
+Status momentum_update(const MomentumUpdate&, const Launch&);
+}  // namespace cuda
 
 }  // namespace dnc

@@ -1,4 +1,4 @@
-"""Launchers of the C++ momentum kernels (csrc/cpu/momentum.cpp, csrc/cuda/momentum.cu)."""
+"""Launchers of the C++ momentum kernels (csrc/cpu/momentum.cpp)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ def apply_momentum_(rows: Tensor, sums: Tensor, counts: Tensor, momentum: float)
 
 
 def momentum_update_(rows: Tensor, x: Tensor, cluster: Tensor, momentum: float) -> None:
-    """Both; on CUDA tensors one CUDA C++ launcher, without a host synchronisation."""
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            size = native().momentum_workspace_bytes(rows.shape[0], rows.shape[1], cluster.numel())
-            workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-            stream = torch.cuda.current_stream().cuda_stream
-            native().momentum_update_cuda_(view(rows), view(x), view(cluster), momentum, workspace.data_ptr(), stream)
-        return
+    """Both."""
     sums, counts = x.new_empty(rows.shape, dtype=compute_dtype(x)), cluster.new_empty(rows.shape[0])
     cluster_sums(x, cluster, sums, counts)
     apply_momentum_(rows, sums, counts, momentum)
