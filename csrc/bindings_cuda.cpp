@@ -3,6 +3,7 @@
 #include "bindings.h"
 #include "dnc/cuda.h"
 #include "dnc/momentum.h"
+#include "dnc/similarity.h"
 
 namespace py = pybind11;
 using namespace dnc;
@@ -33,4 +34,43 @@ void bind_cuda(py::module_& m) {
     run("momentum_update_", cuda::momentum_update_workspace, cuda::momentum_update,
         MomentumUpdate{centroids, x, cluster, momentum, deterministic}, allocate, stream, device);
   });
+  m.def("class_scores", [](View x, View centroids, View labels, int metric, View scores, View winner, View own_similarity,
+                           Allocate allocate, uintptr_t stream, int device) {
+    run("class_scores", cuda::class_scores_workspace, cuda::class_scores,
+        ClassScores{x, centroids, labels, Metric(metric), false, scores, winner, own_similarity, 1}, allocate, stream, device);
+  });
+  m.def("nearest_centroid", [](View x, View centroids, int metric, View label, View sub, View score, Allocate allocate,
+                               uintptr_t stream, int device) {
+    run("nearest_centroid", cuda::nearest_centroid_workspace, cuda::nearest_centroid,
+        NearestCentroid{x, centroids, Metric(metric), label, sub, score, 1}, allocate, stream, device);
+  });
+  m.def("centroid_cross_entropy",
+        [](View x, View centroids, View labels, int metric, View norm_weight, View norm_bias, double norm_eps, View scale,
+           double temperature, View class_weight, int64_t ignore_index, double label_smoothing, int reduction, View grad_loss,
+           View loss, View prediction, View own_similarity, View grad_x, View grad_norm_weight, View grad_norm_bias,
+           View grad_scale, Allocate allocate, uintptr_t stream, int device) {
+          CentroidCrossEntropy a{.x = x,
+                                 .centroids = centroids,
+                                 .labels = labels,
+                                 .metric = Metric(metric),
+                                 .norm_weight = norm_weight,
+                                 .norm_bias = norm_bias,
+                                 .norm_eps = norm_eps,
+                                 .scale = scale,
+                                 .temperature = temperature,
+                                 .class_weight = class_weight,
+                                 .ignore_index = ignore_index,
+                                 .label_smoothing = label_smoothing,
+                                 .reduction = CentroidCrossEntropy::Reduction(reduction),
+                                 .grad_loss = grad_loss,
+                                 .loss = loss,
+                                 .prediction = prediction,
+                                 .own_similarity = own_similarity,
+                                 .grad_x = grad_x,
+                                 .grad_norm_weight = grad_norm_weight,
+                                 .grad_norm_bias = grad_norm_bias,
+                                 .grad_scale = grad_scale};
+          run("centroid_cross_entropy", cuda::centroid_cross_entropy_workspace, cuda::centroid_cross_entropy, a, allocate, stream,
+              device);
+        });
 }

@@ -46,6 +46,7 @@ class Kernel:
     max_subcentroids: int | None = None
 
 
+_HALF = (torch.float16, torch.bfloat16)
 _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 #: Oldest compute capability that the GPU kernels are written for.
 OLDEST_CAPABILITY = (8, 0)
@@ -54,12 +55,15 @@ _CPU_AND_TRITON = {"cpu": Kernel("cpu"), "triton": _TRITON}
 # a row of the plan lies in registers
 _SINKHORN = {**_CPU_AND_TRITON, "triton": replace(_TRITON, max_subcentroids=64)}
 
+_CUDA_SIMILARITY = Kernel("cuda", _HALF, proven=False, capability=OLDEST_CAPABILITY, max_subcentroids=20)
+_SCORES = {**_CPU_AND_TRITON, "cuda": _CUDA_SIMILARITY}
+
 #: Kernels of every op beside the reference, best first.
 KERNELS: dict[str, dict[str, Kernel]] = {
     "centroid_distance": _CPU_AND_TRITON,
-    "class_scores": _CPU_AND_TRITON,
-    "nearest_centroid": _CPU_AND_TRITON,
-    "centroid_cross_entropy": _CPU_AND_TRITON,
+    "class_scores": _SCORES,
+    "nearest_centroid": _SCORES,
+    "centroid_cross_entropy": _SCORES,
     "subcentroid_cross_entropy": _CPU_AND_TRITON,
     "sinkhorn_assign": _SINKHORN,
     "sinkhorn_plan": _SINKHORN,

@@ -199,7 +199,6 @@ __device__ inline void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], u
   }
 }
 
-#if DNC_HOPPER || !defined(__CUDA_ARCH__)
 // ---- Hopper: mbarrier, clusters, tensor memory accelerator, warpgroup products
 
 // A barrier of phases: a phase ends when `arrivals` threads have arrived and all bytes that they announced have come.
@@ -302,11 +301,7 @@ __device__ inline void products_pin(float (&d)[N]) {
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#endif  // DNC_HOPPER
-
 }  // namespace dnc
 
-#if DNC_HOPPER || !defined(__CUDA_ARCH__)
 #include "wgmma.h"
-#endif
 #endif  // DNC_CUDA_ON_CPU

@@ -1,6 +1,7 @@
 // Similarities of pixels and sub-centroids with what follows them fused in: max over K, norm over C, cross-entropy, gradients.
 #pragma once
 #include "dnc/common.h"
+#include "dnc/cuda.h"
 
 namespace dnc {
 
@@ -83,5 +84,17 @@ struct SubcentroidCrossEntropy {
   View grad_x;  // out, optional, x's shape and dtype, any strides; 0 where left out
 };
 Status subcentroid_cross_entropy(const SubcentroidCrossEntropy&);
+
+namespace cuda {
+// Limits of the CUDA kernels: x float16 or bfloat16, with adjacent channels and pixels a multiple of 16 bytes apart ([N,D], or
+// [B,D,H,W] in channels_last); D at most 768, a multiple of 8; at most 32 sub-centroids a class; centroids of at most 32 bits. Scores,
+// own similarities and gradients of small tensors are float32. Distances and grad_centroids are not made.
+size_t class_scores_workspace(const ClassScores&);
+Status class_scores(const ClassScores&, const Launch&);
+size_t nearest_centroid_workspace(const NearestCentroid&);
+Status nearest_centroid(const NearestCentroid&, const Launch&);
+size_t centroid_cross_entropy_workspace(const CentroidCrossEntropy&);
+Status centroid_cross_entropy(const CentroidCrossEntropy&, const Launch&);
+}  // namespace cuda
 
 }  // namespace dnc

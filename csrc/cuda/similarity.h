@@ -1,0 +1,168 @@
+// What the CUDA similarity kernels share, whatever multiplies (similarity_sm90.h, similarity_sm80.h): where a thread's numbers
+// lie, the max over K, the layout of pixels and sub-centroids in shared memory.
+//
+// A warp owns 16 pixels. In the accumulators of a product with kColumns packed sub-centroids a lane (g = lane / 4, q = lane %
+// 4) holds, of the pixels g and g + 8 (`h` = 0 and 1), the columns 8 i + 2 q and the next: kOwn = kColumns / 4 of each pixel.
+// Packing puts whole classes there: element e of lane q is sub-centroid e % K of class 4 slot + q, slot = tile * per_lane + e /
+// K. So the max over K never leaves the thread, K needs no padding, and the classes of a quad of lanes are neighbours.
+#pragma once
+#include <cmath>
+
+#include "common.h"
+#include "dnc/similarity.h"
+
+namespace dnc {
+namespace cuda {
+
+constexpr int kColumns = 80;         // packed sub-centroids of a tile: K = 1, 2, 4, 5, 10 and 20 leave none of them empty
+constexpr int kOwn = kColumns / 4;   // of a lane, for each of its pixels: the most sub-centroids a class may have
+constexpr int kSums = kColumns / 2;  // accumulators of a thread
+constexpr int kFragments = kColumns / 16;
+constexpr int kBox = 64;  // channels of a box: 128 bytes, one swizzle row
+constexpr int kMaxChannels = 768;
+constexpr int kMaxBlocks = 192;  // blocks of a persistent launch; a shape's workspace does not depend on the device
+constexpr int kSlice = 256;      // channels of dX in registers at a time
+
+// The product's shape and inputs, for every kernel.
+struct Problem {
+  int64_t N;
+  int C, K, D;
+  int boxes;     // of channels
+  int per_lane;  // whole classes of a lane in a tile of sub-centroids
+  int tiles, slots;
+  Metric metric;
+  const void* x;  // [N,D], 16-bit, pixels `pitch` elements apart
+  int64_t pitch;
+  const void* rows;   // packed sub-centroids [tiles * kColumns, 64 boxes], of x's dtype
+  const float* bias;  // [tiles * kColumns] -|p|^2, for sqeuclidean, else nullptr
+  const int64_t* labels;
+  float* own;  // out, optional: [N,K]
+};
+
+// What a thread knows of its two pixels.
+struct Rows {
+  int first;                // pixel g; the other is first + 8
+  int pixels;               // N
+  int label[2];             // -1: none, or a label that does not count
+  float alpha[2], beta[2];  // similarity = alpha * product + beta (+ bias); alpha is NaN for a pixel with a non-finite feature
+  __device__ int64_t n(int h) const { return first + 8 * h; }
+  __device__ bool inside(int h) const { return first + 8 * h < pixels; }
+};
+
+// The pixels of a warp in shared memory: boxes of 64 channels, rows of 128 bytes in the 128-byte swizzle.
+struct PixelTile {
+  unsigned char* base;                                              // row 0 of the warp in box 0, 1024-byte aligned
+  int box_stride;                                                   // bytes
+  __device__ unsigned char* chunk(int row, int box, int c) const {  // 16 bytes: channels 8 c .. 8 c + 7 of the box
+    return base + box * box_stride + row * 128 + (c ^ (row & 7)) * 16;
+  }
+};
+
+// Pixels g and g + 8 from `first`: labels, row lengths, whether all features are finite.
+template <class T>
+__device__ inline Rows read_rows(const Problem& p, const PixelTile& x, int64_t first, int64_t ignore_index) {
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  Rows r;
+  r.first = int(first) + g, r.pixels = int(p.N);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    r.label[h] = -1;
+    if (p.labels != nullptr && r.inside(h)) {
+      const int64_t y = p.labels[r.n(h)];
+      if (y != ignore_index && y >= 0 && y < p.C) r.label[h] = int(y);
+    }
+    float square = 0, zero = 0;  // 0 * NaN and 0 * Inf are NaN
+    for (int box = 0; box < p.boxes; box++) {
+#pragma unroll
+      for (int c = q; c < 8; c += 4) {
+        const uint4 v = *reinterpret_cast<const uint4*>(x.chunk(g + 8 * h, box, c));
+        const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float a = to_float(T{uint16_t(word[i])}), b = to_float(T{uint16_t(word[i] >> 16)});
+          square = fmaf(a, a, fmaf(b, b, square));
+          zero = fmaf(0.f, a, fmaf(0.f, b, zero));
+        }
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      square += __shfl_xor_sync(~0u, square, step);
+      zero += __shfl_xor_sync(~0u, zero, step);
+    }
+    r.alpha[h] = zero == 0.f ? p.metric == Metric::cosine ? 1.f / fmaxf(sqrtf(square), 1e-12f) : 1.f : NAN;
+    r.beta[h] = p.metric == Metric::sqeuclidean ? -square : 0.f;
+  }
+  return r;
+}
+
+// The max over K of every class in a tile's products: sink(h, slot, score, winner) for each class of this lane's pixels; scores
+// of the label's sub-centroids go to p.own.
+template <class Sink>
+__device__ inline void take_maxima(const Problem& p, const Rows& r, float (&s)[kSums], int tile, Sink& sink) {
+  const int q = threadIdx.x % 4;
+  if (p.bias != nullptr) {
+    const float* bias = p.bias + int64_t(tile) * kColumns + 2 * q;
+#pragma unroll
+    for (int e = 0; e < kOwn; e++) {
+      const float b = __ldg(bias + e / 2 * 8 + e % 2);
+      s[e / 2 * 4 + e % 2] += b, s[e / 2 * 4 + 2 + e % 2] += b;
+    }
+  }
+  int slot = tile * p.per_lane, k = 0;
+  const int last = slot + p.per_lane;
+  float best[2] = {0, 0};
+  int winner[2] = {0, 0};
+#pragma unroll
+  for (int e = 0; e < kOwn; e++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float v = fmaf(s[e / 2 * 4 + 2 * h + e % 2], r.alpha[h], r.beta[h]);
+      // the label's class is its lane's; slots of the padding lie beyond every label
+      if (p.own != nullptr && slot < last && r.label[h] == 4 * slot + q) p.own[r.n(h) * p.K + k] = v;
+      const bool better = k == 0 || v > best[h];
+      best[h] = better ? v : best[h];
+      winner[h] = better ? k : winner[h];
+    }
+    if (++k == p.K) {
+      if (slot < last && 4 * slot + q < p.C) sink(0, slot, best[0], winner[0]), sink(1, slot, best[1], winner[1]);
+      k = 0, slot++;
+    }
+  }
+}
+
+// Own similarities of pixels without a label are zero.
+__device__ inline void clear_own(const Problem& p, const Rows& r) {
+  if (p.own == nullptr) return;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    if (!r.inside(h) || r.label[h] >= 0) continue;
+    for (int k = threadIdx.x % 4; k < p.K; k += 4) p.own[r.n(h) * p.K + k] = 0;
+  }
+}
+
+// ---- host
+
+// What these kernels take; else a sentence.
+const char* refuses(const View& x, const View& centroids);
+
+// Sub-centroids in the order of the products. rows and bias belong to the workspace.
+struct Packed {
+  int tiles, per_lane, boxes;
+  void* rows;
+  float* bias;
+  Packed(Parts& parts, const View& centroids, Metric metric);
+  cudaError_t pack(const View& centroids, Metric metric, DType dtype, cudaStream_t stream) const;
+};
+
+inline Problem problem_of(const View& x, const View& centroids, Metric metric, const Packed& packed) {
+  const PixelMap at(x);
+  Problem p{};
+  p.N = at.N, p.C = int(centroids.size[0]), p.K = int(centroids.size[1]), p.D = int(centroids.size[2]);
+  p.boxes = packed.boxes, p.per_lane = packed.per_lane, p.tiles = packed.tiles, p.slots = int(divide_up(p.C, 4));
+  p.metric = metric, p.x = at.data, p.pitch = at.sw, p.rows = packed.rows, p.bias = packed.bias;
+  return p;
+}
+
+}  // namespace cuda
+}  // namespace dnc

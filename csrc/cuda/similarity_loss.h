@@ -1,0 +1,349 @@
+// Between the two products of centroid_cross_entropy: LayerNorm over the classes, cross-entropy and its gradient, on the class
+// maxima that a thread itself found (similarity.h: class 4 slot + q of the pixels g and g + 8).
+//
+//   r[c] = max_k s;  o = (r - mean) rstd gain + shift, or r;  z = o scale / temperature
+//   loss = (1-e) w_y (lse z - z_y) + e/C sum_c w_c (lse z - z_c)        (e: label smoothing; w: class weights)
+//   dz[c] = on_p exp(z - lse) - e/C w_c - [c = y] (1-e) w_y;  dr = the same through scale and norm
+//
+// The maxima and winners of a block lie in a slab [slot][h][thread], in shared memory where it fits and in the workspace (L2)
+// where not; dr replaces r in it. Only its own thread reads an entry: no barriers. Four passes over the slab (one less without
+// norm). Sums over the classes: lanes of a quad; over pixels: rows of one warp, added up in order by the kernel that finishes.
+// exp2_approximate: 2^-22 relative, as much as rounding z by half an ulp at |z| = 2.
+#pragma once
+#include "similarity.h"
+
+namespace dnc {
+namespace cuda {
+
+using Reduction = CentroidCrossEntropy::Reduction;
+
+// Sums over the pixels of a warp.
+struct WarpSums {
+  double loss, scale;
+};
+
+struct Loss {
+  Problem p;
+  int64_t ignore_index;
+  const float *gain, *shift, *class_weight;  // [C] or nullptr
+  float eps, smoothing, inverse_temperature;
+  const float* scale;      // [] or nullptr
+  const float* grad_loss;  // [] or [N] (each), or nullptr
+  bool each;               // reduction none
+  const double* weight;    // [] sum of the class weights, for the mean's gradient, or nullptr
+  float* loss;             // [N] or nullptr
+  int64_t* prediction;     // [N] or nullptr
+  void* grad_x;            // rows of grad_pitch elements, or nullptr
+  int64_t grad_pitch;
+  bool parameters;    // gradients of gain and shift are wanted
+  bool wanted;        // any gradient
+  WarpSums* sums;     // [warps]
+  float* norm_sums;   // [warps][2][4 slots], with parameters
+  float* block_sums;  // [blocks][2][4 slots]
+  float* slab_value;  // [blocks][slots][2][threads], or nullptr: in shared memory
+  uint8_t* slab_index;
+};
+
+struct Slab {
+  float* value;
+  uint8_t* index;
+  int threads, thread;
+  __device__ float& r(int slot, int h) const { return value[(slot * 2 + h) * threads + thread]; }
+  __device__ uint8_t& winner(int slot, int h) const { return index[(slot * 2 + h) * threads + thread]; }
+  __host__ __device__ static size_t numbers(int slots, int threads) { return size_t(slots) * 2 * threads; }
+  __host__ __device__ static size_t bytes(int slots, int threads) { return numbers(slots, threads) * 5; }
+};
+
+// The slab of this block, `thread` of `threads`.
+__device__ inline Slab slab_of(const Loss& a, unsigned char* shared, int threads, int thread) {
+  const size_t numbers = Slab::numbers(a.p.slots, threads);
+  if (a.slab_value == nullptr) return {reinterpret_cast<float*>(shared), shared + numbers * 4, threads, thread};
+  return {a.slab_value + blockIdx.x * numbers, a.slab_index + blockIdx.x * numbers, threads, thread};
+}
+
+// Takes the maxima of product 1.
+struct ToSlab {
+  Slab slab;
+  float sum[2] = {0, 0};
+  __device__ void operator()(int h, int slot, float score, int winner) {
+    slab.r(slot, h) = score;
+    slab.winner(slot, h) = uint8_t(winner);
+    sum[h] += score;
+  }
+};
+
+__device__ inline float quad_sum(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// dX = a u + b x with u = sum_c dr p: what the metric and the incoming gradient make of the second product.
+struct Finish {
+  float a[2], b[2];
+  bool counts[2];  // else dX is exactly zero, whatever the features
+};
+
+// f(slot, c, h, r) for all classes of this thread's two pixels.
+template <class F>
+__device__ inline void each_score(const Problem& p, const Slab& slab, F f) {
+  const int q = threadIdx.x % 4;
+#pragma unroll 2
+  for (int slot = 0; slot < p.slots; slot++) {
+    const int c = 4 * slot + q;
+    if (c >= p.C) continue;
+    const float r[2] = {slab.r(slot, 0), slab.r(slot, 1)};
+    f(slot, c, r);
+  }
+}
+
+// Loss, prediction and dr of this thread's pixels; sum: of their class maxima, this lane's classes; warp: its number in the
+// grid. All lanes of a warp call it.
+__device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Slab& slab, const float (&sum)[2], int64_t warp) {
+  const Problem& p = a.p;
+  const int lane = threadIdx.x % 32, q = lane % 4;
+  const float tau = a.inverse_temperature * (a.scale != nullptr ? *a.scale : 1.f), log2e = 1.44269504f;
+  const bool norm = a.gain != nullptr;
+  const float classes = float(p.C);
+  float mean[2] = {0, 0}, rstd[2] = {1, 1};
+  bool finite[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float total = quad_sum(sum[h]);
+    finite[h] = fabsf(total) <= 3.4028235e38f;  // a pixel's scores are all NaN, or none
+    if (norm) mean[h] = total / classes;
+  }
+  if (norm) {
+    float square[2] = {0, 0};
+    each_score(p, slab, [&](int, int, const float (&r)[2]) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) square[h] = fmaf(r[h] - mean[h], r[h] - mean[h], square[h]);
+    });
+#pragma unroll
+    for (int h = 0; h < 2; h++) rstd[h] = 1.f / sqrtf(quad_sum(square[h]) / classes + a.eps);
+  }
+  const auto gain = [&](int c) { return norm ? __ldg(a.gain + c) : 1.f; };
+  const auto shift = [&](int c) { return a.shift != nullptr ? __ldg(a.shift + c) : 0.f; };
+  const auto weight = [&](int c) { return a.class_weight != nullptr ? __ldg(a.class_weight + c) : 1.f; };
+
+  // log-sum-exp, the best class, the label's logit
+  float top[2] = {-INFINITY, -INFINITY}, exps[2] = {0, 0}, own[2] = {0, 0}, weighted[2] = {0, 0}, weight_sum = 0;
+  int best[2] = {0, 0};
+  each_score(p, slab, [&](int, int c, const float (&r)[2]) {
+    const float w = gain(c), b = shift(c);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float z = fmaf((r[h] - mean[h]) * rstd[h], w, b) * tau;
+      if (z > top[h]) exps[h] *= exp2_approximate((top[h] - z) * log2e), top[h] = z, best[h] = c;
+      exps[h] += exp2_approximate((z - top[h]) * log2e);
+      if (c == rows.label[h]) own[h] = z;
+      if (a.smoothing > 0) weighted[h] = fmaf(z, weight(c), weighted[h]);
+    }
+    if (a.smoothing > 0) weight_sum += weight(c);
+  });
+  if (a.smoothing > 0) weight_sum = quad_sum(weight_sum);
+  float lse[2], on_p[2], on_y[2], factor[2];
+  double loss_sum = 0;
+  const float smooth = a.smoothing / classes;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      const float other = __shfl_xor_sync(~0u, top[h], step), other_exps = __shfl_xor_sync(~0u, exps[h], step);
+      const int other_best = __shfl_xor_sync(~0u, best[h], step);
+      const float high = fmaxf(top[h], other);
+      // a lane without a class has -inf and no sum
+      const float mine = exps[h] > 0 ? exps[h] * exp2_approximate((top[h] - high) * log2e) : 0.f;
+      const float theirs = other_exps > 0 ? other_exps * exp2_approximate((other - high) * log2e) : 0.f;
+      if (other > top[h] || (other == top[h] && other_best < best[h])) best[h] = other_best;
+      exps[h] = mine + theirs, top[h] = high;
+    }
+    own[h] = quad_sum(own[h]), weighted[h] = quad_sum(weighted[h]);
+    finite[h] = finite[h] && fabsf(top[h]) <= 3.4028235e38f;
+    lse[h] = finite[h] ? top[h] + logf(exps[h]) : NAN;
+    const bool counts = rows.label[h] >= 0;
+    const float own_weight = counts ? weight(rows.label[h]) : 0.f;
+    on_y[h] = (1.f - a.smoothing) * own_weight;
+    on_p[h] = counts ? on_y[h] + smooth * weight_sum : 0.f;
+    float loss = on_y[h] * (lse[h] - own[h]);
+    if (a.smoothing > 0) loss += smooth * (weight_sum * lse[h] - weighted[h]);
+    if (!counts) loss = 0;
+    if (q == 0 && rows.inside(h)) {
+      loss_sum += double(loss);
+      if (a.loss != nullptr) a.loss[rows.n(h)] = loss;
+      if (a.prediction != nullptr) a.prediction[rows.n(h)] = finite[h] ? best[h] : -1;
+    }
+    factor[h] = a.grad_loss == nullptr ? 1.f : !a.each ? *a.grad_loss : rows.inside(h) ? a.grad_loss[rows.n(h)] : 0.f;
+    if (a.weight != nullptr) factor[h] = float(double(factor[h]) / *a.weight);
+  }
+  loss_sum = warp_sum(loss_sum);
+  if (lane == 0) a.sums[warp].loss += loss_sum;
+  Finish finish{};
+  if (!a.wanted) return finish;
+
+  const auto gradient = [&](int h, int c, float z, float w) {
+    float d = on_p[h] * exp2_approximate((z - lse[h]) * log2e);
+    if (a.smoothing > 0) d -= smooth * w;
+    return c == rows.label[h] ? d - on_y[h] : d;
+  };
+  float along[2] = {0, 0}, slope[2] = {0, 0};  // LayerNorm's gradient needs two sums over the classes
+  if (norm) {
+    each_score(p, slab, [&](int, int c, const float (&r)[2]) {
+      const float w = gain(c), b = shift(c), cw = weight(c);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float xhat = (r[h] - mean[h]) * rstd[h], g = gradient(h, c, fmaf(xhat, w, b) * tau, cw) * w;
+        along[h] += g, slope[h] = fmaf(g, xhat, slope[h]);
+      }
+    });
+#pragma unroll
+    for (int h = 0; h < 2; h++) along[h] = quad_sum(along[h]) / classes, slope[h] = quad_sum(slope[h]) / classes;
+  }
+  float total[2] = {0, 0}, scale_sum = 0;
+  // every lane of the warp goes through every slot: those of a column of classes add up what the norm's parameters get
+  for (int slot = 0; slot < p.slots; slot++) {
+    const int c = 4 * slot + q;
+    const bool real = c < p.C;
+    const float w = real ? gain(c) : 0.f, b = real ? shift(c) : 0.f, cw = real ? weight(c) : 0.f;
+    float to_gain = 0, to_shift = 0;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float d = 0;
+      if (real && rows.label[h] >= 0) {
+        const float r = slab.r(slot, h), xhat = (r - mean[h]) * rstd[h], o = fmaf(xhat, w, b);
+        const float dz = gradient(h, c, o * tau, cw);
+        d = norm ? (fmaf(dz, w, -along[h]) - xhat * slope[h]) * (rstd[h] * tau) : dz * tau;
+        total[h] += p.metric == Metric::cosine ? d * r : d;
+        scale_sum = fmaf(dz * o, factor[h], scale_sum);
+        to_shift += dz * tau * factor[h], to_gain += dz * tau * factor[h] * xhat;
+      }
+      if (real) slab.r(slot, h) = d;
+    }
+    if (a.parameters) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        to_gain += __shfl_xor_sync(~0u, to_gain, step), to_shift += __shfl_xor_sync(~0u, to_shift, step);
+      }
+      if (lane < 4 && real) {
+        float* at = a.norm_sums + warp * 8 * p.slots + c;
+        at[0] += to_gain, at[4 * p.slots] += to_shift;
+      }
+    }
+  }
+  if (a.scale != nullptr) {
+    const double of_scale = warp_sum(double(scale_sum) * a.inverse_temperature);
+    if (lane == 0) a.sums[warp].scale += of_scale;
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    total[h] = quad_sum(total[h]);
+    // the factor comes last: times a loss scale, dr may exceed what float16 holds
+    finish.a[h] = factor[h], finish.b[h] = 0, finish.counts[h] = rows.label[h] >= 0;
+    // cosine: (u - x/|x| sum_c dr r) / |x|; sqeuclidean: rows hold 2 p, so u - 2 x sum_c dr
+    if (p.metric == Metric::cosine) {
+      finish.a[h] *= rows.alpha[h], finish.b[h] = -total[h] * rows.alpha[h] * rows.alpha[h] * factor[h];
+    }
+    if (p.metric == Metric::sqeuclidean) finish.b[h] = -2 * total[h] * factor[h];
+  }
+  return finish;
+}
+
+// dS of a tile as fragments of the second product: a[f] covers 16 columns.
+template <class T>
+__device__ inline void make_fragments(uint32_t (&a)[kFragments][4], const Problem& p, const Slab& slab, int tile) {
+  int slot = tile * p.per_lane, k = 0, winner[2] = {-1, -1};
+  const int last = slot + p.per_lane, q = threadIdx.x % 4;
+  float d[2] = {0, 0}, before[2] = {0, 0};
+#pragma unroll
+  for (int e = 0; e < kOwn; e++) {
+    if (k == 0) {
+      const bool real = slot < last && 4 * slot + q < p.C;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        winner[h] = real ? slab.winner(slot, h) : -1;
+        d[h] = real ? slab.r(slot, h) : 0.f;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float v = winner[h] == k ? d[h] : 0.f;
+      if (e % 2 == 1) a[e / 4][e % 4 / 2 * 2 + h] = pack_pair<T>(before[h], v);
+      before[h] = v;
+    }
+    if (++k == p.K) k = 0, slot++;
+  }
+}
+
+// dX of a slice of channels, in place of the warp's pixels in shared memory.
+template <class T>
+__device__ inline void put_gradient(const float (&u)[kSlice / kBox][kBox / 2], const Finish& finish, const PixelTile& x,
+                                    int first_box, int boxes) {
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+#pragma unroll
+  for (int box = 0; box < kSlice / kBox; box++) {
+    if (box < boxes) {
+#pragma unroll
+      for (int c = 0; c < 8; c++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          auto* at = reinterpret_cast<uint32_t*>(x.chunk(g + 8 * h, first_box + box, c)) + q;
+          float low = u[box][4 * c + 2 * h] * finish.a[h], high = u[box][4 * c + 2 * h + 1] * finish.a[h];
+          if (finish.b[h] != 0) {
+            low = fmaf(finish.b[h], to_float(T{uint16_t(*at)}), low);
+            high = fmaf(finish.b[h], to_float(T{uint16_t(*at >> 16)}), high);
+          }
+          *at = finish.counts[h] ? pack_pair<T>(low, high) : 0u;
+        }
+      }
+    }
+  }
+}
+
+// The warp's rows of dX from shared to global memory, 16 bytes a lane: 4 rows of 128 bytes at a time.
+template <class T>
+__device__ inline void store_gradient(const Loss& a, const PixelTile& x, int64_t first) {
+  const int lane = threadIdx.x % 32, c = lane % 8;
+  __syncwarp();  // every lane has written its part of the rows
+  for (int box = 0; box < a.p.boxes; box++) {
+    for (int row = lane / 8; row < 16; row += 4) {
+      const int64_t n = first + row;
+      const int d = box * kBox + c * 8;
+      if (n < a.p.N && d < a.p.D) {
+        *reinterpret_cast<uint4*>(static_cast<T*>(a.grad_x) + n * a.grad_pitch + d) =
+            *reinterpret_cast<const uint4*>(x.chunk(row, box, c));
+      }
+    }
+  }
+}
+
+// The sums of a grid's warps start at zero. The lanes that add to an entry clear it.
+__device__ inline void clear_sums(const Loss& a, int64_t warp) {
+  if (threadIdx.x % 32 == 0) a.sums[warp] = {0, 0};
+  if (!a.parameters || threadIdx.x % 32 >= 4) return;
+  for (int i = threadIdx.x % 4; i < 8 * a.p.slots; i += 4) a.norm_sums[warp * 8 * a.p.slots + i] = 0;
+}
+// Adds up a block's warps, once all of them have stored: thread `thread` of `threads`.
+__device__ inline void add_warps(const Loss& a, int warps, int thread, int threads) {
+  if (!a.parameters) return;
+  const float* from = a.norm_sums + int64_t(blockIdx.x) * warps * 8 * a.p.slots;
+  for (int i = thread; i < 8 * a.p.slots; i += threads) {
+    float sum = 0;
+    for (int w = 0; w < warps; w++) sum += from[int64_t(w) * 8 * a.p.slots + i];
+    a.block_sums[int64_t(blockIdx.x) * 8 * a.p.slots + i] = sum;
+  }
+}
+
+// ---- host
+
+// Shared memory that every launch may count on where the slab lies there: a block of 128 pixels on Hopper has room.
+inline bool slab_in_shared(int boxes, int slots) {
+  return size_t(2) * boxes * 64 * 128 + size_t(3) * kColumns * 128 + 256 + Slab::bytes(slots, 256) <= 227 * 1024;
+}
+
+struct Launched {
+  unsigned blocks = 0, warps = 0;  // rows of block_sums, of sums
+};
+Status run_loss_sm90(const Loss& a, DType dtype, bool slab_in_shared, cudaStream_t stream, Launched* launched);
+Status run_loss_sm80(const Loss& a, DType dtype, bool slab_in_shared, cudaStream_t stream, Launched* launched);
+
+}  // namespace cuda
+}  // namespace dnc

@@ -1,0 +1,221 @@
+// The products of the similarity kernels on Hopper (sm_90a): a producer warp feeds two warpgroups of 64 pixels through the
+// tensor memory accelerator; wgmma multiplies.
+//
+// Shared memory: pixels of both warpgroups, which stay for the whole tile of 128; then `stages` boxes of sub-centroids
+// [kColumns, 64 channels], a ring. In a cluster of two each block fetches half of every box and multicasts it to both, so that
+// L2 is read once for 256 pixels. All boxes have the 128-byte swizzle. Barriers of the ring: full (bytes) and empty (8 consumer
+// warps of every block); of the pixels: one pair a warpgroup.
+#pragma once
+#include "similarity.h"
+
+namespace dnc {
+namespace cuda {
+namespace sm90 {
+
+constexpr int kGroups = 2, kGroupPixels = 64, kPixels = kGroups * kGroupPixels, kConsumers = kGroups * 128;
+constexpr int kThreads = 128 + kConsumers;  // the producer's warpgroup first: its registers go to the others
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kMaxStages = 12;
+
+struct Barriers {
+  PhaseBarrier full[kMaxStages], empty[kMaxStages], pixels_full[kGroups], pixels_empty[kGroups];
+};
+
+struct Maps {
+  TensorMap x, rows;  // boxes of [64 pixels, 64 channels] and [kColumns / cluster, 64 channels]
+};
+
+// What a block knows of its shared memory and its place.
+struct Block {
+  unsigned char* x;     // [group][box][64 rows of 128 bytes]
+  unsigned char* ring;  // [stage][kColumns rows of 128 bytes]
+  unsigned char* rest;  // after them
+  Barriers* barriers;
+  int boxes, stages, cluster, rank;
+
+  __device__ Block(unsigned char* shared, int boxes, int stages, int cluster)
+      : boxes(boxes), stages(stages), cluster(cluster), rank(int(cluster_rank())) {
+    x = shared;
+    ring = x + kGroups * boxes * kGroupPixels * 128;
+    barriers = reinterpret_cast<Barriers*>(ring + stages * kColumns * 128);
+    rest = reinterpret_cast<unsigned char*>(barriers + 1);
+  }
+  static size_t bytes(int boxes, int stages) {
+    return size_t(kGroups) * boxes * kGroupPixels * 128 + size_t(stages) * kColumns * 128 + sizeof(Barriers);
+  }
+  // Tiles of 128 pixels of this block: all blocks of a cluster go through the ring the same number of times.
+  __device__ int64_t rounds(int64_t N) const {
+    const int64_t groups = divide_up(divide_up(N, kPixels), cluster), mine = blockIdx.x / cluster, step = gridDim.x / cluster;
+    return mine < groups ? divide_up(groups - mine, step) : 0;
+  }
+  __device__ int64_t tile(int64_t round) const { return int64_t(blockIdx.x) + round * gridDim.x; }
+
+  // Called by all threads of the block.
+  __device__ void start() const {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < stages; s++) {
+        barrier_init(&barriers->full[s], 1);
+        barrier_init(&barriers->empty[s], unsigned(kConsumers / 32 * cluster));
+      }
+      for (int g = 0; g < kGroups; g++) barrier_init(&barriers->pixels_full[g], 1), barrier_init(&barriers->pixels_empty[g], 4);
+      barrier_init_fence();
+    }
+    cluster_barrier();  // no block announces bytes at, or arrives at, a barrier that is not initialised
+  }
+};
+
+// A position in the ring, and how often it went round.
+struct Stage {
+  int index = 0;
+  unsigned parity = 0;
+  __device__ void advance(int stages) {
+    if (++index == stages) index = 0, parity ^= 1;
+  }
+};
+
+// The producer, one thread: boxes of sub-centroids of the first product, then of the second where there is one, in the order in
+// which the consumers take them.
+__device__ inline void produce(const Problem& p, const Block& block, const Maps* maps, bool second) {
+  prefetch_map(&maps->x), prefetch_map(&maps->rows);
+  Stage stage;
+  const int part = kColumns / block.cluster;
+  const unsigned bytes = unsigned(kColumns) * 128;
+  const auto fetch = [&](int tile, int box) {
+    // the other block's consumers too have read what this box overwrites
+    barrier_wait(&block.barriers->empty[stage.index], stage.parity ^ 1);
+    PhaseBarrier* full = &block.barriers->full[stage.index];
+    barrier_arrive_expect(full, bytes);
+    unsigned char* to = block.ring + stage.index * kColumns * 128 + block.rank * part * 128;
+    const int row = tile * kColumns + block.rank * part;
+    if (block.cluster > 1) {
+      copy_box_multicast(to, &maps->rows, box * kBox, row, full, uint16_t((1u << block.cluster) - 1));
+    } else {
+      copy_box(to, &maps->rows, box * kBox, row, full);
+    }
+    stage.advance(block.stages);
+  };
+  for (int64_t round = 0, rounds = block.rounds(p.N); round < rounds; round++) {
+    const int64_t first = block.tile(round) * kPixels;
+    for (int g = 0; g < kGroups; g++) {
+      barrier_wait(&block.barriers->pixels_empty[g], unsigned(round & 1) ^ 1);
+      PhaseBarrier* full = &block.barriers->pixels_full[g];
+      barrier_arrive_expect(full, unsigned(block.boxes) * kGroupPixels * 128);
+#pragma unroll 1
+      for (int box = 0; box < block.boxes; box++) {
+        copy_box(block.x + (g * block.boxes + box) * kGroupPixels * 128, &maps->x, box * kBox, int(first) + g * kGroupPixels,
+                 full);
+      }
+    }
+    for (int tile = 0; tile < p.tiles; tile++) {
+#pragma unroll 1  // the producer has few registers
+      for (int box = 0; box < p.boxes; box++) fetch(tile, box);
+    }
+    if (second) {
+      for (int slice = 0; slice < p.boxes; slice += kSlice / kBox) {
+        for (int tile = 0; tile < p.tiles; tile++) {
+#pragma unroll 1
+          for (int box = slice; box < p.boxes && box < slice + kSlice / kBox; box++) fetch(tile, box);
+        }
+      }
+    }
+  }
+}
+
+// A consumer warpgroup's side of the ring. A box is given back when the products that read it are complete: one behind the
+// newest.
+class Consumer {
+ public:
+  __device__ Consumer(const Block& block)
+      : block_(block), group_(int(threadIdx.x) / 128 - 1), warp_(int(threadIdx.x) / 32 % 4), lane_(int(threadIdx.x) % 32) {}
+
+  __device__ int group() const { return group_; }
+  __device__ PixelTile pixels() const { return {group_pixels() + warp_ * 16 * 128, kGroupPixels * 128}; }
+  __device__ int64_t first_pixel(int64_t tile) const { return tile * kPixels + group_ * kGroupPixels + warp_ * 16; }
+  __device__ void wait_pixels(int64_t round) const { barrier_wait(&block_.barriers->pixels_full[group_], unsigned(round & 1)); }
+  // This warp has done with the pixels of the round.
+  __device__ void release_pixels() const {
+    async_proxy_fence();  // what was written there by hand, before the next pixels are copied over it
+    __syncwarp();         // all lanes have done so
+    if (lane_ == 0) barrier_arrive(&block_.barriers->pixels_empty[group_], unsigned(block_.rank));
+  }
+
+  // s = products of the group's pixels and a tile of sub-centroids.
+  template <class T>
+  __device__ void scores(float (&s)[kSums]) {
+    for (int box = 0; box < block_.boxes; box++) {
+      const unsigned char* b = next_box();
+      const uint64_t x = matrix_descriptor(group_pixels() + box * kGroupPixels * 128, 0), p = matrix_descriptor(b, 0);
+      products_fence();
+#pragma unroll
+      for (int k = 0; k < kBox / 16; k++) multiply<T>(s, x + k * 2, p + k * 2, box + k > 0);  // 16 channels: 32 bytes on
+      issued();
+    }
+    done();
+    products_pin(s);
+  }
+
+  // u += dS p over the boxes of a slice of channels; a: fragments of dS, of 16 columns each.
+  template <class T>
+  __device__ void gradient(float (&u)[kSlice / kBox][kBox / 2], const uint32_t (&a)[kFragments][4], int boxes) {
+#pragma unroll
+    for (int box = 0; box < kSlice / kBox; box++) {
+      if (box < boxes) {
+        const uint64_t p = matrix_descriptor(next_box(), 0);
+        products_fence();
+#pragma unroll
+        for (int f = 0; f < kFragments; f++) multiply_transposed<T>(u[box], a[f], p + f * (16 * 128 >> 4), true);
+        issued();
+      }
+    }
+    done();
+#pragma unroll
+    for (int box = 0; box < kSlice / kBox; box++) products_pin(u[box]);
+  }
+
+ private:
+  __device__ unsigned char* group_pixels() const { return block_.x + group_ * block_.boxes * kGroupPixels * 128; }
+  __device__ unsigned char* next_box() {
+    barrier_wait(&block_.barriers->full[stage_.index], stage_.parity);
+    return block_.ring + stage_.index * kColumns * 128;
+  }
+  __device__ void issued() {
+    products_commit();
+    if (held_ >= 0) {
+      products_wait<1>();
+      give_back();
+    }
+    held_ = stage_.index;
+    stage_.advance(block_.stages);
+  }
+  __device__ void done() {
+    products_wait<0>();
+    give_back();
+    held_ = -1;
+  }
+  __device__ void give_back() const {
+    if (lane_ < block_.cluster) barrier_arrive(&block_.barriers->empty[held_], unsigned(lane_));
+  }
+
+  const Block& block_;
+  const int group_, warp_, lane_;
+  int held_ = -1;
+  Stage stage_;
+};
+
+// ---- host
+
+// Tensor maps of a call; a 2-dimensional array of 16-bit rows `pitch` elements apart, boxes of 64 channels.
+cudaError_t encode(TensorMap* map, const void* data, DType dtype, int64_t columns, int64_t rows, int64_t pitch, int box_rows);
+
+struct Shape {
+  int stages, cluster;
+  unsigned blocks;
+  size_t shared;  // without what a kernel adds
+};
+// With `extra` bytes of the kernel's own; stages == 0: does not fit.
+cudaError_t shape_of(Shape* shape, const Problem& p, size_t extra);
+cudaError_t maps_of(Maps* maps, const Problem& p, DType dtype, int cluster);
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace dnc
