@@ -104,6 +104,13 @@ cudaError_t resident_blocks(int* blocks, void (*kernel)(P...), unsigned threads,
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, int(threads), shared);
 }
 
+// The lane within the warp, read anew where it is called: a register that nothing else needs to keep.
+__device__ inline int lane_here() {
+  int r;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(r));
+  return r;
+}
+
 // In a loop that waits for another thread.
 __device__ inline void spin() { __nanosleep(20); }
 

@@ -86,9 +86,9 @@ __global__ void __launch_bounds__(sm90::kThreads, 1)
     registers_increase<sm90::kConsumerRegisters>();
     const sm90::Block block = here();
     sm90::Consumer consumer(block);
-    for (int64_t round = 0, rounds = block.rounds(p.N); round < rounds; round++) {
-      consumer.wait_pixels(round);
-      const Rows rows = read_rows<T>(p, consumer.pixels(), consumer.first_pixel(block.tile(round)), -1);
+    for (int at = int(blockIdx.x); block.has(at, p.N); at += int(gridDim.x)) {
+      consumer.wait_pixels();
+      const Rows rows = read_rows<T>(p, consumer.pixels(), consumer.first_pixel(at), -1);
       clear_own(p, rows);
       typename Out::Sink sink(out, p, rows);
       for (int tile = 0; tile < p.tiles; tile++) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(sm80::kMaxWarps * 32, 1)
     class_scores_sm80_kernel(const __grid_constant__ Problem p, const __grid_constant__ Out out) {
 #if DNC_AMPERE
   sm80::Block<T> block(p, shared_memory<unsigned char>(), false);
-  for (int64_t at = blockIdx.x; at < block.tiles(); at += gridDim.x) {
+  for (int at = int(blockIdx.x); at < block.tiles(); at += int(gridDim.x)) {
     block.begin(at);
     const Rows rows = read_rows<T>(p, block.pixels(), block.first_pixel(at), -1);
     clear_own(p, rows);

@@ -25,8 +25,7 @@ constexpr int kSlice = 256;      // channels of dX in registers at a time
 
 // The product's shape and inputs, for every kernel.
 struct Problem {
-  int64_t N;
-  int C, K, D;
+  int N, C, K, D;
   int boxes;     // of channels
   int per_lane;  // whole classes of a lane in a tile of sub-centroids
   int tiles, slots;
@@ -60,10 +59,10 @@ struct PixelTile {
 
 // Pixels g and g + 8 from `first`: labels, row lengths, whether all features are finite.
 template <class T>
-__device__ inline Rows read_rows(const Problem& p, const PixelTile& x, int64_t first, int64_t ignore_index) {
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+__device__ inline Rows read_rows(const Problem& p, const PixelTile& x, int first, int64_t ignore_index) {
+  const int lane = lane_here(), g = lane / 4, q = lane % 4;
   Rows r;
-  r.first = int(first) + g, r.pixels = int(p.N);
+  r.first = first + g, r.pixels = p.N;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     r.label[h] = -1;
@@ -100,7 +99,7 @@ __device__ inline Rows read_rows(const Problem& p, const PixelTile& x, int64_t f
 // of the label's sub-centroids go to p.own.
 template <class Sink>
 __device__ inline void take_maxima(const Problem& p, const Rows& r, float (&s)[kSums], int tile, Sink& sink) {
-  const int q = threadIdx.x % 4;
+  const int q = lane_here() % 4;
   if (p.bias != nullptr) {
     const float* bias = p.bias + int64_t(tile) * kColumns + 2 * q;
 #pragma unroll
@@ -137,7 +136,7 @@ __device__ inline void clear_own(const Problem& p, const Rows& r) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     if (!r.inside(h) || r.label[h] >= 0) continue;
-    for (int k = threadIdx.x % 4; k < p.K; k += 4) p.own[r.n(h) * p.K + k] = 0;
+    for (int k = lane_here() % 4; k < p.K; k += 4) p.own[r.n(h) * p.K + k] = 0;
   }
 }
 
@@ -158,7 +157,7 @@ struct Packed {
 inline Problem problem_of(const View& x, const View& centroids, Metric metric, const Packed& packed) {
   const PixelMap at(x);
   Problem p{};
-  p.N = at.N, p.C = int(centroids.size[0]), p.K = int(centroids.size[1]), p.D = int(centroids.size[2]);
+  p.N = int(at.N), p.C = int(centroids.size[0]), p.K = int(centroids.size[1]), p.D = int(centroids.size[2]);
   p.boxes = packed.boxes, p.per_lane = packed.per_lane, p.tiles = packed.tiles, p.slots = int(divide_up(p.C, 4));
   p.metric = metric, p.x = at.data, p.pitch = at.sw, p.rows = packed.rows, p.bias = packed.bias;
   return p;

@@ -69,15 +69,15 @@ struct Workspace {
   Packed packed;
   double* weight;  // [1 + kMaxBlocks]
   WarpSums* sums;
-  float *norm_sums, *block_sums, *slab_value;
-  uint8_t* slab_index;
+  float *norm_sums, *block_sums;
+  unsigned char* slab;  // nullptr: in shared memory
   bool in_shared;
   size_t bytes;
 };
 
 Workspace layout(void* base, const CentroidCrossEntropy& a) {
   Parts parts(base);
-  Workspace w{Packed(parts, a.centroids, a.metric), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, true, 0};
+  Workspace w{Packed(parts, a.centroids, a.metric), nullptr, nullptr, nullptr, nullptr, nullptr, true, 0};
   const int64_t tiles = divide_up(Pixels(a.x).N(), 64), blocks = tiles < kMaxBlocks ? tiles : kMaxBlocks;
   const int slots = int(divide_up(a.centroids.size[0], 4));
   w.weight = parts.take<double>(1 + kMaxBlocks);
@@ -86,9 +86,7 @@ Workspace layout(void* base, const CentroidCrossEntropy& a) {
   w.norm_sums = parts.take<float>(parameters ? blocks * 8 * 8 * slots : 0);
   w.block_sums = parts.take<float>(parameters ? blocks * 8 * slots : 0);
   w.in_shared = slab_in_shared(w.packed.boxes, slots);
-  const int64_t numbers = w.in_shared ? 0 : blocks * int64_t(Slab::numbers(slots, 256));
-  w.slab_value = parts.take<float>(numbers);
-  w.slab_index = parts.take<uint8_t>(numbers);
+  w.slab = w.in_shared ? nullptr : parts.take<unsigned char>(blocks * int64_t(Slab::bytes(slots, 256)));
   w.bytes = parts.bytes();
   return w;
 }
@@ -126,14 +124,14 @@ Status centroid_cross_entropy(const CentroidCrossEntropy& a, const Launch& where
   l.parameters = a.grad_norm_weight || a.grad_norm_bias;
   l.wanted = a.grad_x || l.parameters || a.grad_scale;
   l.sums = w.sums, l.norm_sums = w.norm_sums, l.block_sums = w.block_sums;
-  if (!w.in_shared) l.slab_value = w.slab_value, l.slab_index = w.slab_index;
+  l.slab = w.slab;
 
   const size_t shared = kThreads * sizeof(double);
   if (mean) {
     const int64_t wanted = divide_up(l.p.N, kWeightPixels);
     const unsigned blocks = unsigned(wanted < 1 ? 1 : wanted < kMaxBlocks ? wanted : kMaxBlocks);
-    DNC_CHECK(launch(Grid{blocks, kThreads, stream, shared}, label_weight_kernel, l.p.labels, l.class_weight, l.p.N, l.p.C,
-                     l.ignore_index, w.weight + 1));
+    DNC_CHECK(launch(Grid{blocks, kThreads, stream, shared}, label_weight_kernel, l.p.labels, l.class_weight, int64_t(l.p.N),
+                     l.p.C, l.ignore_index, w.weight + 1));
     DNC_CHECK(launch(Grid{1, kThreads, stream, shared}, total_kernel, w.weight + 1, int(blocks), w.weight));
   }
   Launched launched;

@@ -35,30 +35,26 @@ struct Loss {
   int64_t* prediction;     // [N] or nullptr
   void* grad_x;            // rows of grad_pitch elements, or nullptr
   int64_t grad_pitch;
-  bool parameters;    // gradients of gain and shift are wanted
-  bool wanted;        // any gradient
-  WarpSums* sums;     // [warps]
-  float* norm_sums;   // [warps][2][4 slots], with parameters
-  float* block_sums;  // [blocks][2][4 slots]
-  float* slab_value;  // [blocks][slots][2][threads], or nullptr: in shared memory
-  uint8_t* slab_index;
+  bool parameters;      // gradients of gain and shift are wanted
+  bool wanted;          // any gradient
+  WarpSums* sums;       // [warps]
+  float* norm_sums;     // [warps][2][4 slots], with parameters
+  float* block_sums;    // [blocks][2][4 slots]
+  unsigned char* slab;  // of the blocks, or nullptr: in shared memory
 };
 
+// A block's class maxima and, behind them, their winners.
 struct Slab {
-  float* value;
-  uint8_t* index;
-  int threads, thread;
-  __device__ float& r(int slot, int h) const { return value[(slot * 2 + h) * threads + thread]; }
-  __device__ uint8_t& winner(int slot, int h) const { return index[(slot * 2 + h) * threads + thread]; }
-  __host__ __device__ static size_t numbers(int slots, int threads) { return size_t(slots) * 2 * threads; }
-  __host__ __device__ static size_t bytes(int slots, int threads) { return numbers(slots, threads) * 5; }
+  unsigned char* base;
+  int slots, threads, thread;
+  __device__ float& r(int slot, int h) const { return reinterpret_cast<float*>(base)[(slot * 2 + h) * threads + thread]; }
+  __device__ uint8_t& winner(int slot, int h) const { return base[(slots * 8 + slot * 2 + h) * threads + thread]; }
+  __host__ __device__ static size_t bytes(int slots, int threads) { return size_t(slots) * 2 * threads * 5; }
 };
 
-// The slab of this block, `thread` of `threads`.
+// The slab of this block, for `thread` of `threads`.
 __device__ inline Slab slab_of(const Loss& a, unsigned char* shared, int threads, int thread) {
-  const size_t numbers = Slab::numbers(a.p.slots, threads);
-  if (a.slab_value == nullptr) return {reinterpret_cast<float*>(shared), shared + numbers * 4, threads, thread};
-  return {a.slab_value + blockIdx.x * numbers, a.slab_index + blockIdx.x * numbers, threads, thread};
+  return {a.slab == nullptr ? shared : a.slab + blockIdx.x * Slab::bytes(a.p.slots, threads), a.p.slots, threads, thread};
 }
 
 // Takes the maxima of product 1.
@@ -86,7 +82,7 @@ struct Finish {
 // f(slot, c, h, r) for all classes of this thread's two pixels.
 template <class F>
 __device__ inline void each_score(const Problem& p, const Slab& slab, F f) {
-  const int q = threadIdx.x % 4;
+  const int q = lane_here() % 4;
 #pragma unroll 2
   for (int slot = 0; slot < p.slots; slot++) {
     const int c = 4 * slot + q;
@@ -98,9 +94,9 @@ __device__ inline void each_score(const Problem& p, const Slab& slab, F f) {
 
 // Loss, prediction and dr of this thread's pixels; sum: of their class maxima, this lane's classes; warp: its number in the
 // grid. All lanes of a warp call it.
-__device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Slab& slab, const float (&sum)[2], int64_t warp) {
+__device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Slab& slab, const float (&sum)[2], int warp) {
   const Problem& p = a.p;
-  const int lane = threadIdx.x % 32, q = lane % 4;
+  const int lane = lane_here(), q = lane % 4;
   const float tau = a.inverse_temperature * (a.scale != nullptr ? *a.scale : 1.f), log2e = 1.44269504f;
   const bool norm = a.gain != nullptr;
   const float classes = float(p.C);
@@ -176,7 +172,7 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
     if (a.weight != nullptr) factor[h] = float(double(factor[h]) / *a.weight);
   }
   loss_sum = warp_sum(loss_sum);
-  if (lane == 0) a.sums[warp].loss += loss_sum;
+  if (lane_here() == 0) a.sums[warp].loss += loss_sum;
   Finish finish{};
   if (!a.wanted) return finish;
 
@@ -223,15 +219,15 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
       for (int step = 4; step < 32; step *= 2) {
         to_gain += __shfl_xor_sync(~0u, to_gain, step), to_shift += __shfl_xor_sync(~0u, to_shift, step);
       }
-      if (lane < 4 && real) {
-        float* at = a.norm_sums + warp * 8 * p.slots + c;
+      if (lane_here() < 4 && real) {
+        float* at = a.norm_sums + int64_t(warp) * 8 * p.slots + c;
         at[0] += to_gain, at[4 * p.slots] += to_shift;
       }
     }
   }
   if (a.scale != nullptr) {
     const double of_scale = warp_sum(double(scale_sum) * a.inverse_temperature);
-    if (lane == 0) a.sums[warp].scale += of_scale;
+    if (lane_here() == 0) a.sums[warp].scale += of_scale;
   }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -251,7 +247,7 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
 template <class T>
 __device__ inline void make_fragments(uint32_t (&a)[kFragments][4], const Problem& p, const Slab& slab, int tile) {
   int slot = tile * p.per_lane, k = 0, winner[2] = {-1, -1};
-  const int last = slot + p.per_lane, q = threadIdx.x % 4;
+  const int last = slot + p.per_lane, q = lane_here() % 4;
   float d[2] = {0, 0}, before[2] = {0, 0};
 #pragma unroll
   for (int e = 0; e < kOwn; e++) {
@@ -277,7 +273,7 @@ __device__ inline void make_fragments(uint32_t (&a)[kFragments][4], const Proble
 template <class T>
 __device__ inline void put_gradient(const float (&u)[kSlice / kBox][kBox / 2], const Finish& finish, const PixelTile& x,
                                     int first_box, int boxes) {
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int lane = lane_here(), g = lane / 4, q = lane % 4;
 #pragma unroll
   for (int box = 0; box < kSlice / kBox; box++) {
     if (box < boxes) {
@@ -300,15 +296,15 @@ __device__ inline void put_gradient(const float (&u)[kSlice / kBox][kBox / 2], c
 
 // The warp's rows of dX from shared to global memory, 16 bytes a lane: 4 rows of 128 bytes at a time.
 template <class T>
-__device__ inline void store_gradient(const Loss& a, const PixelTile& x, int64_t first) {
-  const int lane = threadIdx.x % 32, c = lane % 8;
+__device__ inline void store_gradient(const Loss& a, const PixelTile& x, int first) {
+  const int lane = lane_here(), c = lane % 8;
   __syncwarp();  // every lane has written its part of the rows
   for (int box = 0; box < a.p.boxes; box++) {
     for (int row = lane / 8; row < 16; row += 4) {
-      const int64_t n = first + row;
+      const int n = first + row;
       const int d = box * kBox + c * 8;
       if (n < a.p.N && d < a.p.D) {
-        *reinterpret_cast<uint4*>(static_cast<T*>(a.grad_x) + n * a.grad_pitch + d) =
+        *reinterpret_cast<uint4*>(static_cast<T*>(a.grad_x) + int64_t(n) * a.grad_pitch + d) =
             *reinterpret_cast<const uint4*>(x.chunk(row, box, c));
       }
     }
@@ -316,10 +312,10 @@ __device__ inline void store_gradient(const Loss& a, const PixelTile& x, int64_t
 }
 
 // The sums of a grid's warps start at zero. The lanes that add to an entry clear it.
-__device__ inline void clear_sums(const Loss& a, int64_t warp) {
-  if (threadIdx.x % 32 == 0) a.sums[warp] = {0, 0};
-  if (!a.parameters || threadIdx.x % 32 >= 4) return;
-  for (int i = threadIdx.x % 4; i < 8 * a.p.slots; i += 4) a.norm_sums[warp * 8 * a.p.slots + i] = 0;
+__device__ inline void clear_sums(const Loss& a, int warp) {
+  if (lane_here() == 0) a.sums[warp] = {0, 0};
+  if (!a.parameters || lane_here() >= 4) return;
+  for (int i = lane_here(); i < 8 * a.p.slots; i += 4) a.norm_sums[int64_t(warp) * 8 * a.p.slots + i] = 0;
 }
 // Adds up a block's warps, once all of them have stored: thread `thread` of `threads`.
 __device__ inline void add_warps(const Loss& a, int warps, int thread, int threads) {

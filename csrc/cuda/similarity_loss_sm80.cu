@@ -19,12 +19,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) centroid_loss_sm80_kernel(c
   const Problem& p = a.p;
   Block<T> block(p, shared_memory<unsigned char>(), a.grad_x != nullptr);
   const int warps = int(blockDim.x) / 32;
-  const int64_t warp = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
+  const int warp = int(blockIdx.x) * warps + int(threadIdx.x) / 32;
   const Slab slab = slab_of(a, block.rest, int(blockDim.x), int(threadIdx.x));
   const PixelTile x = block.pixels();
   clear_sums(a, warp);
-  for (int64_t at = blockIdx.x; at < block.tiles(); at += gridDim.x) {
-    const int64_t first = block.first_pixel(at);
+  for (int at = int(blockIdx.x); at < block.tiles(); at += int(gridDim.x)) {
+    const int first = block.first_pixel(at);
     block.begin(at);
     const Rows rows = read_rows<T>(p, x, first, a.ignore_index);
     clear_own(p, rows);

@@ -31,14 +31,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_increase<kConsumerRegisters>();
     const Block block = here();
     const int thread = int(threadIdx.x) - 128;
-    const int64_t warp = int64_t(blockIdx.x) * (kConsumers / 32) + thread / 32;
+    const int warp = int(blockIdx.x) * (kConsumers / 32) + thread / 32;
     const Slab slab = slab_of(a, block.rest, kConsumers, thread);
     Consumer consumer(block);
     const PixelTile x = consumer.pixels();
     clear_sums(a, warp);
-    for (int64_t round = 0, rounds = block.rounds(p.N); round < rounds; round++) {
-      const int64_t first = consumer.first_pixel(block.tile(round));
-      consumer.wait_pixels(round);
+    for (int at = int(blockIdx.x); block.has(at, p.N); at += int(gridDim.x)) {
+      const int first = consumer.first_pixel(at);
+      consumer.wait_pixels();
       const Rows rows = read_rows<T>(p, x, first, a.ignore_index);
       clear_own(p, rows);
       ToSlab sink{slab};

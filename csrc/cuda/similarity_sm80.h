@@ -26,17 +26,17 @@ class Block {
   static size_t bytes(int boxes, int warps) { return size_t(boxes) * warps * 16 * 128 + size_t(kStages) * kColumns * 128; }
 
   __device__ PixelTile pixels() const { return {x_ + warp_ * 16 * 128, warps_ * 16 * 128}; }
-  __device__ int64_t first_pixel(int64_t tile) const { return tile * warps_ * 16 + warp_ * 16; }
-  __device__ int64_t tiles() const { return divide_up(p_.N, warps_ * 16); }
+  __device__ int first_pixel(int tile) const { return tile * warps_ * 16 + warp_ * 16; }
+  __device__ int tiles() const { return (p_.N + warps_ * 16 - 1) / (warps_ * 16); }
 
   // Fetches the pixels of a tile, and the first boxes. The block's threads have done with the pixels before.
-  __device__ void begin(int64_t tile) {
+  __device__ void begin(int tile) {
     const T* x = static_cast<const T*>(p_.x);
     const int rows = warps_ * 16;
     __syncthreads();  // nobody reads the pixels or the ring any more
     for (int i = threadIdx.x; i < p_.boxes * rows * 8; i += blockDim.x) {
       const int c = i % 8, row = i / 8 % rows, box = i / 8 / rows;
-      const int64_t n = tile * rows + row;
+      const int64_t n = int64_t(tile) * rows + row;
       const int d = box * kBox + c * 8;
       const bool real = n < p_.N && d < p_.D;
       copy16_async(x_ + box * rows * 128 + row * 128 + (c ^ (row & 7)) * 16, real ? x + n * p_.pitch + d : x, real);

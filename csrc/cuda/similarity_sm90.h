@@ -44,11 +44,8 @@ struct Block {
     return size_t(kGroups) * boxes * kGroupPixels * 128 + size_t(stages) * kColumns * 128 + sizeof(Barriers);
   }
   // Tiles of 128 pixels of this block: all blocks of a cluster go through the ring the same number of times.
-  __device__ int64_t rounds(int64_t N) const {
-    const int64_t groups = divide_up(divide_up(N, kPixels), cluster), mine = blockIdx.x / cluster, step = gridDim.x / cluster;
-    return mine < groups ? divide_up(groups - mine, step) : 0;
-  }
-  __device__ int64_t tile(int64_t round) const { return int64_t(blockIdx.x) + round * gridDim.x; }
+  // From blockIdx.x in steps of the grid; a cluster's blocks stop together.
+  __device__ bool has(int tile, int N) const { return (tile - rank) * kPixels < N; }
 
   // Called by all threads of the block.
   __device__ void start() const {
@@ -94,16 +91,16 @@ __device__ inline void produce(const Problem& p, const Block& block, const Maps*
     }
     stage.advance(block.stages);
   };
-  for (int64_t round = 0, rounds = block.rounds(p.N); round < rounds; round++) {
-    const int64_t first = block.tile(round) * kPixels;
+  unsigned parity = 0;
+  for (int at = int(blockIdx.x); block.has(at, p.N); at += int(gridDim.x), parity ^= 1) {
+    const int first = at * kPixels;
     for (int g = 0; g < kGroups; g++) {
-      barrier_wait(&block.barriers->pixels_empty[g], unsigned(round & 1) ^ 1);
+      barrier_wait(&block.barriers->pixels_empty[g], parity ^ 1);
       PhaseBarrier* full = &block.barriers->pixels_full[g];
       barrier_arrive_expect(full, unsigned(block.boxes) * kGroupPixels * 128);
 #pragma unroll 1
       for (int box = 0; box < block.boxes; box++) {
-        copy_box(block.x + (g * block.boxes + box) * kGroupPixels * 128, &maps->x, box * kBox, int(first) + g * kGroupPixels,
-                 full);
+        copy_box(block.x + (g * block.boxes + box) * kGroupPixels * 128, &maps->x, box * kBox, first + g * kGroupPixels, full);
       }
     }
     for (int tile = 0; tile < p.tiles; tile++) {
@@ -130,10 +127,11 @@ class Consumer {
 
   __device__ int group() const { return group_; }
   __device__ PixelTile pixels() const { return {group_pixels() + warp_ * 16 * 128, kGroupPixels * 128}; }
-  __device__ int64_t first_pixel(int64_t tile) const { return tile * kPixels + group_ * kGroupPixels + warp_ * 16; }
-  __device__ void wait_pixels(int64_t round) const { barrier_wait(&block_.barriers->pixels_full[group_], unsigned(round & 1)); }
-  // This warp has done with the pixels of the round.
-  __device__ void release_pixels() const {
+  __device__ int first_pixel(int tile) const { return tile * kPixels + group_ * kGroupPixels + warp_ * 16; }
+  __device__ void wait_pixels() const { barrier_wait(&block_.barriers->pixels_full[group_], parity_); }
+  // This warp has done with the pixels.
+  __device__ void release_pixels() {
+    parity_ ^= 1;
     async_proxy_fence();  // what was written there by hand, before the next pixels are copied over it
     __syncwarp();         // all lanes have done so
     if (lane_ == 0) barrier_arrive(&block_.barriers->pixels_empty[group_], unsigned(block_.rank));
@@ -199,6 +197,7 @@ class Consumer {
   const Block& block_;
   const int group_, warp_, lane_;
   int held_ = -1;
+  unsigned parity_ = 0;  // of the pixels
   Stage stage_;
 };
 

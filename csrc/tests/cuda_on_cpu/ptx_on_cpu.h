@@ -240,6 +240,7 @@ cudaError_t resident_blocks(int* blocks, void (*)(P...), unsigned threads, size_
   return cudaSuccess;
 }
 
+inline int lane_here() { return cuda_on_cpu::lane(); }
 inline void spin() { cuda_on_cpu::spin_once(); }
 inline unsigned load_acquire(const unsigned* p) { return *p; }
 inline unsigned add_acquire_release(unsigned* p, unsigned v) { return atomicAdd(p, v); }
