@@ -70,7 +70,7 @@ void bind_cuda(py::module_& m) {
                                  .grad_norm_weight = grad_norm_weight,
                                  .grad_norm_bias = grad_norm_bias,
                                  .grad_scale = grad_scale};
-          run("centroid_cross_entropy", cuda::centroid_cross_entropy_workspace, cuda::centroid_cross_entropy, a, allocate, stream,
-              device);
+          run("centroid_cross_entropy", cuda::centroid_cross_entropy_workspace, cuda::centroid_cross_entropy, a, allocate,
+              stream, device);
         });
 }
