@@ -111,6 +111,13 @@ __device__ inline int lane_here() {
   return r;
 }
 
+// threadIdx.x, likewise.
+__device__ inline int thread_here() {
+  int r;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
+  return r;
+}
+
 // In a loop that waits for another thread.
 __device__ inline void spin() { __nanosleep(20); }
 
@@ -133,19 +140,19 @@ __device__ inline void add_vector(float* p, float4 v) {
   atomicAdd(p, v.x), atomicAdd(p + 1, v.y), atomicAdd(p + 2, v.z), atomicAdd(p + 3, v.w);
 #endif
 }
-// Two floats in one 32-bit word, the first in the low half.
+// Two floats in one 32-bit word, the first in the low half. Volatile: packed where they are made, they take one register less.
 template <class T>
 __device__ inline uint32_t pack_pair(float low, float high);
 template <>
 __device__ inline uint32_t pack_pair<BFloat16>(float low, float high) {
   uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
 template <>
 __device__ inline uint32_t pack_pair<Float16>(float low, float high) {
   uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
 // 2^x, error 2^-22 relative over the whole range (PTX ISA: ex2.approx.ftz); log2(x), error 2^-22 (lg2.approx).
@@ -161,10 +168,9 @@ __device__ inline void barrier(int id, int threads) { asm volatile("bar.sync %0,
 // Address within the shared memory window.
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// cp.async: 16 bytes from global to shared memory, zeros where !valid; groups complete in order.
-__device__ inline void copy16_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
+// cp.async: 16 bytes to shared memory, the first `bytes` of them from global memory, then zeros; groups complete in order.
+__device__ inline void copy16_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all but the newest `kPending` groups of this thread have arrived.
@@ -264,7 +270,15 @@ __device__ inline void copy_box(void* to, const TensorMap* map, int column, int 
                "l"(map), "r"(shared_address(b)), "r"(column), "r"(row)
                : "memory");
 }
-// The same to the same places of every block of the cluster whose bit is set in `blocks`.
+// The same of a 3-dimensional array.
+__device__ inline void copy_box(void* to, const TensorMap* map, int column, int row, int plane, PhaseBarrier* b) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(b)), "r"(column), "r"(row), "r"(plane)
+      : "memory");
+}
+// Of the 2-dimensional one, to the same places of every block of the cluster whose bit is set in `blocks`.
 __device__ inline void copy_box_multicast(void* to, const TensorMap* map, int column, int row, PhaseBarrier* b,
                                           uint16_t blocks) {
   asm volatile(
@@ -274,17 +288,6 @@ __device__ inline void copy_box_multicast(void* to, const TensorMap* map, int co
       "l"(map), "r"(shared_address(b)), "h"(blocks), "r"(column), "r"(row)
       : "memory");
 }
-// The box at (column, row) from shared memory, less what lies outside the array.
-__device__ inline void store_box(const TensorMap* map, int column, int row, const void* from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(shared_address(from)), "r"(column), "r"(row)
-               : "memory");
-}
-__device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until the shared memory of all committed stores of this thread has been read.
-__device__ inline void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-// Until they are complete.
-__device__ inline void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Makes this thread's writes to shared memory visible to copies and products that follow a barrier.
 __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

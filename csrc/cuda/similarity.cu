@@ -71,7 +71,7 @@ struct ToNearest {
   };
 };
 
-template <class T, class Out>
+template <class T, bool kPlanes, class Out>
 __global__ void __launch_bounds__(sm90::kThreads, 1)
     class_scores_sm90_kernel(const __grid_constant__ Problem p, const __grid_constant__ Out out,
                              const __grid_constant__ sm90::Maps maps, int stages, int cluster) {
@@ -80,20 +80,20 @@ __global__ void __launch_bounds__(sm90::kThreads, 1)
   here().start();
   if (threadIdx.x < 128) {
     registers_decrease<sm90::kProducerRegisters>();
-    if (threadIdx.x == 0) sm90::produce(p, here(), &maps, false);
+    if (threadIdx.x == 0) sm90::produce(p, here(), &maps, 0);
     __syncwarp();  // the cluster's barrier wants whole warps
   } else {
     registers_increase<sm90::kConsumerRegisters>();
     const sm90::Block block = here();
-    sm90::Consumer consumer(block);
-    for (int at = int(blockIdx.x); block.has(at, p.N); at += int(gridDim.x)) {
+    sm90::Consumer<T, kPlanes> consumer(block);
+    for (int at = int(blockIdx.x); block.has(at, p.x); at += int(gridDim.x)) {
       consumer.wait_pixels();
-      const Rows rows = read_rows<T>(p, consumer.pixels(), consumer.first_pixel(at), -1);
+      const Rows rows = read_rows<T>(p, consumer.pixels(), consumer.place(p.x, at), -1);
       clear_own(p, rows);
       typename Out::Sink sink(out, p, rows);
       for (int tile = 0; tile < p.tiles; tile++) {
         float s[kSums];
-        consumer.scores<T>(s);
+        consumer.scores(s);
         take_maxima(p, rows, s, tile, sink);
       }
       consumer.release_pixels();
@@ -104,14 +104,14 @@ __global__ void __launch_bounds__(sm90::kThreads, 1)
 #endif
 }
 
-template <class T, class Out>
+template <class T, bool kPlanes, class Out>
 __global__ void __launch_bounds__(sm80::kMaxWarps * 32, 1)
     class_scores_sm80_kernel(const __grid_constant__ Problem p, const __grid_constant__ Out out) {
 #if DNC_AMPERE
-  sm80::Block<T> block(p, shared_memory<unsigned char>(), false);
+  sm80::Block<T, kPlanes> block(p, shared_memory<unsigned char>(), false);
   for (int at = int(blockIdx.x); at < block.tiles(); at += int(gridDim.x)) {
     block.begin(at);
-    const Rows rows = read_rows<T>(p, block.pixels(), block.first_pixel(at), -1);
+    const Rows rows = read_rows<T>(p, block.pixels(), block.place(at), -1);
     clear_own(p, rows);
     typename Out::Sink sink(out, p, rows);
     for (int tile = 0; tile < p.tiles; tile++) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(sm80::kMaxWarps * 32, 1)
 #endif
 }
 
-template <class T, class Out>
+template <class T, bool kPlanes, class Out>
 Status run_as(const Problem& p, const Out& out, DType dtype, cudaStream_t stream) {
   int capability = 0;
   DNC_CHECK(attribute(&capability, cudaDevAttrComputeCapabilityMajor));
@@ -136,13 +136,13 @@ Status run_as(const Problem& p, const Out& out, DType dtype, cudaStream_t stream
     sm90::Maps maps;
     DNC_CHECK(sm90::maps_of(&maps, p, dtype, shape.cluster));
     const Grid grid{shape.blocks, sm90::kThreads, stream, shape.shared, unsigned(shape.cluster)};
-    DNC_CHECK(launch(grid, class_scores_sm90_kernel<T, Out>, p, out, maps, shape.stages, shape.cluster));
+    DNC_CHECK(launch(grid, class_scores_sm90_kernel<T, kPlanes, Out>, p, out, maps, shape.stages, shape.cluster));
   } else {
     sm80::Shape shape;
     DNC_CHECK(sm80::shape_of(&shape, p, 0));
     if (shape.warps == 0) return small;
-    DNC_CHECK(
-        launch(Grid{shape.blocks, unsigned(shape.warps) * 32, stream, shape.shared}, class_scores_sm80_kernel<T, Out>, p, out));
+    DNC_CHECK(launch(Grid{shape.blocks, unsigned(shape.warps) * 32, stream, shape.shared},
+                     class_scores_sm80_kernel<T, kPlanes, Out>, p, out));
   }
   return {};
 }
@@ -150,7 +150,10 @@ Status run_as(const Problem& p, const Out& out, DType dtype, cudaStream_t stream
 template <class Out>
 Status run(const Problem& p, const Packed& packed, const View& centroids, const Out& out, DType dtype, cudaStream_t stream) {
   DNC_CHECK(packed.pack(centroids, p.metric, dtype, stream));
-  return dtype == DType::bfloat16 ? run_as<BFloat16>(p, out, dtype, stream) : run_as<Float16>(p, out, dtype, stream);
+  if (dtype == DType::bfloat16) {
+    return p.planes ? run_as<BFloat16, true>(p, out, dtype, stream) : run_as<BFloat16, false>(p, out, dtype, stream);
+  }
+  return p.planes ? run_as<Float16, true>(p, out, dtype, stream) : run_as<Float16, false>(p, out, dtype, stream);
 }
 
 size_t workspace(const View& centroids, Metric metric) {

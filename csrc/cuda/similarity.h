@@ -21,7 +21,24 @@ constexpr int kFragments = kColumns / 16;
 constexpr int kBox = 64;  // channels of a box: 128 bytes, one swizzle row
 constexpr int kMaxChannels = 768;
 constexpr int kMaxBlocks = 192;  // blocks of a persistent launch; a shape's workspace does not depend on the device
-constexpr int kSlice = 256;      // channels of dX in registers at a time
+
+// Where a group of pixels lies: `offset` within the run of pixels `image`.
+struct Place {
+  int image, offset;
+};
+
+// Pixels in memory: rows [N,D] with adjacent channels (one run of N pixels), or, as planes, [B,D,HW] with adjacent pixels (a
+// run an image). Strides in elements, multiples of 8.
+struct PixelRuns {
+  void* data;
+  int images, run;
+  int64_t image_stride, stride;  // of a pixel, or as planes of a channel
+  __device__ Place place(int group, int pixels) const {
+    const int in_run = (run + pixels - 1) / pixels;
+    return {group / in_run, group % in_run * pixels};
+  }
+  __device__ int groups(int pixels) const { return (run + pixels - 1) / pixels * images; }
+};
 
 // The product's shape and inputs, for every kernel.
 struct Problem {
@@ -30,8 +47,8 @@ struct Problem {
   int per_lane;  // whole classes of a lane in a tile of sub-centroids
   int tiles, slots;
   Metric metric;
-  const void* x;  // [N,D], 16-bit, pixels `pitch` elements apart
-  int64_t pitch;
+  bool planes;
+  PixelRuns x;        // 16-bit
   const void* rows;   // packed sub-centroids [tiles * kColumns, 64 boxes], of x's dtype
   const float* bias;  // [tiles * kColumns] -|p|^2, for sqeuclidean, else nullptr
   const int64_t* labels;
@@ -41,28 +58,46 @@ struct Problem {
 // What a thread knows of its two pixels.
 struct Rows {
   int first;                // pixel g; the other is first + 8
-  int pixels;               // N
+  int end;                  // of their run
   int label[2];             // -1: none, or a label that does not count
   float alpha[2], beta[2];  // similarity = alpha * product + beta (+ bias); alpha is NaN for a pixel with a non-finite feature
   __device__ int64_t n(int h) const { return first + 8 * h; }
-  __device__ bool inside(int h) const { return first + 8 * h < pixels; }
+  __device__ bool inside(int h) const { return first + 8 * h < end; }
 };
 
-// The pixels of a warp in shared memory: boxes of 64 channels, rows of 128 bytes in the 128-byte swizzle.
+// A group of at most 64 pixels in shared memory, 16 of which are this warp's: boxes of 64 channels, rows of 128 bytes in the
+// 128-byte swizzle. A row is a pixel, or with kPlanes a channel.
+template <bool kPlanes>
 struct PixelTile {
-  unsigned char* base;                                              // row 0 of the warp in box 0, 1024-byte aligned
-  int box_stride;                                                   // bytes
-  __device__ unsigned char* chunk(int row, int box, int c) const {  // 16 bytes: channels 8 c .. 8 c + 7 of the box
-    return base + box * box_stride + row * 128 + (c ^ (row & 7)) * 16;
+  unsigned char* base;  // 1024-byte aligned
+  int box_stride;       // bytes
+  int row;              // the warp's first pixel
+
+  // 16 bytes: channels 8 c .. 8 c + 7 of pixel `r` of the warp.
+  __device__ unsigned char* chunk(int r, int box, int c) const {
+    static_assert(!kPlanes, "channels are not adjacent");
+    return base + box * box_stride + (row + r) * 128 + (c ^ (r & 7)) * 16;
+  }
+  // 16 bytes: pixels 8 c .. 8 c + 7 of the group, of channel d of the box.
+  __device__ unsigned char* plane(int d, int box, int c) const {
+    return base + box * box_stride + d * 128 + (c ^ (d & 7)) * 16;
+  }
+  // One element.
+  __device__ uint16_t* element(int r, int box, int d) const {
+    if constexpr (kPlanes) {
+      return reinterpret_cast<uint16_t*>(plane(d, box, (row + r) / 8)) + (row + r) % 8;
+    } else {
+      return reinterpret_cast<uint16_t*>(chunk(r, box, d / 8)) + d % 8;
+    }
   }
 };
 
-// Pixels g and g + 8 from `first`: labels, row lengths, whether all features are finite.
-template <class T>
-__device__ inline Rows read_rows(const Problem& p, const PixelTile& x, int first, int64_t ignore_index) {
+// Pixels g and g + 8 of the warp: labels, row lengths, whether all features are finite.
+template <class T, bool kPlanes>
+__device__ inline Rows read_rows(const Problem& p, const PixelTile<kPlanes>& x, const Place& at, int64_t ignore_index) {
   const int lane = lane_here(), g = lane / 4, q = lane % 4;
   Rows r;
-  r.first = first + g, r.pixels = p.N;
+  r.first = at.image * p.x.run + at.offset + x.row + g, r.end = at.image < p.x.images ? (at.image + 1) * p.x.run : 0;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     r.label[h] = -1;
@@ -71,16 +106,22 @@ __device__ inline Rows read_rows(const Problem& p, const PixelTile& x, int first
       if (y != ignore_index && y >= 0 && y < p.C) r.label[h] = int(y);
     }
     float square = 0, zero = 0;  // 0 * NaN and 0 * Inf are NaN
+    const auto add = [&](uint16_t bits) {
+      const float v = to_float(T{bits});
+      square = fmaf(v, v, square);
+      zero = fmaf(0.f, v, zero);
+    };
     for (int box = 0; box < p.boxes; box++) {
+      if constexpr (kPlanes) {
+#pragma unroll 4
+        for (int d = q; d < kBox; d += 4) add(*x.element(g + 8 * h, box, d));
+      } else {
 #pragma unroll
-      for (int c = q; c < 8; c += 4) {
-        const uint4 v = *reinterpret_cast<const uint4*>(x.chunk(g + 8 * h, box, c));
-        const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+        for (int c = q; c < 8; c += 4) {
+          const uint4 v = *reinterpret_cast<const uint4*>(x.chunk(g + 8 * h, box, c));
+          const uint32_t word[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float a = to_float(T{uint16_t(word[i])}), b = to_float(T{uint16_t(word[i] >> 16)});
-          square = fmaf(a, a, fmaf(b, b, square));
-          zero = fmaf(0.f, a, fmaf(0.f, b, zero));
+          for (int i = 0; i < 4; i++) add(uint16_t(word[i])), add(uint16_t(word[i] >> 16));
         }
       }
     }
@@ -142,7 +183,9 @@ __device__ inline void clear_own(const Problem& p, const Rows& r) {
 
 // ---- host
 
-// What these kernels take; else a sentence.
+// Pixels that these kernels read or write in place; false: of no such layout.
+bool runs_of(const View& x, PixelRuns* runs, bool* planes);
+// What these kernels do not take: a sentence, else nullptr.
 const char* refuses(const View& x, const View& centroids);
 
 // Sub-centroids in the order of the products. rows and bias belong to the workspace.
@@ -154,14 +197,7 @@ struct Packed {
   cudaError_t pack(const View& centroids, Metric metric, DType dtype, cudaStream_t stream) const;
 };
 
-inline Problem problem_of(const View& x, const View& centroids, Metric metric, const Packed& packed) {
-  const PixelMap at(x);
-  Problem p{};
-  p.N = int(at.N), p.C = int(centroids.size[0]), p.K = int(centroids.size[1]), p.D = int(centroids.size[2]);
-  p.boxes = packed.boxes, p.per_lane = packed.per_lane, p.tiles = packed.tiles, p.slots = int(divide_up(p.C, 4));
-  p.metric = metric, p.x = at.data, p.pitch = at.sw, p.rows = packed.rows, p.bias = packed.bias;
-  return p;
-}
+Problem problem_of(const View& x, const View& centroids, Metric metric, const Packed& packed);
 
 }  // namespace cuda
 }  // namespace dnc

@@ -86,7 +86,7 @@ Workspace layout(void* base, const CentroidCrossEntropy& a) {
   w.norm_sums = parts.take<float>(parameters ? blocks * 8 * 8 * slots : 0);
   w.block_sums = parts.take<float>(parameters ? blocks * 8 * slots : 0);
   w.in_shared = slab_in_shared(w.packed.boxes, slots);
-  w.slab = w.in_shared ? nullptr : parts.take<unsigned char>(blocks * int64_t(Slab::bytes(slots, 256)));
+  w.slab = w.in_shared ? nullptr : parts.take<unsigned char>(blocks * int64_t(slab_bytes(slots, 256)));
   w.bytes = parts.bytes();
   return w;
 }
@@ -98,9 +98,11 @@ size_t centroid_cross_entropy_workspace(const CentroidCrossEntropy& a) { return 
 Status centroid_cross_entropy(const CentroidCrossEntropy& a, const Launch& where) {
   if (const char* why = refuses(a.x, a.centroids)) return bad_argument(why);
   if (a.grad_centroids) return bad_argument("grad_centroids is not made by the CUDA kernel");
-  const PixelMap grad(a.grad_x ? a.grad_x : a.x);
-  if (!grad.flat || grad.sd != 1 || grad.sw % 8 != 0 || reinterpret_cast<uintptr_t>(grad.data) % 16 != 0) {
-    return bad_argument("grad_x must have adjacent channels and pixels a multiple of 16 bytes apart");
+  PixelRuns x, grad;
+  bool planes, grad_planes;
+  runs_of(a.x, &x, &planes);
+  if (a.grad_x && (!runs_of(a.grad_x, &grad, &grad_planes) || grad_planes != planes)) {
+    return bad_argument("grad_x must be laid out as x is: adjacent channels or adjacent pixels, other strides multiples of 8");
   }
   if (!enough(where, centroid_cross_entropy_workspace(a))) return too_small();
   const OnDevice device(where);
@@ -120,7 +122,7 @@ Status centroid_cross_entropy(const CentroidCrossEntropy& a, const Launch& where
   l.scale = a.scale.as<float>(), l.grad_loss = a.grad_loss.as<float>(), l.each = each;
   l.weight = mean ? w.weight : nullptr;
   l.loss = each ? a.loss.as<float>() : nullptr, l.prediction = a.prediction.as<int64_t>();
-  l.grad_x = a.grad_x ? grad.data : nullptr, l.grad_pitch = grad.sw;
+  if (a.grad_x) l.grad_x = grad;
   l.parameters = a.grad_norm_weight || a.grad_norm_bias;
   l.wanted = a.grad_x || l.parameters || a.grad_scale;
   l.sums = w.sums, l.norm_sums = w.norm_sums, l.block_sums = w.block_sums;

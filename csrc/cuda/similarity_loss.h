@@ -33,33 +33,45 @@ struct Loss {
   const double* weight;    // [] sum of the class weights, for the mean's gradient, or nullptr
   float* loss;             // [N] or nullptr
   int64_t* prediction;     // [N] or nullptr
-  void* grad_x;            // rows of grad_pitch elements, or nullptr
-  int64_t grad_pitch;
-  bool parameters;      // gradients of gain and shift are wanted
-  bool wanted;          // any gradient
-  WarpSums* sums;       // [warps]
-  float* norm_sums;     // [warps][2][4 slots], with parameters
-  float* block_sums;    // [blocks][2][4 slots]
-  unsigned char* slab;  // of the blocks, or nullptr: in shared memory
+  PixelRuns grad_x;        // laid out as x is; its data may be nullptr
+  bool parameters;         // gradients of gain and shift are wanted
+  bool wanted;             // any gradient
+  WarpSums* sums;          // [warps]
+  float* norm_sums;        // [warps][2][4 slots], with parameters
+  float* block_sums;       // [blocks][2][4 slots]
+  unsigned char* slab;     // of the blocks, or nullptr: in shared memory
 };
 
-// A block's class maxima and, behind them, their winners.
+// A block's class maxima and, behind them, their winners: in shared memory at `offset`, or at `global`.
+inline size_t slab_bytes(int slots, int threads) { return size_t(slots) * 2 * threads * 5; }
+template <bool kShared>
 struct Slab {
-  unsigned char* base;
-  int slots, threads, thread;
-  __device__ float& r(int slot, int h) const { return reinterpret_cast<float*>(base)[(slot * 2 + h) * threads + thread]; }
-  __device__ uint8_t& winner(int slot, int h) const { return base[(slots * 8 + slot * 2 + h) * threads + thread]; }
-  __host__ __device__ static size_t bytes(int slots, int threads) { return size_t(slots) * 2 * threads * 5; }
+  unsigned char* global;
+  int offset, slots, threads, thread;
+  __device__ unsigned char* base() const { return kShared ? shared_memory<unsigned char>() + offset : global; }
+  __device__ float& r(int slot, int h) const { return reinterpret_cast<float*>(base())[(slot * 2 + h) * threads + thread]; }
+  __device__ uint8_t& winner(int slot, int h) const { return base()[(slots * 8 + slot * 2 + h) * threads + thread]; }
+};
+
+// The warps of a block that take pixels: `count`, from `first` on.
+struct Warps {
+  int count, first;
+  // This warp's number among those of the grid; made anew at each use, because registers are scarce.
+  __device__ int here() const { return int(blockIdx.x) * count + thread_here() / 32 - first; }
 };
 
 // The slab of this block, for `thread` of `threads`.
-__device__ inline Slab slab_of(const Loss& a, unsigned char* shared, int threads, int thread) {
-  return {a.slab == nullptr ? shared : a.slab + blockIdx.x * Slab::bytes(a.p.slots, threads), a.p.slots, threads, thread};
+template <bool kShared>
+__device__ inline Slab<kShared> slab_of(const Loss& a, const unsigned char* rest, int threads, int thread) {
+  const int64_t bytes = int64_t(a.p.slots) * 2 * threads * 5;
+  return {kShared ? nullptr : a.slab + blockIdx.x * bytes, int(rest - shared_memory<unsigned char>()), a.p.slots, threads,
+          thread};
 }
 
 // Takes the maxima of product 1.
+template <bool kShared>
 struct ToSlab {
-  Slab slab;
+  Slab<kShared> slab;
   float sum[2] = {0, 0};
   __device__ void operator()(int h, int slot, float score, int winner) {
     slab.r(slot, h) = score;
@@ -75,13 +87,12 @@ __device__ inline float quad_sum(float v) {
 
 // dX = a u + b x with u = sum_c dr p: what the metric and the incoming gradient make of the second product.
 struct Finish {
-  float a[2], b[2];
-  bool counts[2];  // else dX is exactly zero, whatever the features
+  float a[2], b[2];  // zeros, as u is, for a pixel that does not count: its features are not touched
 };
 
 // f(slot, c, h, r) for all classes of this thread's two pixels.
-template <class F>
-__device__ inline void each_score(const Problem& p, const Slab& slab, F f) {
+template <bool kShared, class F>
+__device__ inline void each_score(const Problem& p, const Slab<kShared>& slab, F f) {
   const int q = lane_here() % 4;
 #pragma unroll 2
   for (int slot = 0; slot < p.slots; slot++) {
@@ -92,9 +103,11 @@ __device__ inline void each_score(const Problem& p, const Slab& slab, F f) {
   }
 }
 
-// Loss, prediction and dr of this thread's pixels; sum: of their class maxima, this lane's classes; warp: its number in the
-// grid. All lanes of a warp call it.
-__device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Slab& slab, const float (&sum)[2], int warp) {
+// Loss, prediction and dr of this thread's pixels; sum: of their class maxima, this lane's classes. All lanes of a warp call
+// it.
+template <bool kShared>
+__device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Slab<kShared>& slab, const float (&sum)[2],
+                                       const Warps& warps) {
   const Problem& p = a.p;
   const int lane = lane_here(), q = lane % 4;
   const float tau = a.inverse_temperature * (a.scale != nullptr ? *a.scale : 1.f), log2e = 1.44269504f;
@@ -172,7 +185,7 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
     if (a.weight != nullptr) factor[h] = float(double(factor[h]) / *a.weight);
   }
   loss_sum = warp_sum(loss_sum);
-  if (lane_here() == 0) a.sums[warp].loss += loss_sum;
+  if (lane_here() == 0) a.sums[warps.here()].loss += loss_sum;
   Finish finish{};
   if (!a.wanted) return finish;
 
@@ -220,20 +233,20 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
         to_gain += __shfl_xor_sync(~0u, to_gain, step), to_shift += __shfl_xor_sync(~0u, to_shift, step);
       }
       if (lane_here() < 4 && real) {
-        float* at = a.norm_sums + int64_t(warp) * 8 * p.slots + c;
+        float* at = a.norm_sums + int64_t(warps.here()) * 8 * p.slots + c;
         at[0] += to_gain, at[4 * p.slots] += to_shift;
       }
     }
   }
   if (a.scale != nullptr) {
     const double of_scale = warp_sum(double(scale_sum) * a.inverse_temperature);
-    if (lane_here() == 0) a.sums[warp].scale += of_scale;
+    if (lane_here() == 0) a.sums[warps.here()].scale += of_scale;
   }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     total[h] = quad_sum(total[h]);
     // the factor comes last: times a loss scale, dr may exceed what float16 holds
-    finish.a[h] = factor[h], finish.b[h] = 0, finish.counts[h] = rows.label[h] >= 0;
+    finish.a[h] = rows.label[h] >= 0 ? factor[h] : 0.f, finish.b[h] = 0;
     // cosine: (u - x/|x| sum_c dr r) / |x|; sqeuclidean: rows hold 2 p, so u - 2 x sum_c dr
     if (p.metric == Metric::cosine) {
       finish.a[h] *= rows.alpha[h], finish.b[h] = -total[h] * rows.alpha[h] * rows.alpha[h] * factor[h];
@@ -244,8 +257,8 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
 }
 
 // dS of a tile as fragments of the second product: a[f] covers 16 columns.
-template <class T>
-__device__ inline void make_fragments(uint32_t (&a)[kFragments][4], const Problem& p, const Slab& slab, int tile) {
+template <class T, bool kShared>
+__device__ inline void make_fragments(uint32_t (&a)[kFragments][4], const Problem& p, const Slab<kShared>& slab, int tile) {
   int slot = tile * p.per_lane, k = 0, winner[2] = {-1, -1};
   const int last = slot + p.per_lane, q = lane_here() % 4;
   float d[2] = {0, 0}, before[2] = {0, 0};
@@ -270,52 +283,76 @@ __device__ inline void make_fragments(uint32_t (&a)[kFragments][4], const Proble
 }
 
 // dX of a slice of channels, in place of the warp's pixels in shared memory.
-template <class T>
-__device__ inline void put_gradient(const float (&u)[kSlice / kBox][kBox / 2], const Finish& finish, const PixelTile& x,
+template <class T, bool kPlanes, int S>
+__device__ inline void put_gradient(const float (&u)[S][kBox / 2], const Finish& finish, const PixelTile<kPlanes>& x,
                                     int first_box, int boxes) {
   const int lane = lane_here(), g = lane / 4, q = lane % 4;
 #pragma unroll
-  for (int box = 0; box < kSlice / kBox; box++) {
+  for (int box = 0; box < S; box++) {
     if (box < boxes) {
 #pragma unroll
       for (int c = 0; c < 8; c++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          auto* at = reinterpret_cast<uint32_t*>(x.chunk(g + 8 * h, first_box + box, c)) + q;
-          float low = u[box][4 * c + 2 * h] * finish.a[h], high = u[box][4 * c + 2 * h + 1] * finish.a[h];
-          if (finish.b[h] != 0) {
-            low = fmaf(finish.b[h], to_float(T{uint16_t(*at)}), low);
-            high = fmaf(finish.b[h], to_float(T{uint16_t(*at >> 16)}), high);
+          uint16_t *low = x.element(g + 8 * h, first_box + box, 8 * c + 2 * q), *high = nullptr;
+          uint32_t before = 0;  // of the pixel's features
+          if constexpr (kPlanes) {
+            high = x.element(g + 8 * h, first_box + box, 8 * c + 2 * q + 1);
+            before = *low | uint32_t(*high) << 16;
+          } else {
+            before = *reinterpret_cast<const uint32_t*>(low);
           }
-          *at = finish.counts[h] ? pack_pair<T>(low, high) : 0u;
+          // chosen, not multiplied: 0 times a feature that is not finite is NaN
+          if (finish.b[h] == 0) before = 0;
+          const float a = fmaf(finish.b[h], to_float(T{uint16_t(before)}), u[box][4 * c + 2 * h] * finish.a[h]);
+          const float b = fmaf(finish.b[h], to_float(T{uint16_t(before >> 16)}), u[box][4 * c + 2 * h + 1] * finish.a[h]);
+          const uint32_t pair = pack_pair<T>(a, b);
+          if constexpr (kPlanes) {
+            *low = uint16_t(pair), *high = uint16_t(pair >> 16);
+          } else {
+            *reinterpret_cast<uint32_t*>(low) = pair;
+          }
         }
       }
     }
   }
 }
 
-// The warp's rows of dX from shared to global memory, 16 bytes a lane: 4 rows of 128 bytes at a time.
-template <class T>
-__device__ inline void store_gradient(const Loss& a, const PixelTile& x, int first) {
+// This warp's part of dX from shared to global memory, 16 bytes a lane, 128 bytes a row: its 16 pixels, or of planes the pixels
+// of the whole group for a share of the channels. `warps` of the group.
+template <class T, bool kPlanes>
+__device__ inline void store_gradient(const Problem& p, const PixelRuns& to, const PixelTile<kPlanes>& x, const Place& at,
+                                      int warps) {
+  if (at.image >= to.images) return;
   const int lane = lane_here(), c = lane % 8;
-  __syncwarp();  // every lane has written its part of the rows
-  for (int box = 0; box < a.p.boxes; box++) {
-    for (int row = lane / 8; row < 16; row += 4) {
-      const int n = first + row;
-      const int d = box * kBox + c * 8;
-      if (n < a.p.N && d < a.p.D) {
-        *reinterpret_cast<uint4*>(static_cast<T*>(a.grad_x) + int64_t(n) * a.grad_pitch + d) =
-            *reinterpret_cast<const uint4*>(x.chunk(row, box, c));
+  T* image = static_cast<T*>(to.data) + at.image * to.image_stride;
+  if constexpr (kPlanes) {
+    const int n = at.offset + 8 * c, left = c < 2 * warps ? to.run - n : 0;
+    for (int d = x.row / 16 * 4 + lane / 8; d < p.D; d += 4 * warps) {
+      const auto* from = reinterpret_cast<const T*>(x.plane(d % kBox, d / kBox, c));
+      T* target = image + d * to.stride + n;
+      if (left >= 8) {
+        *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(from);
+      } else {
+        for (int i = 0; i < left; i++) target[i] = from[i];
+      }
+    }
+  } else {
+    for (int r = lane / 8; r < 16; r += 4) {
+      const int n = at.offset + x.row + r;
+      if (n >= to.run) continue;
+      for (int d = 8 * c; d < p.D; d += kBox) {
+        *reinterpret_cast<uint4*>(image + n * to.stride + d) = *reinterpret_cast<const uint4*>(x.chunk(r, d / kBox, c));
       }
     }
   }
 }
 
 // The sums of a grid's warps start at zero. The lanes that add to an entry clear it.
-__device__ inline void clear_sums(const Loss& a, int warp) {
-  if (lane_here() == 0) a.sums[warp] = {0, 0};
+__device__ inline void clear_sums(const Loss& a, const Warps& warps) {
+  if (lane_here() == 0) a.sums[warps.here()] = {0, 0};
   if (!a.parameters || lane_here() >= 4) return;
-  for (int i = lane_here(); i < 8 * a.p.slots; i += 4) a.norm_sums[int64_t(warp) * 8 * a.p.slots + i] = 0;
+  for (int i = lane_here(); i < 8 * a.p.slots; i += 4) a.norm_sums[int64_t(warps.here()) * 8 * a.p.slots + i] = 0;
 }
 // Adds up a block's warps, once all of them have stored: thread `thread` of `threads`.
 __device__ inline void add_warps(const Loss& a, int warps, int thread, int threads) {
@@ -332,7 +369,7 @@ __device__ inline void add_warps(const Loss& a, int warps, int thread, int threa
 
 // Shared memory that every launch may count on where the slab lies there: a block of 128 pixels on Hopper has room.
 inline bool slab_in_shared(int boxes, int slots) {
-  return size_t(2) * boxes * 64 * 128 + size_t(3) * kColumns * 128 + 256 + Slab::bytes(slots, 256) <= 227 * 1024;
+  return size_t(2) * boxes * 64 * 128 + size_t(3) * kColumns * 128 + 256 + slab_bytes(slots, 256) <= 227 * 1024;
 }
 
 struct Launched {

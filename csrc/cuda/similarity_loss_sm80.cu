@@ -13,34 +13,33 @@ namespace {
 
 using namespace sm80;
 
-template <class T>
+template <class T, bool kPlanes, bool kShared>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) centroid_loss_sm80_kernel(const __grid_constant__ Loss a) {
 #if DNC_AMPERE
   const Problem& p = a.p;
-  Block<T> block(p, shared_memory<unsigned char>(), a.grad_x != nullptr);
-  const int warps = int(blockDim.x) / 32;
-  const int warp = int(blockIdx.x) * warps + int(threadIdx.x) / 32;
-  const Slab slab = slab_of(a, block.rest, int(blockDim.x), int(threadIdx.x));
-  const PixelTile x = block.pixels();
-  clear_sums(a, warp);
+  Block<T, kPlanes> block(p, shared_memory<unsigned char>(), a.grad_x.data != nullptr);
+  const Warps warps{int(blockDim.x) / 32, 0};
+  const Slab<kShared> slab = slab_of<kShared>(a, block.rest, int(blockDim.x), int(threadIdx.x));
+  const PixelTile<kPlanes> x = block.pixels();
+  clear_sums(a, warps);
   for (int at = int(blockIdx.x); at < block.tiles(); at += int(gridDim.x)) {
-    const int first = block.first_pixel(at);
+    const Place place = block.place(at);
     block.begin(at);
-    const Rows rows = read_rows<T>(p, x, first, a.ignore_index);
+    const Rows rows = read_rows<T>(p, x, place, a.ignore_index);
     clear_own(p, rows);
-    ToSlab sink{slab};
+    ToSlab<kShared> sink{slab};
     for (int tile = 0; tile < p.tiles; tile++) {
       float s[kSums];
       block.scores(s);
       take_maxima(p, rows, s, tile, sink);
     }
-    const Finish finish = cross_entropy(a, rows, slab, sink.sum, warp);
-    if (a.grad_x != nullptr) {
-      for (int slice = 0; slice < p.boxes; slice += kSlice / kBox) {
-        const int boxes = p.boxes - slice < kSlice / kBox ? p.boxes - slice : kSlice / kBox;
-        float u[kSlice / kBox][kBox / 2];
+    const Finish finish = cross_entropy(a, rows, slab, sink.sum, warps);
+    if (a.grad_x.data != nullptr) {
+      for (int slice = 0; slice < p.boxes; slice += kSliceBoxes) {
+        const int boxes = p.boxes - slice < kSliceBoxes ? p.boxes - slice : kSliceBoxes;
+        float u[kSliceBoxes][kBox / 2];
 #pragma unroll
-        for (int box = 0; box < kSlice / kBox; box++) {
+        for (int box = 0; box < kSliceBoxes; box++) {
 #pragma unroll
           for (int i = 0; i < kBox / 2; i++) u[box][i] = 0;
         }
@@ -51,22 +50,27 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) centroid_loss_sm80_kernel(c
         }
         put_gradient<T>(u, finish, x, slice, boxes);
       }
-      store_gradient<T>(a, x, first);
+      if (kPlanes) {
+        block.meet();  // the group's gradient is complete
+      } else {
+        __syncwarp();  // the warp's is
+      }
+      store_gradient<T>(p, a.grad_x, x, place, warps.count < 4 ? warps.count : 4);
     }
   }
   __syncthreads();  // all warps of the block have stored their sums
-  add_warps(a, warps, int(threadIdx.x), int(blockDim.x));
+  add_warps(a, warps.count, int(threadIdx.x), int(blockDim.x));
 #endif
 }
 
-template <class T>
-Status run(const Loss& a, bool in_shared, cudaStream_t stream, Launched* launched) {
+template <class T, bool kPlanes, bool kShared>
+Status run(const Loss& a, cudaStream_t stream, Launched* launched) {
   Shape shape;
-  DNC_CHECK(shape_of(&shape, a.p, in_shared ? Slab::bytes(a.p.slots, 32) : 0));
+  DNC_CHECK(shape_of(&shape, a.p, kShared ? slab_bytes(a.p.slots, 32) : 0));
   if (shape.warps == 0) return bad_argument("x and centroids do not fit this GPU's shared memory");
   launched->blocks = shape.blocks, launched->warps = shape.blocks * unsigned(shape.warps);
   const Grid grid{shape.blocks, unsigned(shape.warps) * 32, stream, shape.shared};
-  DNC_CHECK(launch(grid, centroid_loss_sm80_kernel<T>, a));
+  DNC_CHECK(launch(grid, centroid_loss_sm80_kernel<T, kPlanes, kShared>, a));
   return {};
 }
 
@@ -80,13 +84,15 @@ cudaError_t shape_of(Shape* shape, const Problem& p, size_t extra_a_warp) {
   if (error == cudaSuccess) error = attribute(&processors, cudaDevAttrMultiProcessorCount);
   if (error != cudaSuccess) return error;
   const auto bytes = [&](int warps) {
-    return size_t(warps) * (size_t(p.boxes) * 16 * 128 + extra_a_warp) + size_t(kStages) * kColumns * 128;
+    const int groups = warps < 4 ? 1 : warps / 4, rows = p.planes || warps >= 4 ? 64 : warps * 16;
+    return size_t(groups) * p.boxes * rows * 128 + warps * extra_a_warp + size_t(kStages) * kColumns * 128;
   };
   shape->warps = kMaxWarps;
   while (shape->warps > 0 && bytes(shape->warps) > size_t(limit)) shape->warps /= 2;
   if (shape->warps == 0) return cudaSuccess;
   shape->shared = bytes(shape->warps);
-  int64_t blocks = divide_up(p.N, shape->warps * 16);
+  const int pixels = shape->warps < 4 ? shape->warps * 16 : 64;
+  int64_t blocks = divide_up(divide_up(p.x.run, pixels) * p.x.images, shape->warps < 4 ? 1 : shape->warps / 4);
   if (blocks > processors) blocks = processors;
   if (blocks > kMaxBlocks) blocks = kMaxBlocks;
   shape->blocks = unsigned(blocks);
@@ -96,8 +102,14 @@ cudaError_t shape_of(Shape* shape, const Problem& p, size_t extra_a_warp) {
 }  // namespace sm80
 
 Status run_loss_sm80(const Loss& a, DType dtype, bool in_shared, cudaStream_t stream, Launched* launched) {
-  return dtype == DType::bfloat16 ? run<BFloat16>(a, in_shared, stream, launched)
-                                  : run<Float16>(a, in_shared, stream, launched);
+  const auto chosen = [&](auto element, auto planes) {
+    return in_shared ? run<decltype(element), decltype(planes)::value, true>(a, stream, launched)
+                     : run<decltype(element), decltype(planes)::value, false>(a, stream, launched);
+  };
+  if (dtype == DType::bfloat16) {
+    return a.p.planes ? chosen(BFloat16{}, std::true_type{}) : chosen(BFloat16{}, std::false_type{});
+  }
+  return a.p.planes ? chosen(Float16{}, std::true_type{}) : chosen(Float16{}, std::false_type{});
 }
 
 }  // namespace cuda

@@ -16,56 +16,63 @@ namespace {
 
 using namespace sm90;
 
-template <class T>
+template <class T, bool kPlanes, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1)
     centroid_loss_sm90_kernel(const __grid_constant__ Loss a, const __grid_constant__ Maps maps, int stages, int cluster) {
 #if DNC_HOPPER
+  // boxes of channels of dX in registers; addresses of a slab in global memory need some of them
+  constexpr int kSliceBoxes = kShared ? 4 : 3;
   const Problem& p = a.p;
   const auto here = [&] { return Block(shared_memory<unsigned char>(), p.boxes, stages, cluster); };
   here().start();
   if (threadIdx.x < 128) {
     registers_decrease<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(p, here(), &maps, a.grad_x != nullptr);
+    if (threadIdx.x == 0) produce(p, here(), &maps, a.grad_x.data != nullptr ? kSliceBoxes : 0);
     __syncwarp();  // the cluster's barrier wants whole warps
   } else {
     registers_increase<kConsumerRegisters>();
     const Block block = here();
     const int thread = int(threadIdx.x) - 128;
-    const int warp = int(blockIdx.x) * (kConsumers / 32) + thread / 32;
-    const Slab slab = slab_of(a, block.rest, kConsumers, thread);
-    Consumer consumer(block);
-    const PixelTile x = consumer.pixels();
-    clear_sums(a, warp);
-    for (int at = int(blockIdx.x); block.has(at, p.N); at += int(gridDim.x)) {
-      const int first = consumer.first_pixel(at);
+    const Warps warps{kConsumers / 32, 4};
+    const Slab<kShared> slab = slab_of<kShared>(a, block.rest, kConsumers, thread);
+    Consumer<T, kPlanes> consumer(block);
+    const PixelTile<kPlanes> x = consumer.pixels();
+    clear_sums(a, warps);
+    for (int at = int(blockIdx.x); block.has(at, p.x); at += int(gridDim.x)) {
+      const Place place = consumer.place(p.x, at);
       consumer.wait_pixels();
-      const Rows rows = read_rows<T>(p, x, first, a.ignore_index);
+      const Rows rows = read_rows<T>(p, x, place, a.ignore_index);
       clear_own(p, rows);
-      ToSlab sink{slab};
+      ToSlab<kShared> sink{slab};
       for (int tile = 0; tile < p.tiles; tile++) {
         float s[kSums];
-        consumer.scores<T>(s);
+        consumer.scores(s);
         take_maxima(p, rows, s, tile, sink);
       }
-      const Finish finish = cross_entropy(a, rows, slab, sink.sum, warp);
-      if (a.grad_x != nullptr) {
-        barrier(1 + consumer.group(), 128);  // the group's products have read the pixels that the gradient now overwrites
-        for (int slice = 0; slice < p.boxes; slice += kSlice / kBox) {
-          const int boxes = p.boxes - slice < kSlice / kBox ? p.boxes - slice : kSlice / kBox;
-          float u[kSlice / kBox][kBox / 2];
+      const Finish finish = cross_entropy(a, rows, slab, sink.sum, warps);
+      if (a.grad_x.data != nullptr) {
+        consumer.meet();  // the group's products have read the pixels that the gradient now overwrites
+        for (int slice = 0; slice < p.boxes; slice += kSliceBoxes) {
+          const int boxes = p.boxes - slice < kSliceBoxes ? p.boxes - slice : kSliceBoxes;
+          float u[kSliceBoxes][kBox / 2];
 #pragma unroll
-          for (int box = 0; box < kSlice / kBox; box++) {
+          for (int box = 0; box < kSliceBoxes; box++) {
 #pragma unroll
             for (int i = 0; i < kBox / 2; i++) u[box][i] = 0;
           }
           for (int tile = 0; tile < p.tiles; tile++) {
             uint32_t fragments[kFragments][4];
             make_fragments<T>(fragments, p, slab, tile);
-            consumer.gradient<T>(u, fragments, boxes);
+            consumer.gradient(u, fragments, boxes);
           }
           put_gradient<T>(u, finish, x, slice, boxes);
         }
-        store_gradient<T>(a, x, first);
+        if (kPlanes) {
+          consumer.meet();  // the group's gradient is complete
+        } else {
+          __syncwarp();  // the warp's is
+        }
+        store_gradient<T>(p, a.grad_x, x, place, 4);
       }
       consumer.release_pixels();
     }
@@ -76,9 +83,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <class T>
-Status run(const Loss& a, DType dtype, bool in_shared, cudaStream_t stream, Launched* launched) {
-  const size_t extra = in_shared ? Slab::bytes(a.p.slots, kConsumers) : 0;
+template <class T, bool kPlanes, bool kShared>
+Status run(const Loss& a, DType dtype, cudaStream_t stream, Launched* launched) {
+  const size_t extra = kShared ? slab_bytes(a.p.slots, kConsumers) : 0;
   Shape shape;
   DNC_CHECK(shape_of(&shape, a.p, extra));
   if (shape.stages == 0) return bad_argument("x and centroids do not fit this GPU's shared memory");
@@ -86,15 +93,21 @@ Status run(const Loss& a, DType dtype, bool in_shared, cudaStream_t stream, Laun
   DNC_CHECK(maps_of(&maps, a.p, dtype, shape.cluster));
   launched->blocks = shape.blocks, launched->warps = shape.blocks * (kConsumers / 32);
   const Grid grid{shape.blocks, kThreads, stream, shape.shared + extra, unsigned(shape.cluster)};
-  DNC_CHECK(launch(grid, centroid_loss_sm90_kernel<T>, a, maps, shape.stages, shape.cluster));
+  DNC_CHECK(launch(grid, centroid_loss_sm90_kernel<T, kPlanes, kShared>, a, maps, shape.stages, shape.cluster));
   return {};
 }
 
 }  // namespace
 
 Status run_loss_sm90(const Loss& a, DType dtype, bool in_shared, cudaStream_t stream, Launched* launched) {
-  return dtype == DType::bfloat16 ? run<BFloat16>(a, dtype, in_shared, stream, launched)
-                                  : run<Float16>(a, dtype, in_shared, stream, launched);
+  const auto chosen = [&](auto element, auto planes) {
+    return in_shared ? run<decltype(element), decltype(planes)::value, true>(a, dtype, stream, launched)
+                     : run<decltype(element), decltype(planes)::value, false>(a, dtype, stream, launched);
+  };
+  if (dtype == DType::bfloat16) {
+    return a.p.planes ? chosen(BFloat16{}, std::true_type{}) : chosen(BFloat16{}, std::false_type{});
+  }
+  return a.p.planes ? chosen(Float16{}, std::true_type{}) : chosen(Float16{}, std::false_type{});
 }
 
 }  // namespace cuda

@@ -57,19 +57,45 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+bool runs_of(const View& x, PixelRuns* runs, bool* planes) {
+  const Pixels at(x);
+  const auto even = [](int64_t stride) { return stride % 8 == 0; };
+  if (reinterpret_cast<uintptr_t>(at.data) % 16 != 0) return false;
+  *runs = {at.data, 1, int(at.N()), 0, at.sw};
+  *planes = false;
+  if (at.sd == 1 && at.B == 1 && at.H == 1 && even(at.sw) && (at.sw >= at.D || at.W <= 1)) return true;
+  *runs = {at.data, int(at.B), int(at.W), at.sb, at.sd};
+  *planes = true;
+  // an image's pixels are one run; of an only image, or a single channel, the stride says nothing
+  return at.sw == 1 && at.H == 1 && even(at.sd) && at.sd >= at.W && (at.B == 1 || (even(at.sb) && at.sb > 0));
+}
+
 const char* refuses(const View& x, const View& centroids) {
-  const PixelMap at(x);
+  PixelRuns runs;
+  bool planes;
+  const int64_t N = Pixels(x).N(), D = Pixels(x).D;
   if (x.dtype != DType::float16 && x.dtype != DType::bfloat16) return "x must be float16 or bfloat16";
   if (centroids.dtype == DType::float64) return "centroids must not be float64";
-  if (!at.flat || at.sd != 1 || at.sw % 8 != 0 || at.sw < at.D || reinterpret_cast<uintptr_t>(at.data) % 16 != 0) {
-    return "x must have adjacent channels and pixels a multiple of 16 bytes apart ([N,D], or [B,D,H,W] in channels_last)";
-  }
-  if (at.D % 8 != 0 || at.D > kMaxChannels) return "x must have at most 768 channels, a multiple of 8";
+  if (D % 8 != 0 || D > kMaxChannels) return "x must have at most 768 channels, a multiple of 8";
   if (centroids.size[1] > kOwn) return "centroids must have at most 20 sub-centroids a class";
-  if (at.N > INT32_MAX - 1024 || centroids.numel() / centroids.size[2] > INT32_MAX / 4 || centroids.size[0] > INT32_MAX / 64) {
+  if (N > INT32_MAX - 1024 || centroids.numel() / D > INT32_MAX / 4 || centroids.size[0] > INT32_MAX / 64) {
     return "x must have fewer than 2^31 pixels, and centroids fewer than 2^25 classes";
   }
+  if (!runs_of(x, &runs, &planes)) {
+    return "x must be 16-byte aligned, with adjacent channels ([N,D], channels_last) or adjacent pixels ([B,D,H,W]) and its "
+           "other "
+           "strides multiples of 8";
+  }
   return nullptr;
+}
+
+Problem problem_of(const View& x, const View& centroids, Metric metric, const Packed& packed) {
+  Problem p{};
+  p.N = int(Pixels(x).N()), p.C = int(centroids.size[0]), p.K = int(centroids.size[1]), p.D = int(centroids.size[2]);
+  p.boxes = packed.boxes, p.per_lane = packed.per_lane, p.tiles = packed.tiles, p.slots = int(divide_up(p.C, 4));
+  p.metric = metric, p.rows = packed.rows, p.bias = packed.bias;
+  runs_of(x, &p.x, &p.planes);
+  return p;
 }
 
 Packed::Packed(Parts& parts, const View& centroids, Metric metric) {

@@ -11,35 +11,48 @@ namespace sm80 {
 
 constexpr int kStages = 3;
 constexpr int kMaxWarps = 8;
+constexpr int kSliceBoxes = 4;  // boxes of channels of dX in registers
 
-template <class T>
+template <class T, bool kPlanes>
 class Block {
  public:
   unsigned char* rest;
 
   __device__ Block(const Problem& p, unsigned char* shared, bool second)
-      : p_(p), warps_(int(blockDim.x) / 32), warp_(int(threadIdx.x) / 32), lane_(int(threadIdx.x) % 32), second_(second) {
+      : p_(p),
+        groups_(blockDim.x <= 128 ? 1 : int(blockDim.x) / 128),
+        group_pixels_(blockDim.x <= 128 ? int(blockDim.x) / 2 : 64),
+        warp_(int(threadIdx.x) / 32),
+        lane_(int(threadIdx.x) % 32),
+        second_(second) {
     x_ = shared;
-    ring_ = x_ + p.boxes * warps_ * 16 * 128;
+    ring_ = x_ + groups_ * group_bytes();
     rest = ring_ + kStages * kColumns * 128;
   }
-  static size_t bytes(int boxes, int warps) { return size_t(boxes) * warps * 16 * 128 + size_t(kStages) * kColumns * 128; }
-
-  __device__ PixelTile pixels() const { return {x_ + warp_ * 16 * 128, warps_ * 16 * 128}; }
-  __device__ int first_pixel(int tile) const { return tile * warps_ * 16 + warp_ * 16; }
-  __device__ int tiles() const { return (p_.N + warps_ * 16 - 1) / (warps_ * 16); }
+  __device__ PixelTile<kPlanes> pixels() const { return {x_ + warp_ / 4 * group_bytes(), box_bytes(), warp_ % 4 * 16}; }
+  __device__ Place place(int tile) const { return p_.x.place(tile * groups_ + warp_ / 4, group_pixels_); }
+  __device__ int tiles() const { return (p_.x.groups(group_pixels_) + groups_ - 1) / groups_; }
+  // All warps: the gradient is complete in the pixels' place.
+  __device__ void meet() const { __syncthreads(); }
 
   // Fetches the pixels of a tile, and the first boxes. The block's threads have done with the pixels before.
   __device__ void begin(int tile) {
-    const T* x = static_cast<const T*>(p_.x);
-    const int rows = warps_ * 16;
     __syncthreads();  // nobody reads the pixels or the ring any more
-    for (int i = threadIdx.x; i < p_.boxes * rows * 8; i += blockDim.x) {
-      const int c = i % 8, row = i / 8 % rows, box = i / 8 / rows;
-      const int64_t n = int64_t(tile) * rows + row;
-      const int d = box * kBox + c * 8;
-      const bool real = n < p_.N && d < p_.D;
-      copy16_async(x_ + box * rows * 128 + row * 128 + (c ^ (row & 7)) * 16, real ? x + n * p_.pitch + d : x, real);
+    for (int group = 0; group < groups_; group++) {
+      const Place at = p_.x.place(tile * groups_ + group, group_pixels_);
+      const PixelTile<kPlanes> to{x_ + group * group_bytes(), box_bytes(), 0};
+      const T* x = static_cast<const T*>(p_.x.data);
+      const int rows = kPlanes ? kBox : group_pixels_;
+      for (int i = threadIdx.x; i < p_.boxes * rows * 8; i += blockDim.x) {
+        const int c = i % 8, row = i / 8 % rows, box = i / 8 / rows;
+        // 8 pixels of a channel, or 8 channels of a pixel; the last of a run or of the channels may be fewer
+        const int d = box * kBox + (kPlanes ? row : 8 * c), n = at.offset + (kPlanes ? 8 * c : row);
+        int left = kPlanes ? p_.x.run - n : p_.D - d;
+        if (at.image >= p_.x.images || d >= p_.D || n >= p_.x.run || (kPlanes && 8 * c >= group_pixels_)) left = 0;
+        left = left < 0 ? 0 : left > 8 ? 8 : left;
+        const T* from = x + at.image * p_.x.image_stride + (kPlanes ? d * p_.x.stride + n : n * p_.x.stride + d);
+        copy16_async(kPlanes ? to.plane(row, box, c) : row_chunk(to, row, box, c), left > 0 ? from : x, left * 2);
+      }
     }
     step_ = fetched_ = 0;
     for (int s = 0; s < kStages - 1; s++) fetch();  // the pixels travel with the first of them
@@ -51,13 +64,17 @@ class Block {
   __device__ void scores(float (&s)[kSums]) {
 #pragma unroll
     for (int i = 0; i < kSums; i++) s[i] = 0;
-    const PixelTile x = pixels();
+    const PixelTile<kPlanes> x = pixels();
     for (int box = 0; box < p_.boxes; box++) {
       const unsigned char* b = next_box();
 #pragma unroll
       for (int k = 0; k < kBox / 16; k++) {
         uint32_t a[4];
-        load_matrices(a, x.chunk(lane_ % 16, box, 2 * k + lane_ / 16));
+        if constexpr (kPlanes) {  // channels 16 k .. + 7 of the warp's pixels 0-7 and 8-15; then channels + 8
+          load_matrices_transposed(a, x.plane(16 * k + lane_ / 16 * 8 + lane_ % 8, box, x.row / 8 + lane_ / 8 % 2));
+        } else {
+          load_matrices(a, x.chunk(lane_ % 16, box, 2 * k + lane_ / 16));
+        }
 #pragma unroll
         for (int j = 0; j < kColumns / 16; j++) {
           uint32_t v[4];  // columns 16 j .. + 7, channels 0-7 and 8-15; then columns + 8
@@ -71,9 +88,9 @@ class Block {
   }
 
   // u += dS p over the boxes of a slice of channels; a: fragments of dS, of 16 columns each.
-  __device__ void gradient(float (&u)[kSlice / kBox][kBox / 2], const uint32_t (&a)[kFragments][4], int boxes) {
+  __device__ void gradient(float (&u)[kSliceBoxes][kBox / 2], const uint32_t (&a)[kFragments][4], int boxes) {
 #pragma unroll
-    for (int box = 0; box < kSlice / kBox; box++) {
+    for (int box = 0; box < kSliceBoxes; box++) {
       if (box < boxes) {
         const unsigned char* b = next_box();
 #pragma unroll
@@ -92,13 +109,22 @@ class Block {
   }
 
  private:
+  __device__ int box_bytes() const { return (kPlanes ? kBox : group_pixels_) * 128; }
+  __device__ int group_bytes() const { return p_.boxes * box_bytes(); }
+  __device__ static unsigned char* row_chunk(const PixelTile<kPlanes>& x, int row, int box, int c) {
+    if constexpr (kPlanes) {
+      return nullptr;
+    } else {
+      return x.chunk(row, box, c);
+    }
+  }
   // The box that step `fetched_` of this tile of pixels needs.
   __device__ void fetch() {
     const int one = p_.tiles * p_.boxes;
     if (fetched_ < (second_ ? 2 * one : one)) {
       int tile = fetched_ / p_.boxes, box = fetched_ % p_.boxes;
       if (fetched_ >= one) {
-        constexpr int kWide = kSlice / kBox;
+        constexpr int kWide = kSliceBoxes;
         const int slice = (fetched_ - one) / (p_.tiles * kWide), at = (fetched_ - one) % (p_.tiles * kWide);
         const int left = p_.boxes - slice * kWide, width = left < kWide ? left : kWide;
         tile = at / width, box = slice * kWide + at % width;
@@ -107,7 +133,7 @@ class Block {
       unsigned char* to = ring_ + fetched_ % kStages * kColumns * 128;
       for (int i = threadIdx.x; i < kColumns * 8; i += blockDim.x) {
         const int c = i % 8, row = i / 8;
-        copy16_async(to + row * 128 + (c ^ (row & 7)) * 16, from + int64_t(row) * p_.boxes * kBox + c * 8, true);
+        copy16_async(to + row * 128 + (c ^ (row & 7)) * 16, from + int64_t(row) * p_.boxes * kBox + c * 8, 16);
       }
     }
     fetched_++;
@@ -122,7 +148,7 @@ class Block {
 
   const Problem& p_;
   unsigned char *x_, *ring_;
-  const int warps_, warp_, lane_;
+  const int groups_, group_pixels_, warp_, lane_;
   const bool second_;
   int step_ = 0, fetched_ = 0;
 };

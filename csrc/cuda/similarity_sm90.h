@@ -22,7 +22,8 @@ struct Barriers {
 };
 
 struct Maps {
-  TensorMap x, rows;  // boxes of [64 pixels, 64 channels] and [kColumns / cluster, 64 channels]
+  TensorMap x;     // boxes of 64 pixels and 64 channels: [D, N, 1], or of planes [HW, D, B], the innermost first
+  TensorMap rows;  // [64 boxes, tiles * kColumns]: boxes of 64 channels and kColumns / cluster rows
 };
 
 // What a block knows of its shared memory and its place.
@@ -45,7 +46,7 @@ struct Block {
   }
   // Tiles of 128 pixels of this block: all blocks of a cluster go through the ring the same number of times.
   // From blockIdx.x in steps of the grid; a cluster's blocks stop together.
-  __device__ bool has(int tile, int N) const { return (tile - rank) * kPixels < N; }
+  __device__ bool has(int tile, const PixelRuns& x) const { return (tile - rank) * kGroups < x.groups(kGroupPixels); }
 
   // Called by all threads of the block.
   __device__ void start() const {
@@ -70,9 +71,9 @@ struct Stage {
   }
 };
 
-// The producer, one thread: boxes of sub-centroids of the first product, then of the second where there is one, in the order in
-// which the consumers take them.
-__device__ inline void produce(const Problem& p, const Block& block, const Maps* maps, bool second) {
+// The producer, one thread: boxes of sub-centroids of the first product, then of the second (slice > 0: boxes of channels at a
+// time), in the order in which the consumers take them.
+__device__ inline void produce(const Problem& p, const Block& block, const Maps* maps, int slice) {
   prefetch_map(&maps->x), prefetch_map(&maps->rows);
   Stage stage;
   const int part = kColumns / block.cluster;
@@ -92,26 +93,30 @@ __device__ inline void produce(const Problem& p, const Block& block, const Maps*
     stage.advance(block.stages);
   };
   unsigned parity = 0;
-  for (int at = int(blockIdx.x); block.has(at, p.N); at += int(gridDim.x), parity ^= 1) {
-    const int first = at * kPixels;
+  for (int at = int(blockIdx.x); block.has(at, p.x); at += int(gridDim.x), parity ^= 1) {
     for (int g = 0; g < kGroups; g++) {
+      const Place first = p.x.place(at * kGroups + g, kGroupPixels);
       barrier_wait(&block.barriers->pixels_empty[g], parity ^ 1);
       PhaseBarrier* full = &block.barriers->pixels_full[g];
       barrier_arrive_expect(full, unsigned(block.boxes) * kGroupPixels * 128);
 #pragma unroll 1
       for (int box = 0; box < block.boxes; box++) {
-        copy_box(block.x + (g * block.boxes + box) * kGroupPixels * 128, &maps->x, box * kBox, first + g * kGroupPixels, full);
+        const int d = box * kBox, column = p.planes ? first.offset : d;
+        // past the last run there are zeros too: one run's pixels go on, planes have an end
+        const int row = p.planes ? d : first.image * p.x.run + first.offset;
+        copy_box(block.x + (g * block.boxes + box) * kGroupPixels * 128, &maps->x, column, row, p.planes ? first.image : 0,
+                 full);
       }
     }
     for (int tile = 0; tile < p.tiles; tile++) {
 #pragma unroll 1  // the producer has few registers
       for (int box = 0; box < p.boxes; box++) fetch(tile, box);
     }
-    if (second) {
-      for (int slice = 0; slice < p.boxes; slice += kSlice / kBox) {
+    if (slice > 0) {
+      for (int first_box = 0; first_box < p.boxes; first_box += slice) {
         for (int tile = 0; tile < p.tiles; tile++) {
 #pragma unroll 1
-          for (int box = slice; box < p.boxes && box < slice + kSlice / kBox; box++) fetch(tile, box);
+          for (int box = first_box; box < p.boxes && box < first_box + slice; box++) fetch(tile, box);
         }
       }
     }
@@ -120,32 +125,34 @@ __device__ inline void produce(const Problem& p, const Block& block, const Maps*
 
 // A consumer warpgroup's side of the ring. A box is given back when the products that read it are complete: one behind the
 // newest.
+template <class T, bool kPlanes>
 class Consumer {
  public:
-  __device__ Consumer(const Block& block)
-      : block_(block), group_(int(threadIdx.x) / 128 - 1), warp_(int(threadIdx.x) / 32 % 4), lane_(int(threadIdx.x) % 32) {}
+  __device__ explicit Consumer(const Block& block) : block_(block) {}
 
-  __device__ int group() const { return group_; }
-  __device__ PixelTile pixels() const { return {group_pixels() + warp_ * 16 * 128, kGroupPixels * 128}; }
-  __device__ int first_pixel(int tile) const { return tile * kPixels + group_ * kGroupPixels + warp_ * 16; }
-  __device__ void wait_pixels() const { barrier_wait(&block_.barriers->pixels_full[group_], parity_); }
+  __device__ PixelTile<kPlanes> pixels() const { return {group_pixels(), kGroupPixels * 128, thread_here() / 32 % 4 * 16}; }
+  __device__ Place place(const PixelRuns& x, int tile) const { return x.place(tile * kGroups + group(), kGroupPixels); }
+  // All warps of the group: its products have read the pixels, or its gradient is complete in their place.
+  __device__ void meet() const { barrier(1 + group(), 128); }
+  __device__ void wait_pixels() const { barrier_wait(&block_.barriers->pixels_full[group()], parity_); }
   // This warp has done with the pixels.
   __device__ void release_pixels() {
     parity_ ^= 1;
     async_proxy_fence();  // what was written there by hand, before the next pixels are copied over it
     __syncwarp();         // all lanes have done so
-    if (lane_ == 0) barrier_arrive(&block_.barriers->pixels_empty[group_], unsigned(block_.rank));
+    if (lane_here() == 0) barrier_arrive(&block_.barriers->pixels_empty[group()], unsigned(block_.rank));
   }
 
   // s = products of the group's pixels and a tile of sub-centroids.
-  template <class T>
   __device__ void scores(float (&s)[kSums]) {
     for (int box = 0; box < block_.boxes; box++) {
       const unsigned char* b = next_box();
       const uint64_t x = matrix_descriptor(group_pixels() + box * kGroupPixels * 128, 0), p = matrix_descriptor(b, 0);
       products_fence();
 #pragma unroll
-      for (int k = 0; k < kBox / 16; k++) multiply<T>(s, x + k * 2, p + k * 2, box + k > 0);  // 16 channels: 32 bytes on
+      for (int k = 0; k < kBox / 16; k++) {  // 16 channels: 32 bytes on, or 16 rows of a plane
+        multiply<T, kPlanes>(s, x + k * (kPlanes ? 16 * 128 >> 4 : 2), p + k * 2, box + k > 0);
+      }
       issued();
     }
     done();
@@ -153,10 +160,10 @@ class Consumer {
   }
 
   // u += dS p over the boxes of a slice of channels; a: fragments of dS, of 16 columns each.
-  template <class T>
-  __device__ void gradient(float (&u)[kSlice / kBox][kBox / 2], const uint32_t (&a)[kFragments][4], int boxes) {
+  template <int S>
+  __device__ void gradient(float (&u)[S][kBox / 2], const uint32_t (&a)[kFragments][4], int boxes) {
 #pragma unroll
-    for (int box = 0; box < kSlice / kBox; box++) {
+    for (int box = 0; box < S; box++) {
       if (box < boxes) {
         const uint64_t p = matrix_descriptor(next_box(), 0);
         products_fence();
@@ -167,11 +174,13 @@ class Consumer {
     }
     done();
 #pragma unroll
-    for (int box = 0; box < kSlice / kBox; box++) products_pin(u[box]);
+    for (int box = 0; box < S; box++) products_pin(u[box]);
   }
 
  private:
-  __device__ unsigned char* group_pixels() const { return block_.x + group_ * block_.boxes * kGroupPixels * 128; }
+  // made anew at each use, because registers are scarce
+  __device__ static int group() { return thread_here() / 128 - 1; }
+  __device__ unsigned char* group_pixels() const { return block_.x + group() * block_.boxes * kGroupPixels * 128; }
   __device__ unsigned char* next_box() {
     barrier_wait(&block_.barriers->full[stage_.index], stage_.parity);
     return block_.ring + stage_.index * kColumns * 128;
@@ -191,20 +200,17 @@ class Consumer {
     held_ = -1;
   }
   __device__ void give_back() const {
-    if (lane_ < block_.cluster) barrier_arrive(&block_.barriers->empty[held_], unsigned(lane_));
+    const int rank = lane_here();
+    if (rank < block_.cluster) barrier_arrive(&block_.barriers->empty[held_], unsigned(rank));
   }
 
   const Block& block_;
-  const int group_, warp_, lane_;
   int held_ = -1;
   unsigned parity_ = 0;  // of the pixels
   Stage stage_;
 };
 
 // ---- host
-
-// Tensor maps of a call; a 2-dimensional array of 16-bit rows `pitch` elements apart, boxes of 64 channels.
-cudaError_t encode(TensorMap* map, const void* data, DType dtype, int64_t columns, int64_t rows, int64_t pitch, int box_rows);
 
 struct Shape {
   int stages, cluster;

@@ -23,9 +23,9 @@ namespace dnc {
 
 // One case: N columns in R = N / 2 accumulators, `type` twice in the name; A, B and S are the numbers of the operands after
 // them.
-#define DNC_MULTIPLY(N, R, A, B, S, type)                                                                                    \
+#define DNC_MULTIPLY(N, R, A, B, S, type, columns)                                                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #S ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type \
-               " {" DNC_NAMES_##R "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"                                                   \
+               " {" DNC_NAMES_##R "}, %" #A ", %" #B ", p, 1, 1, " columns ", 0;\n}"                                         \
                : DNC_ACCUMULATORS_##R                                                                                        \
                : "l"(a), "l"(b), "r"(int(accumulate)))
 #define DNC_MULTIPLY_TRANSPOSED(N, R, A0, A1, A2, A3, B, S, type)                                                            \
@@ -34,17 +34,24 @@ namespace dnc {
                : DNC_ACCUMULATORS_##R                                                                                        \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)))
 
-// d [64,2R] (+)= a [64,16] b [2R,16]^T; both descriptors, 16-bit elements, fp32 sums. A thread's d: rows g and g + 8 of its
-// warp's 16, columns 8 j + 2 q and the next in d[4 j], d[4 j + 1] and d[4 j + 2], d[4 j + 3]; g = lane / 4, q = lane % 4.
-template <class T, int R>
+// d [64,2R] (+)= a [64,16] b [2R,16]^T; both descriptors, 16-bit elements, fp32 sums. kColumns: a lies as [16,64], its rows'
+// neighbours adjacent. A thread's d: rows g and g + 8 of its warp's 16, columns 8 j + 2 q and the next in d[4 j], d[4 j + 1]
+// and d[4 j + 2], d[4 j + 3]; g = lane / 4, q = lane % 4.
+template <class T, bool kColumns, int R>
 __device__ inline void multiply(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(R == 40 || R == 64, "an instruction of each width is written out below");
+  static_assert(R == 40, "an instruction of each width is written out below");
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if constexpr (R == 40) DNC_MULTIPLY(80, 40, 40, 41, 42, "bf16");
-    if constexpr (R == 64) DNC_MULTIPLY(128, 64, 64, 65, 66, "bf16");
+    if constexpr (kColumns) {
+      DNC_MULTIPLY(80, 40, 40, 41, 42, "bf16", "1");
+    } else {
+      DNC_MULTIPLY(80, 40, 40, 41, 42, "bf16", "0");
+    }
   } else {
-    if constexpr (R == 40) DNC_MULTIPLY(80, 40, 40, 41, 42, "f16");
-    if constexpr (R == 64) DNC_MULTIPLY(128, 64, 64, 65, 66, "f16");
+    if constexpr (kColumns) {
+      DNC_MULTIPLY(80, 40, 40, 41, 42, "f16", "1");
+    } else {
+      DNC_MULTIPLY(80, 40, 40, 41, 42, "f16", "0");
+    }
   }
 }
 
@@ -52,13 +59,11 @@ __device__ inline void multiply(float (&d)[R], uint64_t a, uint64_t b, bool accu
 // adjacent.
 template <class T, int R>
 __device__ inline void multiply_transposed(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  static_assert(R == 32 || R == 64, "an instruction of each width is written out below");
+  static_assert(R == 32, "an instruction of each width is written out below");
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if constexpr (R == 32) DNC_MULTIPLY_TRANSPOSED(64, 32, 32, 33, 34, 35, 36, 37, "bf16");
-    if constexpr (R == 64) DNC_MULTIPLY_TRANSPOSED(128, 64, 64, 65, 66, 67, 68, 69, "bf16");
+    DNC_MULTIPLY_TRANSPOSED(64, 32, 32, 33, 34, 35, 36, 37, "bf16");
   } else {
-    if constexpr (R == 32) DNC_MULTIPLY_TRANSPOSED(64, 32, 32, 33, 34, 35, 36, 37, "f16");
-    if constexpr (R == 64) DNC_MULTIPLY_TRANSPOSED(128, 64, 64, 65, 66, 67, 68, 69, "f16");
+    DNC_MULTIPLY_TRANSPOSED(64, 32, 32, 33, 34, 35, 36, 37, "f16");
   }
 }
 

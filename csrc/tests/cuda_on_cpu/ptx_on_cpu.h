@@ -241,6 +241,7 @@ cudaError_t resident_blocks(int* blocks, void (*)(P...), unsigned threads, size_
 }
 
 inline int lane_here() { return cuda_on_cpu::lane(); }
+inline int thread_here() { return cuda_on_cpu::self().linear; }
 inline void spin() { cuda_on_cpu::spin_once(); }
 inline unsigned load_acquire(const unsigned* p) { return *p; }
 inline unsigned add_acquire_release(unsigned* p, unsigned v) { return atomicAdd(p, v); }
@@ -271,16 +272,14 @@ inline uint32_t shared_address(const void* p) {
 
 // ---- cp.async
 
-inline void copy16_async(void* to, const void* from, bool valid) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)) std::abort();
+inline void copy16_async(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes < 0 || bytes > 16)
+    std::abort();
   auto& groups = cuda_on_cpu::self().copies;
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back([=] {
-    if (valid) {
-      std::memcpy(to, from, 16);
-    } else {
-      std::memset(to, 0, 16);
-    }
+    std::memset(to, 0, 16);
+    std::memcpy(to, from, size_t(bytes));
   });
 }
 inline void copy_async_commit() {
@@ -393,8 +392,8 @@ void registers_decrease() {}
 
 struct HostMap {
   unsigned char* data;
-  int64_t columns, rows, pitch;  // pitch in bytes
-  int32_t box_columns, box_rows;
+  int64_t columns, rows, planes, pitch, plane_pitch;  // pitches in bytes
+  int32_t box_columns, box_rows, rank;
 };
 inline HostMap host_map(const TensorMap* map) {
   HostMap m;
@@ -404,14 +403,15 @@ inline HostMap host_map(const TensorMap* map) {
 // Byte offsets of the 128-byte swizzle: 16-byte chunk c of 128-byte row r lies at c ^ r % 8.
 inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 inline void prefetch_map(const TensorMap*) {}
-inline void copy_box_into(cuda_on_cpu::Block& block, uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier) {
+inline void copy_box_into(cuda_on_cpu::Block& block, uint32_t to, const TensorMap* map, int column, int row, int plane,
+                          int rank, uint32_t barrier) {
   const HostMap m = host_map(map);
-  if (to % 1024 != 0 || m.box_columns * 2 != 128) std::abort();
+  if (to % 1024 != 0 || m.box_columns * 2 != 128 || m.rank != rank) std::abort();
   for (int r = 0; r < m.box_rows; r++) {
     for (int c = 0; c < m.box_columns; c++) {
       uint16_t v = 0;
-      if (column + c >= 0 && column + c < m.columns && row + r >= 0 && row + r < m.rows) {
-        std::memcpy(&v, m.data + (row + r) * m.pitch + int64_t(column + c) * 2, 2);
+      if (column + c >= 0 && column + c < m.columns && row + r >= 0 && row + r < m.rows && plane >= 0 && plane < m.planes) {
+        std::memcpy(&v, m.data + plane * m.plane_pitch + (row + r) * m.pitch + int64_t(column + c) * 2, 2);
       }
       std::memcpy(block.shared + (swizzled(to + uint32_t(r * 128 + c * 2)) - kWindow), &v, 2);
     }
@@ -421,29 +421,17 @@ inline void copy_box_into(cuda_on_cpu::Block& block, uint32_t to, const TensorMa
   barrier_advance(b);
 }
 inline void copy_box(void* to, const TensorMap* map, int column, int row, PhaseBarrier* b) {
-  copy_box_into(*cuda_on_cpu::self().block, shared_address(to), map, column, row, shared_address(b));
+  copy_box_into(*cuda_on_cpu::self().block, shared_address(to), map, column, row, 0, 2, shared_address(b));
+}
+inline void copy_box(void* to, const TensorMap* map, int column, int row, int plane, PhaseBarrier* b) {
+  copy_box_into(*cuda_on_cpu::self().block, shared_address(to), map, column, row, plane, 3, shared_address(b));
 }
 inline void copy_box_multicast(void* to, const TensorMap* map, int column, int row, PhaseBarrier* b, uint16_t blocks) {
   auto& gang = *cuda_on_cpu::self().block->gang;
   for (size_t rank = 0; rank < gang.blocks.size(); rank++) {
-    if (blocks >> rank & 1) copy_box_into(*gang.blocks[rank], shared_address(to), map, column, row, shared_address(b));
+    if (blocks >> rank & 1) copy_box_into(*gang.blocks[rank], shared_address(to), map, column, row, 0, 2, shared_address(b));
   }
 }
-inline void store_box(const TensorMap* map, int column, int row, const void* from) {
-  const HostMap m = host_map(map);
-  const uint32_t start = shared_address(from);
-  if (start % 1024 != 0 || m.box_columns * 2 != 128) std::abort();
-  for (int r = 0; r < m.box_rows; r++) {
-    for (int c = 0; c < m.box_columns; c++) {
-      if (column + c >= m.columns || row + r >= m.rows) continue;
-      std::memcpy(m.data + (row + r) * m.pitch + int64_t(column + c) * 2,
-                  cuda_on_cpu::self().block->shared + (swizzled(start + uint32_t(r * 128 + c * 2)) - kWindow), 2);
-    }
-  }
-}
-inline void store_commit() {}
-inline void store_wait_read() {}
-inline void store_wait() {}
 inline void async_proxy_fence() {}
 
 // ---- wgmma
@@ -479,17 +467,17 @@ void product_later(float (&d)[R], bool accumulate, A a, B b) {
                         },
                         -1});
 }
-template <class T, int R>
+template <class T, bool kColumns, int R>
 void multiply(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(R == 40 || R == 64);
+  static_assert(R == 40);
   const cuda_on_cpu::Block* block = cuda_on_cpu::self().block;
   product_later(
-      d, accumulate, [=](int row, int, int k) { return operand<T, false>(*block, a, row, k); },
+      d, accumulate, [=](int row, int, int k) { return operand<T, kColumns>(*block, a, row, k); },
       [=](int column, int k) { return operand<T, false>(*block, b, column, k); });
 }
 template <class T, int R>
 void multiply_transposed(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  static_assert(R == 32 || R == 64);
+  static_assert(R == 32);
   const cuda_on_cpu::Block* block = cuda_on_cpu::self().block;
   unsigned char gathered[32][cuda_on_cpu::kPayload];
   cuda_on_cpu::exchange(~0u, a, sizeof a, gathered);

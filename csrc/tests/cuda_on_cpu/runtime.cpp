@@ -39,17 +39,27 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
                 const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* element_stride,
                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   const bool half = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  if (rank != 2 || !half || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle != CU_TENSOR_MAP_SWIZZLE_128B ||
-      reinterpret_cast<uintptr_t>(map) % 64 != 0 || reinterpret_cast<uintptr_t>(address) % 16 != 0 || stride[0] % 16 != 0 ||
-      box[0] > 256 || box[1] > 256 || box[0] * 2 > 128 || size[0] == 0 || size[1] == 0 || size[0] > 1ull << 32 ||
-      size[1] > 1ull << 32 || stride[0] >= 1ull << 40 || element_stride[0] != 1 || element_stride[1] != 1) {
-    return CUDA_ERROR_INVALID_VALUE;
+  bool good = (rank == 2 || rank == 3) && half && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+              swizzle == CU_TENSOR_MAP_SWIZZLE_128B && reinterpret_cast<uintptr_t>(map) % 64 == 0 &&
+              reinterpret_cast<uintptr_t>(address) % 16 == 0 && box[0] * 2 <= 128;
+  for (cuuint32_t i = 0; good && i < rank; i++) {
+    good = size[i] > 0 && size[i] <= 1ull << 32 && box[i] > 0 && box[i] <= 256 && element_stride[i] == 1 &&
+           (i == 0 || (stride[i - 1] % 16 == 0 && stride[i - 1] < 1ull << 40));
   }
+  if (!good || (rank == 3 && box[2] != 1)) return CUDA_ERROR_INVALID_VALUE;
   struct {
     void* data;
-    int64_t columns, rows, pitch;
-    int32_t box_columns, box_rows;
-  } m = {address, int64_t(size[0]), int64_t(size[1]), int64_t(stride[0]), int32_t(box[0]), int32_t(box[1])};
+    int64_t columns, rows, planes, pitch, plane_pitch;
+    int32_t box_columns, box_rows, rank;
+  } m = {address,
+         int64_t(size[0]),
+         int64_t(size[1]),
+         rank == 3 ? int64_t(size[2]) : 1,
+         int64_t(stride[0]),
+         rank == 3 ? int64_t(stride[1]) : 0,
+         int32_t(box[0]),
+         int32_t(box[1]),
+         int32_t(rank)};
   std::memset(map, 0, sizeof *map);
   std::memcpy(map, &m, sizeof m);
   return CUDA_SUCCESS;
