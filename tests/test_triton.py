@@ -293,7 +293,7 @@ def test_more_elements_than_an_int32_counts(layout):
 def rows():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.aot", "--json"],
+        [sys.executable, "-m", "benchmarks.aot", "--json", "--backend", "triton"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
