@@ -22,6 +22,11 @@ from dnc_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
+CUDA_ARCH = (
+    "{}{}{}-real".format(*torch.cuda.get_device_capability(), "a" * (torch.cuda.get_device_capability() >= (9,)))
+    if GPU
+    else "80-real"
+)
 X86 = platform.machine() in ("x86_64", "AMD64")
 VERSION = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 
@@ -190,7 +195,7 @@ def test_a_cpp_program_is_built_against_the_installed_library(built, mode):
     """CTest installs the library, then builds and runs examples/cpp against it; a CUDA build brings no CUDA library along."""
     if mode == "cuda" and shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    options = ["-DDNC_PYTHON=OFF", "-DDNC_TESTS=ON", f"-DDNC_BUILD={mode}", "-DDNC_CUDA_ARCHS=80-real"]
+    options = ["-DDNC_PYTHON=OFF", "-DDNC_TESTS=ON", f"-DDNC_BUILD={mode}", f"-DDNC_CUDA_ARCHS={CUDA_ARCH}"]
     run(["cmake", "-S", built.tree, "-B", built.objects, *options], cwd=built.work)
     run(["cmake", "--build", built.objects, "-j2"], cwd=built.work)
     output = run(["ctest", "--test-dir", built.objects, "--verbose"], cwd=built.work)
