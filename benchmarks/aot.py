@@ -195,10 +195,10 @@ def _needed(row: Row, arch: int) -> str | None:
     """The instruction for products that a kernel must have."""
     if row.backend == "triton":
         return TENSOR_CORE[arch] if PRODUCTS.search(row.kernel) and row.when.get("bits") == 16 else None
-    # a CUDA C++ kernel says in its name what it multiplies with; wgmma is on 9.0 alone
-    if "wgmma" in row.kernel:
+    # a CUDA C++ kernel says in its name whose tensor cores it is for; wgmma is on 9.0 alone
+    if "_sm90_kernel" in row.kernel:
         return "wgmma" if arch == 90 else None
-    return "mma.sync" if "_mma" in row.kernel else None
+    return "mma.sync" if "_sm80_kernel" in row.kernel and arch == 80 else None
 
 
 def _compile(job: tuple[Any, ...]) -> list[Row]:

@@ -51,11 +51,11 @@ class Kernel:
     max_channels: int | None = None
     #: The channels come in groups of this many.
     channel_multiple: int = 1
-    #: The channels of a pixel must lie side by side in memory, as in rows [N,D] and in channels_last maps.
-    adjacent_channels: bool = False
+    #: Pixels must be rows of 16-byte units (`packed`), as [N,D] and channels_last maps are.
+    packed_pixels: bool = False
 
     def refuses(
-        self, name: str, dtype: torch.dtype, capability: tuple[int, int] | None, adjacent: bool | None, sizes: Mapping[str, int]
+        self, name: str, dtype: torch.dtype, capability: tuple[int, int] | None, packed: bool | None, sizes: Mapping[str, int]
     ) -> str:
         """Why this kernel of backend `name` does not take a call, or the empty string. What is None or absent is not asked."""
         if dtype not in self.dtypes:
@@ -71,8 +71,8 @@ class Kernel:
             return f"the {name} kernel takes at most {self.max_channels} channels, not {sizes['D']}"
         if self.channel_multiple > 1 and sizes.get("D", 0) % self.channel_multiple:
             return f"the {name} kernel takes channels in groups of {self.channel_multiple}, not {sizes['D']}"
-        if self.adjacent_channels and adjacent is False:
-            return f"the {name} kernel takes pixels whose channels lie side by side (rows, or channels_last)"
+        if self.packed_pixels and packed is False:
+            return f"the {name} kernel takes pixels as rows of 16-byte units ([N,D], or [B,D,H,W] in channels_last)"
         return ""
 
 
@@ -89,7 +89,10 @@ _CPU_AND_TRITON = {"cpu": Kernel("cpu"), "triton": _TRITON}
 # a row of the plan lies in registers
 _SINKHORN = {**_CPU_AND_TRITON, "triton": replace(_TRITON, max_subcentroids=64)}
 
-_CUDA_SIMILARITY = Kernel("cuda", _HALF, proven=False, capability=OLDEST_CAPABILITY, max_subcentroids=20)
+_CUDA_SIMILARITY = Kernel(
+    "cuda", _HALF, proven=False, capability=OLDEST_CAPABILITY, max_subcentroids=20, max_channels=768, channel_multiple=8,
+    packed_pixels=True,
+)  # fmt: skip
 _SCORES = {**_CPU_AND_TRITON, "cuda": _CUDA_SIMILARITY}
 
 #: Kernels of every op beside the reference, best first.
@@ -215,7 +218,7 @@ def resolve(
     choice: str = "auto",
     *,
     capability: tuple[int, int] | None = None,
-    adjacent: bool | None = None,
+    packed: bool | None = None,
     **sizes: int,
 ) -> Resolution:
     """Backend for `op`, with the reason. Pure: no environment, no tensor, no side effect.
@@ -226,7 +229,7 @@ def resolve(
         dtype: of the inputs; float64 if any of them is.
         choice: a backend, or ``auto``.
         capability: compute capability of a CUDA device; None: not asked about.
-        adjacent: whether the channels of a pixel lie side by side in memory; None: not asked about.
+        packed: whether pixels are rows of 16-byte units (`packed`); None: not asked about.
         sizes: N, C, K and D, as far as they are known: for the limits of kernels and the measured classes.
 
     Raises:
@@ -245,7 +248,7 @@ def resolve(
         interpreted = name == choice == "triton" and INTERPRETED and device == "cpu"
         if kernel.device != device and not interpreted:
             return f"the {name} backend runs on {kernel.device} tensors, not {device}"
-        return kernel.refuses(name, dtype, capability, adjacent, sizes) or without_code(name, capability) or unusable(name)
+        return kernel.refuses(name, dtype, capability, packed, sizes) or without_code(name, capability) or unusable(name)
 
     if choice != "auto":
         reason = why_not(choice)
@@ -257,7 +260,7 @@ def resolve(
     if not usable:
         return Resolution("reference", "; ".join(reasons.values()) or f"{op} has only its reference")
     if capability is not None and len(usable) > 1 and (op, capability) in DISPATCH:
-        exact = {"bits": 8 * dtype.itemsize} | ({} if adjacent is None else {"adjacent": int(adjacent)})
+        exact = {"bits": 8 * dtype.itemsize} | ({} if packed is None else {"packed": int(packed)})
         found = _evidence.nearest(DISPATCH[op, capability], sizes, exact)
         if found is not None and found.backend in usable:
             return Resolution(found.backend, f"measured faster in {found.rows}")
@@ -298,8 +301,22 @@ def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int)
     sizes = {"N": x.shape[0] * x.shape[2:].numel(), "D": x.shape[1], **sizes}
     return resolve(
         op, x.device.type, dtype, _choice if backend is None else backend,
-        capability=capability(x.device.index) if x.device.type == "cuda" else None, adjacent=x.stride(1) == 1, **sizes,
+        capability=capability(x.device.index) if x.device.type == "cuda" else None, packed=packed(x), **sizes,
     ).backend  # fmt: skip
+
+
+def packed(x: Tensor) -> bool:
+    """Whether the pixels of x [N,D] or [B,D,H,W] are rows: channels side by side, pixels one stride apart, in 16-byte units."""
+    if x.ndim not in (2, 4) or x.stride(1) != 1:
+        return False
+    step, unit = x.stride(-1) if x.ndim == 4 else x.stride(0), 16 // x.dtype.itemsize
+    if x.ndim == 4:  # as dnc::Pixels joins dimensions
+        samples, _, height, width = x.shape
+        if x.stride(2) == width * step:
+            width, height = width * height, 1
+        if height != 1 or (samples != 1 and x.stride(0) != width * step):
+            return False
+    return step % unit == 0  # where they begin cannot be traced: `_cuda.aligned` sees to it
 
 
 @torch.compiler.assume_constant_result

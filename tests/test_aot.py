@@ -88,10 +88,10 @@ def test_what_must_not_ship_is_a_fault():
     assert aot.faults(ROW) == []
     assert aot.faults(replace(ROW, spills=8)) == ["spills 8 bytes"]
     assert aot.faults(replace(ROW, ptx_features=["ld.local", "st.local"])) == ["has ld.local", "has st.local"]
-    assert aot.faults(replace(ROW, kernel="scores_wgmma_kernel<T>")) == ["has no wgmma"]
-    assert aot.faults(replace(ROW, kernel="scores_wgmma_kernel<T>", arch="sm_80")) == []
-    assert aot.faults(replace(ROW, kernel="scores_mma_kernel<T>", arch="sm_80")) == ["has no mma.sync"]
-    assert aot.faults(replace(ROW, kernel="scores_mma_kernel<T>", ptx_features=["mma.sync"])) == []
+    assert aot.faults(replace(ROW, kernel="scores_sm90_kernel<T>")) == ["has no wgmma"]
+    assert aot.faults(replace(ROW, kernel="scores_sm90_kernel<T>", arch="sm_80")) == []
+    assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>", arch="sm_80")) == ["has no mma.sync"]
+    assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>", arch="sm_80", ptx_features=["mma.sync"])) == []
 
 
 USAGE = """
