@@ -54,6 +54,15 @@ def test_the_self_test_covers_every_op_and_instruction_set(report):
     assert all(0 <= t.error <= doctor.BOUND for t in report.self_tests if t.proven)
 
 
+def test_a_kernel_that_does_not_take_float32_has_no_self_test(monkeypatch):
+    for limit in ({"dtypes": (torch.bfloat16,)}, {"channel_multiple": 8}):
+        kernel = backends.Kernel("cpu", **limit)
+        monkeypatch.setitem(backends.KERNELS, "cluster_sums", {"cpu": kernel})
+        found = doctor.check()
+        assert found.healthy
+        assert {t.backend for t in found.self_tests if t.op == "cluster_sums"} == {"reference"}
+
+
 def test_the_self_test_leaves_the_random_state_and_the_choices_alone():
     torch.manual_seed(3)
     state, choice, isa = torch.get_rng_state(), backends.chosen(), backends.cpu_isa()
