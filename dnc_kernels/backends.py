@@ -259,7 +259,7 @@ def resolve(
     usable = [name for name, reason in reasons.items() if not reason]
     if not usable:
         return Resolution("reference", "; ".join(reasons.values()) or f"{op} has only its reference")
-    if capability is not None and len(usable) > 1 and (op, capability) in DISPATCH:
+    if capability is not None and (op, capability) in DISPATCH:
         exact = {"bits": 8 * dtype.itemsize} | ({} if packed is None else {"packed": int(packed)})
         found = _evidence.nearest(DISPATCH[op, capability], sizes, exact)
         if found is not None and found.backend in usable:

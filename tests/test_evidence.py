@@ -60,6 +60,7 @@ def scores(**options):
 def test_a_limit_is_a_reason(gpu, asked, why):
     call = {"dtype": torch.bfloat16, "packed": True, **HOPPER, **SIZES}
     assert resolve("class_scores", "cuda", choice="cuda", **call).backend == "cuda"
+    assert scores(choice="cuda", K=32, D=768, capability=(8, 0)).backend == "cuda", "at its limits"
     with pytest.raises(RuntimeError, match=f"class_scores: backend 'cuda' was asked for but cannot run: {why}"):
         resolve("class_scores", "cuda", choice="cuda", **{**call, **asked})
 
@@ -69,10 +70,6 @@ def test_a_kernel_of_one_architecture_names_it(gpu):
     assert scores(choice="cuda").backend == "cuda"
     with pytest.raises(RuntimeError, match=r"is for compute capability 9\.0 or 10\.0, this GPU has 12\.0"):
         scores(choice="cuda", capability=(12, 0))
-
-
-def test_at_its_limits_a_kernel_runs(gpu):
-    assert scores(choice="cuda", K=32, D=768, capability=(8, 0)).backend == "cuda"
 
 
 def test_a_call_states_its_sizes_and_layout():
@@ -283,6 +280,9 @@ def test_code_for_another_gpu_is_no_code(monkeypatch):
     why = backends.without_code("cuda", (12, 0))
     assert why == "this build has no code for compute capability 12.0 (it was built for 80-real 90a-real)"
     assert backends.without_code("triton", (12, 0)) == ""
+    monkeypatch.setattr(backends, "unusable", lambda backend: "")
+    with pytest.raises(RuntimeError, match=r"no code for compute capability 12\.0"):
+        resolve("momentum_update_", "cuda", torch.float32, "cuda", capability=(12, 0))
 
 
 # measured choices
@@ -314,11 +314,19 @@ def test_the_nearest_measured_class_decides(measured, classes, backend, row):
     assert (found.backend, found.reason) == (backend, f"measured faster in rows.jsonl:{row}")
 
 
-def test_a_width_a_layout_or_a_gpu_that_was_not_measured_decides_nothing(measured):
-    assert scores(packed=False).reason == "first usable kernel for cuda", "the cuda kernel does not take it"
+def test_a_width_or_a_gpu_that_was_not_measured_decides_nothing(measured):
     assert scores(capability=(10, 0)).reason == "first usable kernel for cuda"
     measured.setattr(backends, "DISPATCH", {("class_scores", (9, 0)): entries(({"C": 150, "bits": 32}, "cuda"))})
     assert scores().backend == "triton"
+
+
+def test_layouts_are_measured_apart(measured):
+    measured.setitem(backends.KERNELS["class_scores"], "cuda", replace(PRODUCT, packed_pixels=False))
+    large = {"C": 150, "bits": 16}
+    for packed in (0, 1):
+        found = entries(({**large, "packed": 1 - packed}, "triton"), ({**large, "packed": packed}, "cuda"))
+        measured.setattr(backends, "DISPATCH", {("class_scores", (9, 0)): found})
+        assert scores(packed=bool(packed)).backend == "cuda" and scores(packed=not packed).backend == "triton"
 
 
 def test_a_measured_backend_still_needs_its_proof_and_its_limits(measured):
