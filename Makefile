@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help install demo test bench lint gpu-check clean
+.PHONY: help install demo test bench lint gpu-build gpu-check gpu-sanitize clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1: /'
 
@@ -33,19 +33,31 @@ bench: install ## compare the kernels with their baselines on this machine
 lint: install ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	find csrc examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
 # For a GPU machine without network: no venv, no download. PYTHON must have torch, numpy, pytest, pybind11, cmake and ninja.
 GPU_ARCH = $(shell $(PYTHON) -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9) + "-real")')
 GPU_NAME = $(shell $(PYTHON) -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
-gpu-check: ## build in place for this GPU alone with PYTHON, run the tests of CUDA and Triton kernels and the benchmarks, keep the rows
+GPU_ROWS = benchmarks/results/$(GPU_NAME)/$(shell date -u +%Y-%m-%dT%H%M%S).jsonl
+GPU_BENCH ?= --dtype float32 --dtype bfloat16
+gpu-build:
 	test -n "$(GPU_ARCH)"
 	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m dnc_kernels doctor
-	$(PYTHON) -m pytest -m "gpu or triton" $(ARGS)
-	mkdir -p benchmarks/results/$(GPU_NAME)
-	$(PYTHON) -m benchmarks run --device cuda --out benchmarks/results/$(GPU_NAME)/$(shell date -u +%Y-%m-%dT%H%M%S).jsonl
+
+# Every step runs, whatever became of those before it: time on a GPU is dear. The tests of the CUDA C++ kernels run within prove.
+gpu-check: gpu-build ## build in place for this GPU alone with PYTHON, prove the CUDA C++ kernels, test and measure; keeps proofs, rows and choices
+	rows=$(GPU_ROWS); status=0; \
+	$(PYTHON) -m dnc_kernels doctor || status=1; \
+	$(PYTHON) -m benchmarks.prove || status=1; \
+	$(PYTHON) -m pytest -m "gpu or triton or cuda" --ignore-glob='*_cuda.py' $(ARGS) || status=1; \
+	mkdir -p $$(dirname $$rows); \
+	$(PYTHON) -m benchmarks run --device cuda $(GPU_BENCH) --out $$rows || status=1; \
+	$(PYTHON) -m benchmarks.dispatch $$rows || status=1; \
+	exit $$status
+
+gpu-sanitize: gpu-build ## run the small tests of the CUDA C++ kernels on this GPU under compute-sanitizer
+	$(PYTHON) -m benchmarks.sanitize $(ARGS)
 
 clean: ## remove builds, caches and .venv
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out

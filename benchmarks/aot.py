@@ -1,4 +1,6 @@
-"""Compile every shipped Triton configuration for every architecture, on a machine without a GPU.
+"""Resources of every kernel on every architecture, on a machine without a GPU: Triton's here, CUDA C++'s in aot_cuda.py.
+
+Every shipped Triton configuration is compiled for every architecture.
 
 A configuration is compiled by calling the op's own launcher on tensors without memory, with a driver that claims to be the
 architecture: what is compiled is what would run, with the same specialisation. Registers and spills are read from the machine
@@ -28,10 +30,10 @@ FAMILIES = ("similarity", "sinkhorn", "momentum", "embedding", "upsample")
 #: Architecture -> shared memory a block may have, in bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 #: Instructions worth knowing about, as a line of PTX begins.
-FEATURES = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async", "mbarrier", "redux", "atom", "red")
+FEATURES = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async", "mbarrier", "redux", "atom", "red", "ld.local", "st.local")
 #: What multiplies matrices of 16 bits on an architecture, at its full rate.
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-#: Kernels of products: they must use the tensor cores.
+#: Triton kernels of products: they must use the tensor cores.
 PRODUCTS = re.compile(
     r"^_?(class_scores|scores_gradient|centroid_(gradient|loss|distance)|nearest_centroid|subcentroid_\w+)_kernel$"
 )
@@ -51,7 +53,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel compiled for one architecture with one configuration; `spills` are bytes of local memory a thread."""
+    """One kernel compiled for one architecture with one configuration; `spills` are bytes of stack and local memory a thread.
+
+    Of CUDA C++ kernels `shared_bytes` is the static part and `threads` 0: the launch decides. Their `ptx_features` are read
+    from machine code.
+    """
 
     op: str
     kernel: str
@@ -63,6 +69,7 @@ class Row:
     shared_bytes: int
     threads: int
     ptx_features: list[str]
+    backend: str = "triton"
 
 
 class _Driver:
@@ -177,13 +184,40 @@ def faults(row: Row) -> list[str]:
         found.append(f"spills {row.spills} bytes")
     if row.shared_bytes > SHARED_LIMIT[arch]:
         found.append(f"needs {row.shared_bytes} bytes of shared memory; a block may have {SHARED_LIMIT[arch]}")
-    if PRODUCTS.search(row.kernel) and row.when.get("bits") == 16 and TENSOR_CORE[arch] not in row.ptx_features:
-        found.append(f"has no {TENSOR_CORE[arch]}")
+    found += [f"has {name}" for name in ("ld.local", "st.local") if name in row.ptx_features]
+    needed = _needed(row, arch)
+    if needed and needed not in row.ptx_features:
+        found.append(f"has no {needed}")
     return found
+
+
+def _needed(row: Row, arch: int) -> str | None:
+    """The instruction for products that a kernel must have."""
+    if row.backend == "triton":
+        return TENSOR_CORE[arch] if PRODUCTS.search(row.kernel) and row.when.get("bits") == 16 else None
+    # a CUDA C++ kernel says in its name whose tensor cores it is for; wgmma is on 9.0 alone
+    if "_sm90_kernel" in row.kernel:
+        return "wgmma" if arch == 90 else None
+    return "mma.sync" if "_sm80_kernel" in row.kernel and arch == 80 else None
 
 
 def _compile(job: tuple[Any, ...]) -> list[Row]:
     return compile_one(*job)
+
+
+def _triton_rows(families: Sequence[str], archs: Sequence[int], processes: int) -> Iterator[Row]:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(_compile, jobs(families, archs)):
+            yield from rows
+
+
+def _cuda_rows(families: Sequence[str], archs: Sequence[int], processes: int) -> Iterator[Row]:
+    from . import aot_cuda
+
+    if reason := aot_cuda.missing():
+        print(f"CUDA C++ kernels are left out: {reason}", file=sys.stderr)
+        return
+    yield from aot_cuda.rows(families, archs, processes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,27 +225,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=main.__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object a line; else a table")
     parser.add_argument("--family", action="append", choices=FAMILIES, help="all; may be repeated")
+    parser.add_argument("--backend", action="append", choices=("triton", "cuda"), help="both; may be repeated")
     parser.add_argument("--arch", action="append", type=int, choices=list(SHARED_LIMIT), help="all; may be repeated")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", ""):
         print("TRITON_INTERPRET is ignored: the interpreter compiles nothing", file=sys.stderr)
-    chosen = jobs(options.family or FAMILIES, options.arch or tuple(SHARED_LIMIT))
     failed = 0
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(_compile, chosen):
-            for row in rows:
-                wrong = faults(row)
-                failed += bool(wrong)
-                if options.json:
-                    print(json.dumps({**asdict(row), "faults": wrong}), flush=True)
-                else:
-                    config = " ".join(f"{k}={v}" for k, v in row.config.items())
-                    print(
-                        f"{row.arch:6s} {row.kernel:28s} {row.registers:3d} registers, {row.spills} B spilled, "
-                        f"{row.shared_bytes:6d} B shared, {' '.join(row.ptx_features)}; {row.when} {config} {'; '.join(wrong)}",
-                        flush=True,
-                    )
+    for backend, rows_of in (("triton", _triton_rows), ("cuda", _cuda_rows)):
+        if options.backend and backend not in options.backend:
+            continue
+        for row in rows_of(options.family or FAMILIES, options.arch or tuple(SHARED_LIMIT), options.jobs):
+            wrong = faults(row)
+            failed += bool(wrong)
+            if options.json:
+                print(json.dumps({**asdict(row), "faults": wrong}), flush=True)
+                continue
+            config = " ".join(f"{k}={v}" for k, v in row.config.items())
+            print(
+                f"{row.arch:6s} {row.kernel:28s} {row.registers:3d} registers, {row.spills} B spilled, "
+                f"{row.shared_bytes:6d} B shared, {' '.join(row.ptx_features)}; {row.when} {config} {'; '.join(wrong)}",
+                flush=True,
+            )
     return int(failed > 0)
 
 

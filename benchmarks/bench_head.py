@@ -124,7 +124,8 @@ def _case(name: str, height: int, width: int, classes: int, dtype: str, settings
     needed = ["subcentroid_cross_entropy", "upsample_cross_entropy", "sinkhorn_assign", "cluster_sums", "normalize_embedding"]
     ours = []
     for checkpoint in ("all", "scores", "none"):
-        for v in kernels(settings, dtype, needed, lambda b, c=checkpoint: checked(c, "auto" if b == "cpu" else b)):  # type: ignore[misc]
+        of_backend = lambda b, c=checkpoint: checked(c, "auto" if b == "cpu" else b)  # noqa: E731
+        for v in kernels(settings, dtype, needed, of_backend, {"C": classes, "K": K, "D": CHANNELS}, packed=False):
             ours.append(Variant(f"{v.name} checkpoint={checkpoint}", v.prepare, baseline=False, backend=v.backend))
     return Case(
         op="head_step", name=name, dtype=dtype, data=_DATA,

@@ -123,7 +123,7 @@ def _update(sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
         op="momentum_update_", name="ade20k", shape=sizes, dtype=dtype, data=_DATA, reset=_reset,
         inputs=lambda: _inputs(sizes, dtype, settings.device), reference=lambda i: _reference(i, i.cluster), check=_check,
         variants=[
-            *kernels(settings, dtype, ["momentum_update_"], kernel),
+            *kernels(settings, dtype, ["momentum_update_"], kernel, sizes),
             Variant("index_add", timed(_index_add)),
             Variant("scatter_add", timed(_scatter_add)),
             *compiled(settings, "index_add", _index_add, timed),
@@ -166,7 +166,7 @@ def _training(sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
         op="clustering_and_momentum", name="ade20k", shape=sizes, dtype=dtype, data=_DATA, reset=_reset, inputs=inputs,
         reference=expected, check=_check,
         variants=[
-            *kernels(settings, dtype, ["sinkhorn_assign", "momentum_update_"], kernel),
+            *kernels(settings, dtype, ["sinkhorn_assign", "momentum_update_"], kernel, sizes),
             Variant("loop_released", lambda i: lambda: _training_loop(i, lambda c, mask: i.everything[..., c][mask])),
             Variant("loop_own", lambda i: lambda: _training_loop(i, lambda c, mask: i.similarity[mask])),
             Variant("vectorized", timed(vectorized)),

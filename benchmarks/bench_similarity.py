@@ -97,7 +97,7 @@ def _loss_case(
         op="centroid_cross_entropy", name=name, shape=sizes, dtype=dtype,
         data="unit pixels near own sub-centroid, uniform labels, none ignored" + (", NCHW" if nchw else ""),
         variants=[
-            *kernels(settings, dtype, ["centroid_cross_entropy"], kernel),
+            *kernels(settings, dtype, ["centroid_cross_entropy"], kernel, sizes, packed=not nchw),
             *(Variant(v, timed(f)) for v, f in eager.items()),
             *(v for name, f in eager.items() for v in compiled(settings, name, f, timed)),
         ],
@@ -185,7 +185,7 @@ def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settin
     return Case(
         op="nearest_centroid", name=name, shape=sizes, dtype=dtype, data="unit pixels near own sub-centroid",
         variants=[
-            *kernels(settings, dtype, ["nearest_centroid"], kernel),
+            *kernels(settings, dtype, ["nearest_centroid"], kernel, sizes),
             Variant("mm_argmax", timed(mm_argmax)),
             *compiled(settings, "mm_argmax", mm_argmax, timed),
             *([Variant("faiss_flat_ip", faiss_call, backend="faiss")] if on_cpu and importlib.util.find_spec("faiss") else []),
@@ -238,7 +238,7 @@ def _contrast_case(name: str, sizes: dict[str, int], dtype: str, settings: Setti
     n, c, _, d = sizes.values()
     return Case(
         op="subcentroid_cross_entropy", name=name, shape=sizes, dtype=dtype, data="unit pixels near own sub-centroid",
-        variants=[*kernels(settings, dtype, ["subcentroid_cross_entropy"], kernel), *variants],
+        variants=[*kernels(settings, dtype, ["subcentroid_cross_entropy"], kernel, sizes), *variants],
         inputs=lambda: _inputs(sizes, dtype, settings.device), reference=reference, check=check,
         flops=4.0 * n * c * k * d, goals=settings.goals(dtype, {"best": 1.5}),
     )  # fmt: skip

@@ -110,7 +110,7 @@ def _case(name: str, sizes: dict[str, int], dtype: str, settings: Settings) -> C
         op="sinkhorn_assign", name=name, shape=sizes, dtype=dtype, data=DATA, inputs=inputs,
         reference=lambda i: (reference(i), i.group), check=lambda result, expected: _check(result, *expected),
         variants=[
-            *kernels(settings, dtype, ["sinkhorn_assign"], kernel),
+            *kernels(settings, dtype, ["sinkhorn_assign"], kernel, sizes),
             Variant("loop", timed(loop)),
             Variant("vectorized", timed(vectorized)),
             *compiled(settings, "vectorized", vectorized, timed),

@@ -63,7 +63,7 @@ def _loss_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings)
         inputs=lambda: _inputs(sizes, dtype, settings.device), reference=_reference,
         check=lambda result, want: _check(result, want, torch.finfo(dtype_of(dtype)).eps),
         variants=[
-            *kernels(settings, dtype, ["upsample_cross_entropy"], kernel),
+            *kernels(settings, dtype, ["upsample_cross_entropy"], kernel, sizes),
             Variant("interpolate_ce", timed(_eager_loss)),
             *compiled(settings, "interpolate_ce", _eager_loss, timed),
         ],
@@ -115,7 +115,7 @@ def _argmax_case(name: str, sizes: dict[str, int], dtype: str, settings: Setting
         inputs=lambda: _inputs(sizes, dtype, settings.device), reference=reference,
         check=lambda result, want: choice_ratio(result.flatten(), want, margin),
         variants=[
-            *kernels(settings, dtype, ["upsample_argmax"], kernel),
+            *kernels(settings, dtype, ["upsample_argmax"], kernel, sizes),
             Variant("interpolate_argmax", timed(eager)),
             *compiled(settings, "interpolate_argmax", eager, timed),
         ],

@@ -35,8 +35,8 @@ Times = dict[str, list[float]]
 
 #: Every column of a row, in order; docs/benchmarks.md says what each one means.
 COLUMNS = (
-    "op", "case", "variant", "kind", "backend", "status", "reason", "data", "shape", "dtype", "threads", "device", "cache",
-    "rounds", "p50_ms", "p20_ms", "p80_ms", "ratio_to_best_baseline", "ratio_p20", "ratio_p80", "best_baseline",
+    "op", "case", "variant", "kind", "backend", "status", "reason", "data", "shape", "dtype", "threads", "device", "capability",
+    "cache", "rounds", "p50_ms", "p20_ms", "p80_ms", "ratio_to_best_baseline", "ratio_p20", "ratio_p80", "best_baseline",
     "ratio_to_baselines", "gflops", "pct_gemm_probe", "gemm_probe_gflops", "gb_per_s", "pct_copy_probe", "copy_probe_gb_per_s",
     "error_over_allowed", "peak_delta_mb", "allowed_peak_delta_mb", "goal_ratios", "goals_met", "cpu_isa", "machine_load_1min",
     "package_version", "torch_version", "python_version", "git_commit", "unix_time_s",
@@ -106,15 +106,26 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def kernels(
-    settings: Settings, dtype: str, ops: Sequence[str], prepare: Callable[[str], Callable[[Any], Call]]
+    settings: Settings,
+    dtype: str,
+    ops: Sequence[str],
+    prepare: Callable[[str], Callable[[Any], Call]],
+    sizes: Mapping[str, int],
+    packed: bool | None = None,
 ) -> list[Variant]:
-    """A variant for every backend that has all of `ops` here; the reference where none has. `prepare` gets its name."""
+    """A variant for every backend that has all of `ops` here for these sizes and layout; the reference where none has.
+
+    `prepare` gets its name. `packed`: whether pixels are rows (`backends.packed`); None: it does not matter.
+    """
     usable = []
+    known = {key: size for key, size in sizes.items() if key in ("N", "C", "K", "D")}
+    capability = backends.capability(None) if settings.cuda else None
     # Triton's interpreter, which runs on CPU tensors, is no way to measure
     for backend in set(backends.BACKENDS) - {"auto", "reference", *(() if settings.cuda else ("triton",))}:
         with suppress(RuntimeError):
             for op in ops:
-                backends.resolve(op, torch.device(settings.device).type, dtype_of(dtype), backend)
+                kind = torch.device(settings.device).type
+                backends.resolve(op, kind, dtype_of(dtype), backend, capability=capability, packed=packed, **known)
             usable.append(backend)
     return [Variant(f"dnc_{b}", prepare(b), baseline=False, backend=b) for b in sorted(usable) or ["reference"]]
 
@@ -264,6 +275,7 @@ def surroundings(device: str) -> Row:
     cpu = not device.startswith("cuda")
     return {
         "device": _cpu_name() if cpu else torch.cuda.get_device_name(device),
+        "capability": None if cpu else ".".join(map(str, torch.cuda.get_device_capability(device))),
         "cpu_isa": backends.cpu_isa() if cpu and not backends.unusable("cpu") else None,
         "package_version": dnc_kernels.__version__, "torch_version": torch.__version__,
         "python_version": platform.python_version(), "git_commit": _commit(),

@@ -2,6 +2,8 @@
 // The GIL is released while a kernel runs; a Status that is not ok becomes a Python exception that names the op.
 #include "bindings.h"
 
+#include <sstream>
+
 #include "dnc/common.h"
 #include "dnc/embedding.h"
 #include "dnc/momentum.h"
@@ -49,6 +51,10 @@ PYBIND11_MODULE(_C, m) {
 #if defined(DNC_WITH_CUDA)
   py::module_ cuda = m.def_submodule("cuda");
   bind_cuda(cuda);
+  py::dict sources;  // family -> SHA-256 of its kernels' source
+  std::istringstream words(DNC_CUDA_SOURCES);
+  for (std::string family, hash; words >> family >> hash;) sources[family.c_str()] = hash;
+  cuda.attr("sources") = sources;
 #endif
   m.def("sinkhorn", [](View similarity, View group, int64_t groups, double epsilon, int iterations, double tolerance,
                        View assignment, View plan, View history, View steps, int threads) {

@@ -8,7 +8,7 @@ The choice comes from an op's ``backend=`` argument, else the innermost `use_bac
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _evidence
 from .errors import FLOATS
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -38,12 +39,45 @@ class Kernel:
 
     device: str
     dtypes: tuple[torch.dtype, ...] = FLOATS
-    # A CUDA C++ kernel that no GPU has proven is opt-in: `auto` passes it over.
+    #: False: `auto` passes it over unless a GPU of the same capability has proven this build's source (`unproven`).
     proven: bool = True
     #: Oldest compute capability.
     capability: tuple[int, int] | None = None
+    #: The only compute capabilities; empty: any from `capability` on.
+    capabilities: tuple[tuple[int, int], ...] = ()
     #: Most sub-centroids a class; None: any number.
     max_subcentroids: int | None = None
+    #: Most channels; None: any number.
+    max_channels: int | None = None
+    #: The channels come in groups of this many.
+    channel_multiple: int = 1
+    #: Pixels must be rows of 16-byte units (`packed`), as [N,D] and channels_last maps are.
+    packed_pixels: bool = False
+
+    def refuses(
+        self, name: str, dtype: torch.dtype, capability: tuple[int, int] | None, packed: bool | None, sizes: Mapping[str, int]
+    ) -> str:
+        """Why this kernel of backend `name` does not take a call, or the empty string. What is None or absent is not asked."""
+        if dtype not in self.dtypes:
+            return f"the {name} kernel does not take {str(dtype).removeprefix('torch.')}"
+        if capability is not None and self.capability is not None and capability < self.capability:
+            return f"the {name} kernel needs compute capability {_dotted(self.capability)}, this GPU has {_dotted(capability)}"
+        if capability is not None and self.capabilities and capability not in self.capabilities:
+            only = " or ".join(map(_dotted, self.capabilities))
+            return f"the {name} kernel is for compute capability {only}, this GPU has {_dotted(capability)}"
+        if self.max_subcentroids is not None and sizes.get("K", 0) > self.max_subcentroids:
+            return f"the {name} kernel takes at most {self.max_subcentroids} sub-centroids a class, not {sizes['K']}"
+        if self.max_channels is not None and sizes.get("D", 0) > self.max_channels:
+            return f"the {name} kernel takes at most {self.max_channels} channels, not {sizes['D']}"
+        if self.channel_multiple > 1 and sizes.get("D", 0) % self.channel_multiple:
+            return f"the {name} kernel takes channels in groups of {self.channel_multiple}, not {sizes['D']}"
+        if self.packed_pixels and packed is False:
+            return f"the {name} kernel takes pixels as rows of 16-byte units ([N,D], or [B,D,H,W] in channels_last)"
+        return ""
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -55,7 +89,10 @@ _CPU_AND_TRITON = {"cpu": Kernel("cpu"), "triton": _TRITON}
 # a row of the plan lies in registers
 _SINKHORN = {**_CPU_AND_TRITON, "triton": replace(_TRITON, max_subcentroids=64)}
 
-_CUDA_SIMILARITY = Kernel("cuda", _HALF, proven=False, capability=OLDEST_CAPABILITY, max_subcentroids=20)
+_CUDA_SIMILARITY = Kernel(
+    "cuda", _HALF, proven=False, capability=OLDEST_CAPABILITY, max_subcentroids=20, max_channels=768, channel_multiple=8,
+    packed_pixels=True,
+)  # fmt: skip
 _SCORES = {**_CPU_AND_TRITON, "cuda": _CUDA_SIMILARITY}
 
 #: Kernels of every op beside the reference, best first.
@@ -74,6 +111,22 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "upsample_cross_entropy": _CPU_AND_TRITON,
     "upsample_argmax": _CPU_AND_TRITON,
 }
+
+
+#: Family of every op, by which kernels are proven.
+FAMILY = {
+    op: family
+    for family, ops in {
+        "similarity": (
+            "centroid_distance", "class_scores", "nearest_centroid", "centroid_cross_entropy", "subcentroid_cross_entropy"
+        ),
+        "sinkhorn": ("sinkhorn_assign", "sinkhorn_plan"),
+        "momentum": ("cluster_sums", "momentum_update_", "apply_momentum_"),
+        "embedding": ("normalize_embedding",),
+        "upsample": ("upsample_cross_entropy", "upsample_argmax"),
+    }.items()
+    for op in ops
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,9 +160,55 @@ def _probe() -> dict[str, str]:
 UNUSABLE = _probe()
 
 
+#: Proofs that hold for this build's CUDA C++ kernels, by family and compute capability.
+PROOFS = _evidence.valid(_evidence.read_proofs(), getattr(getattr(_native, "cuda", None), "sources", {}))
+#: Measured choices, by op and compute capability.
+DISPATCH = _evidence.read_dispatch()
+
+
 def unusable(backend: str) -> str:
     """Why `backend` cannot run in this process, or the empty string."""
     return UNUSABLE[backend]
+
+
+def unproven(op: str, name: str, capability: tuple[int, int] | None) -> str:
+    """Why `auto` may not choose the kernel of backend `name`, or the empty string: no GPU of the capability has proven it."""
+    if KERNELS[op][name].proven or (capability is not None and (FAMILY.get(op, ""), capability) in PROOFS):
+        return ""
+    like_this = "" if capability is None else f" of compute capability {_dotted(capability)}"
+    return f"no GPU{like_this} has proven the {name} kernel yet; ask for it by name"
+
+
+def proven_on(op: str) -> tuple[str, ...]:
+    """GPUs that have proven this build's CUDA C++ kernel of `op`, with their compute capabilities."""
+    return tuple(f"{p.device} ({_dotted(p.capability)})" for (family, _), p in PROOFS.items() if family == FAMILY[op])
+
+
+def without_code(name: str, capability: tuple[int, int] | None) -> str:
+    """Why this build's CUDA C++ kernels have no machine code for a capability, or the empty string."""
+    archs = getattr(_native, "cuda_archs", None)
+    if name != "cuda" or capability is None or archs is None or runs_on(archs, *capability):
+        return ""
+    return f"this build has no code for compute capability {_dotted(capability)} (it was built for {archs})"
+
+
+def runs_on(archs: str, major: int, minor: int) -> bool:
+    """Whether a binary for `archs` (as CMake writes them, separated by spaces) has code for compute capability `major.minor`.
+
+    SASS runs on its own major version from its own minor on, with suffix a on exactly its own capability; PTX runs on anything
+    newer.
+    """
+    for arch in archs.split():
+        number, _, kind = arch.partition("-")
+        digits, suffix = number.rstrip("af"), number[len(number.rstrip("af")) :]
+        if not digits.isdigit():  # native: built here, for what is here
+            return True
+        built = divmod(int(digits), 10)
+        if built == (major, minor):
+            return True
+        if not suffix and built <= (major, minor) and (kind != "real" or built[0] == major):
+            return True
+    return False
 
 
 def resolve(
@@ -119,7 +218,8 @@ def resolve(
     choice: str = "auto",
     *,
     capability: tuple[int, int] | None = None,
-    subcentroids: int | None = None,
+    packed: bool | None = None,
+    **sizes: int,
 ) -> Resolution:
     """Backend for `op`, with the reason. Pure: no environment, no tensor, no side effect.
 
@@ -129,7 +229,8 @@ def resolve(
         dtype: of the inputs; float64 if any of them is.
         choice: a backend, or ``auto``.
         capability: compute capability of a CUDA device; None: not asked about.
-        subcentroids: K, where an op's kernels have a limit.
+        packed: whether pixels are rows of 16-byte units (`packed`); None: not asked about.
+        sizes: N, C, K and D, as far as they are known: for the limits of kernels and the measured classes.
 
     Raises:
         RuntimeError: a backend named by `choice` cannot run this op here; the message says why.
@@ -147,27 +248,23 @@ def resolve(
         interpreted = name == choice == "triton" and INTERPRETED and device == "cpu"
         if kernel.device != device and not interpreted:
             return f"the {name} backend runs on {kernel.device} tensors, not {device}"
-        if dtype not in kernel.dtypes:
-            return f"the {name} kernel does not take {str(dtype).removeprefix('torch.')}"
-        if kernel.capability is not None and capability is not None and capability < kernel.capability:
-            have, need = (".".join(map(str, pair)) for pair in (capability, kernel.capability))
-            return f"the {name} kernel needs compute capability {need}, this GPU has {have}"
-        if kernel.max_subcentroids is not None and subcentroids is not None and subcentroids > kernel.max_subcentroids:
-            return f"the {name} kernel takes at most {kernel.max_subcentroids} sub-centroids a class, not {subcentroids}"
-        return unusable(name)
+        return kernel.refuses(name, dtype, capability, packed, sizes) or without_code(name, capability) or unusable(name)
 
     if choice != "auto":
         reason = why_not(choice)
         if reason:
             raise RuntimeError(f"{op}: backend {choice!r} was asked for but cannot run: {reason}")
         return Resolution(choice, "chosen by name")
-    reasons = []
-    for name, kernel in KERNELS[op].items():
-        reason = why_not(name) or ("" if kernel.proven else f"no GPU has proven the {name} kernel yet; ask for it by name")
-        if not reason:
-            return Resolution(name, f"first usable kernel for {device}")
-        reasons.append(reason)
-    return Resolution("reference", "; ".join(reasons) or f"{op} has only its reference")
+    reasons = {name: why_not(name) or unproven(op, name, capability) for name in KERNELS[op]}
+    usable = [name for name, reason in reasons.items() if not reason]
+    if not usable:
+        return Resolution("reference", "; ".join(reasons.values()) or f"{op} has only its reference")
+    if capability is not None and (op, capability) in DISPATCH:
+        exact = {"bits": 8 * dtype.itemsize} | ({} if packed is None else {"packed": int(packed)})
+        found = _evidence.nearest(DISPATCH[op, capability], sizes, exact)
+        if found is not None and found.backend in usable:
+            return Resolution(found.backend, f"measured faster in {found.rows}")
+    return Resolution(usable[0], f"first usable kernel for {device}")
 
 
 def _checked(choice: str, name: str = "backend") -> str:
@@ -195,13 +292,31 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = before
 
 
-def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, subcentroids: int | None = None) -> str:
-    """Backend for a call on `x`: the argument if given, else the choice in force. A float64 tensor among `others` counts."""
+def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int) -> str:
+    """Backend for a call on `x`: the argument if given, else the choice in force. A float64 tensor among `others` counts.
+
+    `sizes` are those of `resolve`; N and D are read from x [N,D] or [B,D,H,W] where they are not given.
+    """
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in others) else x.dtype
+    sizes = {"N": x.shape[0] * x.shape[2:].numel(), "D": x.shape[1], **sizes}
     return resolve(
         op, x.device.type, dtype, _choice if backend is None else backend,
-        capability=capability(x.device.index) if x.device.type == "cuda" else None, subcentroids=subcentroids,
+        capability=capability(x.device.index) if x.device.type == "cuda" else None, packed=packed(x), **sizes,
     ).backend  # fmt: skip
+
+
+def packed(x: Tensor) -> bool:
+    """Whether the pixels of x [N,D] or [B,D,H,W] are rows: channels side by side, pixels one stride apart, in 16-byte units."""
+    if x.ndim not in (2, 4) or x.stride(1) != 1:
+        return False
+    step, unit = x.stride(-1) if x.ndim == 4 else x.stride(0), 16 // x.dtype.itemsize
+    if x.ndim == 4:  # as dnc::Pixels joins dimensions
+        samples, _, height, width = x.shape
+        if x.stride(2) == width * step:
+            width, height = width * height, 1
+        if height != 1 or (samples != 1 and x.stride(0) != width * step):
+            return False
+    return step % unit == 0  # where they begin cannot be traced: `_cuda.aligned` sees to it
 
 
 @torch.compiler.assume_constant_result

@@ -61,6 +61,8 @@ class Choice:
     backend: str
     reason: str
     unproven: tuple[str, ...]
+    #: GPUs that have proven this build's CUDA C++ kernel of the op.
+    proven_on: tuple[str, ...] = ()
 
 
 @dataclass
@@ -168,29 +170,10 @@ def _look_at_cuda(report: Report) -> None:
     if archs is None:
         fix = "build with DNC_KERNELS_BUILD=cuda where nvcc is found"
         report.problems.append(Problem("there is a GPU, but this build has no CUDA kernels", fix, serious=False))
-    elif not runs_on(archs, major, minor):
+    elif not backends.runs_on(archs, major, minor):
         what = f"no CUDA code in this build runs on a GPU of capability {major}.{minor} (built for {archs})"
         suffix = "a" if major >= 9 else ""
         report.problems.append(Problem(what, f"build with DNC_KERNELS_CUDA_ARCHS={major}{minor}{suffix}-real"))
-
-
-def runs_on(archs: str, major: int, minor: int) -> bool:
-    """Whether a binary for `archs` (as CMake writes them, separated by spaces) has code for compute capability `major.minor`.
-
-    SASS runs on its own major version from its own minor on, with suffix a on exactly its own capability; PTX runs on anything
-    newer.
-    """
-    for arch in archs.split():
-        number, _, kind = arch.partition("-")
-        digits, suffix = number.rstrip("af"), number[len(number.rstrip("af")) :]
-        if not digits.isdigit():  # native: built here, for what is here
-            return True
-        built = divmod(int(digits), 10)
-        if built == (major, minor):
-            return True
-        if not suffix and built <= (major, minor) and (kind != "real" or built[0] == major):
-            return True
-    return False
 
 
 def _look_at_backends(report: Report) -> None:
@@ -208,13 +191,15 @@ def _look_at_backends(report: Report) -> None:
             capability = backends.capability(None) if device == "cuda" and torch.cuda.is_available() else None
             found = backends.resolve(op, device, torch.float32, capability=capability)
             here = {name: kernel for name, kernel in kernels.items() if kernel.device == device}
-            unproven = tuple(name for name, kernel in here.items() if not kernel.proven)
+            unproven = tuple(name for name in here if backends.unproven(op, name, capability))
+            proven_on = backends.proven_on(op) if "cuda" in here else ()
             reason = found.reason if here else f"{op} has no kernel for {device} yet"
-            report.choices.append(Choice(op, device, found.backend, reason, unproven))
+            report.choices.append(Choice(op, device, found.backend, reason, unproven, proven_on))
 
 
 def _run_self_tests(report: Report) -> None:
     problem = data()
+    sizes = {"K": problem.centroids.shape[1], "D": problem.x.shape[1]}
     places: list[tuple[str, str | None, str]] = [("reference", None, "cpu")]
     if not report.backends["cpu"]:
         places += [("cpu", isa, "cpu") for isa in backends.usable_isas()]
@@ -222,8 +207,11 @@ def _run_self_tests(report: Report) -> None:
         places += [(name, None, "cuda") for name in ("triton", "cuda") if not report.backends[name]]
     for op, kernels in backends.KERNELS.items():
         for backend, isa, device in places:
-            if backend != "reference" and backend not in kernels:
-                continue
+            capability = backends.capability(None) if device == "cuda" else None
+            if backend != "reference":
+                kernel = kernels.get(backend)
+                if kernel is None or kernel.refuses(backend, torch.float32, capability, True, sizes):
+                    continue
             error, failure = None, ""
             try:
                 with backends.use_backend("reference"):
@@ -232,7 +220,7 @@ def _run_self_tests(report: Report) -> None:
                     error = worst_error(CASES[op](problem.to(torch.float32, device)), expected)
             except Exception as raised:  # a doctor reports what it finds
                 failure = f"{type(raised).__name__}: {raised}"
-            proven = backend == "reference" or kernels[backend].proven
+            proven = backend == "reference" or not backends.unproven(op, backend, capability)
             report.self_tests.append(SelfTest(op, backend, isa, error, failure, proven))
     _judge(report)
 
@@ -274,8 +262,10 @@ def text(report: Report) -> str:
     ]
     rows = [["op", "tensors on", "runs on", "because"]]
     for choice in report.choices:
-        unproven = f" [unproven: {', '.join(choice.unproven)}]" if choice.unproven else ""
-        rows.append([choice.op, choice.device, choice.backend, choice.reason + unproven])
+        proof = f" [unproven: {', '.join(choice.unproven)}]" if choice.unproven else ""
+        if choice.proven_on:
+            proof += f" [cuda proven on {', '.join(choice.proven_on)}]"
+        rows.append([choice.op, choice.device, choice.backend, choice.reason + proof])
     lines += ["what `auto` picks for float32", *_table(rows), ""]
     if report.self_tests:
         columns = list(dict.fromkeys((test.backend, test.isa) for test in report.self_tests))

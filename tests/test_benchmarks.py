@@ -181,7 +181,7 @@ def test_quick_run(bench, dtype, tmp_path, capsys):
 
 
 def test_quick_run_without_kernels(monkeypatch):
-    monkeypatch.setattr(harness.backends, "resolve", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
+    monkeypatch.setattr(harness.backends, "resolve", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no kernel")))
     for quick in command.select(QUICK):
         assert {v.backend for v in quick.variants if not v.baseline} == {"reference"}
 

@@ -15,11 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import dnc_kernels
 from dnc_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU = torch.cuda.is_available()
+CUDA_ARCH = (
+    "{}{}{}-real".format(*torch.cuda.get_device_capability(), "a" * (torch.cuda.get_device_capability() >= (9,)))
+    if GPU
+    else "80-real"
+)
 X86 = platform.machine() in ("x86_64", "AMD64")
 VERSION = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 
@@ -180,6 +187,24 @@ def test_the_library_installs_alone_and_a_program_finds_it(built):
     run(["cmake", "--build", consumer], cwd=built.work)
     output = run(["ctest", "--test-dir", consumer, "--verbose", "--output-on-failure"], cwd=built.work)
     assert output.count(": ok") == len(backends.usable_isas())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["cpu", "cuda"])
+def test_a_cpp_program_is_built_against_the_installed_library(built, mode):
+    """CTest installs the library, then builds and runs examples/cpp against it; a CUDA build brings no CUDA library along."""
+    if mode == "cuda" and shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    options = ["-DDNC_PYTHON=OFF", "-DDNC_TESTS=ON", f"-DDNC_BUILD={mode}", f"-DDNC_CUDA_ARCHS={CUDA_ARCH}"]
+    run(["cmake", "-S", built.tree, "-B", built.objects, *options], cwd=built.work)
+    run(["cmake", "--build", built.objects, "-j2"], cwd=built.work)
+    output = run(["ctest", "--test-dir", built.objects, "--verbose"], cwd=built.work)
+    assert "CPU: 60 sub-centroids moved" in output and "100% tests passed out of 3" in output
+    expected = "built without CUDA kernels" if mode == "cpu" else "differs from the CPU" if GPU else "there is no CUDA device"
+    assert f"GPU: {'this library was ' if mode == 'cpu' else ''}{expected}" in output
+    (program,) = built.objects.rglob("example/example")
+    assert "libcuda" not in run(["ldd", program], cwd=built.work)
+    assert (built.objects / "csrc" / "tests" / "prefix" / "include" / "dnc" / "cuda.h").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.stem)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dnc_kernels import __main__, _selftest, backends, doctor
+from dnc_kernels._evidence import Proof
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,15 @@ def test_the_self_test_covers_every_op_and_instruction_set(report):
     }
     assert found == expected
     assert all(0 <= t.error <= doctor.BOUND for t in report.self_tests if t.proven)
+
+
+def test_a_kernel_that_does_not_take_float32_has_no_self_test(monkeypatch):
+    for limit in ({"dtypes": (torch.bfloat16,)}, {"channel_multiple": 8}):
+        kernel = backends.Kernel("cpu", **limit)
+        monkeypatch.setitem(backends.KERNELS, "cluster_sums", {"cpu": kernel})
+        found = doctor.check()
+        assert found.healthy
+        assert {t.backend for t in found.self_tests if t.op == "cluster_sums"} == {"reference"}
 
 
 def test_the_self_test_leaves_the_random_state_and_the_choices_alone():
@@ -146,7 +156,7 @@ def test_a_slower_instruction_set_is_a_note_and_no_illness():
     ],
 )
 def test_which_gpus_a_binary_serves(archs, capability, runs):
-    assert doctor.runs_on(archs, *capability) == runs
+    assert backends.runs_on(archs, *capability) == runs
 
 
 def test_the_text_shows_every_part(report):
@@ -160,8 +170,20 @@ def test_unproven_kernels_are_called_unproven(report):
     text = doctor.text(report)
     for op, kernels in backends.KERNELS.items():
         for name, kernel in kernels.items():
-            if not kernel.proven:
+            if not kernel.proven and not backends.PROOFS:
                 assert any(op in line and f"unproven: {name}" in line for line in text.splitlines())
+
+
+def test_a_proven_kernel_is_called_proven_with_its_gpu(monkeypatch):
+    proof = Proof("momentum", "0" * 64, "NVIDIA H100", (9, 0), 40, "abc", "2026-01-01")
+    monkeypatch.setattr(backends, "PROOFS", {("momentum", (9, 0)): proof})
+    found = doctor.check(self_test=False)
+    lines = [line for line in doctor.text(found).splitlines() if "proven on NVIDIA H100 (9.0)" in line]
+    assert [line.split()[0] for line in lines] == [
+        op for op, kernels in backends.KERNELS.items() if backends.FAMILY[op] == "momentum" and "cuda" in kernels
+    ]
+    if not torch.cuda.is_available():  # a proof holds for its own kind of GPU alone, and there is none here
+        assert all("unproven: cuda" in line for line in lines)
 
 
 @pytest.mark.parametrize(("serious", "status"), [(True, 1), (False, 0)])

@@ -316,6 +316,16 @@ def test_opcheck():
     torch.library.opcheck(op_loss._loss_op._opoverload, arguments, test_utils=utilities)
 
 
+def test_pixels_that_begin_between_units_are_copied():
+    x, p, _ = problem(n=24, c=5, d=16)
+    beside = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x).copy_(x)
+    assert beside.data_ptr() % 16
+    for made, expected in zip(
+        ops.nearest_centroid(beside, p, backend="cuda"), ops.nearest_centroid(x, p, backend="cuda"), strict=True
+    ):
+        assert torch.equal(made, expected)
+
+
 def test_traces_whole():
     x, p, labels = problem(n=24, c=5, d=16)
 

@@ -29,8 +29,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("op", backends.KERNELS)
 def test_auto_takes_triton_on_a_gpu(op, monkeypatch):
     monkeypatch.setitem(backends.UNUSABLE, "triton", "")
+    monkeypatch.setattr(backends, "DISPATCH", {})
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        found = backends.resolve(op, "cuda", dtype, capability=(9, 0), subcentroids=10)
+        found = backends.resolve(op, "cuda", dtype, capability=(9, 0), K=10)
         assert found.backend == "triton" and found.reason
     assert backends.resolve(op, "cpu", torch.float32).backend == "cpu"
 
@@ -42,9 +43,9 @@ def test_what_triton_cannot_do_runs_the_reference_with_the_reason(monkeypatch):
     assert old.backend == "reference" and "needs compute capability 8.0, this GPU has 7.5" in old.reason
     wide = resolve("class_scores", "cuda", torch.float64, capability=(9, 0))
     assert wide.backend == "reference" and "does not take float64" in wide.reason
-    many = resolve("sinkhorn_assign", "cuda", torch.float32, capability=(9, 0), subcentroids=65)
+    many = resolve("sinkhorn_assign", "cuda", torch.float32, capability=(9, 0), K=65)
     assert many.backend == "reference" and "at most 64 sub-centroids a class, not 65" in many.reason
-    for options in ({"capability": (7, 5)}, {"capability": (9, 0), "subcentroids": 65}):
+    for options in ({"capability": (7, 5)}, {"capability": (9, 0), "K": 65}):
         with pytest.raises(RuntimeError, match="'triton' was asked for but cannot run"):
             resolve("sinkhorn_plan", "cuda", torch.float32, "triton", **options)
 
@@ -292,7 +293,7 @@ def test_more_elements_than_an_int32_counts(layout):
 def rows():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.aot", "--json"],
+        [sys.executable, "-m", "benchmarks.aot", "--json", "--backend", "triton"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

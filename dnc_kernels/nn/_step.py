@@ -195,16 +195,21 @@ def first_pass(
     total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, kept = results
     for t in (total, grad_scale, grad_norm, grad_rstd):
         t.zero_()
-    embedding = kernels("embedding", pick("normalize_embedding", x, None))
-    upsampling = pick("upsample_cross_entropy", own, None)
-    sweep, winners = (pick(op, x, None, centroids) for op in ("subcentroid_cross_entropy", "class_scores"))
     head = Logits(temperature, scale, norm_weight, norm_bias, norm_eps)
     height, label_rows = x.shape[2], labels.shape[1]
     # at equal sizes nothing is interpolated, and bands do not touch each other
     apart = tuple(labels.shape[1:]) == tuple(x.shape[2:])
     lower = target_rows_of(height, label_rows, align_corners)
     sums = torch.zeros((), dtype=torch.float64, device=x.device)
-    work = Workspace(x, centroids.shape[0], own.dtype, keep_embedding)
+    classes, k = centroids.shape[:2]
+    work = Workspace(x, classes, own.dtype, keep_embedding)
+    embedding = kernels("embedding", pick("normalize_embedding", x, None))
+    upsampling = pick("upsample_cross_entropy", work.logits, None, N=labels.numel(), C=classes)
+    embedded = kept if work.embedding is None else work.embedding  # its layout decides, which is not always that of x
+    sweep, winners = (
+        pick(op, embedded, None, centroids, N=pixel_count(x), C=classes, K=k)
+        for op in ("subcentroid_cross_entropy", "class_scores")
+    )
     for band in bands(x):
         part, pixels = band.of(x), slice(band.first, band.last)
         e = work.embedding_of(band, kept)
@@ -328,8 +333,8 @@ def second_pass(
     for t in (grad_affine, sums, counts):
         t.zero_()
     embedding = kernels("embedding", pick("normalize_embedding", x, None))
-    winners = pick("class_scores", x, None, centroids)
-    k = centroids.shape[1]
+    classes, k = centroids.shape[:2]
+    winners = pick("class_scores", x, None, centroids, C=classes, K=k)
     keep = embedded.ndim == 4
     work = Workspace(x, 0, sums.dtype, keep or cluster is None)
     to_affine = torch.empty_like(grad_affine)

@@ -28,6 +28,11 @@ def where(x: Tensor) -> tuple[int, int]:
     return torch.cuda.current_stream(x.device).cuda_stream, x.device.index
 
 
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where it does not begin at a multiple of 16 bytes, as a view into the middle of a tensor may not."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def launch(name: str, x: Tensor, *arguments: Any) -> None:
     """Call a launcher of `module` on the current stream of the device of `x`; tensors and None become views.
 

@@ -74,7 +74,7 @@ def apply_momentum_(
     check_value(list(counts.shape) == [rows], op, "counts", lambda: f"[M]=[{rows}] to match centroids", counts)
     check_device(op, "sums", sums, centroids, "centroids")
     check_device(op, "counts", counts, centroids, "centroids")
-    backend = pick(op, centroids, backend, sums)
+    backend = pick(op, centroids, backend, sums, N=rows, D=channels)
     if backend == "reference":
         with torch.no_grad():
             reference.apply_momentum_(centroids, sums.detach(), counts, momentum)
@@ -112,7 +112,7 @@ def momentum_update_(
     cluster = _check_cluster(op, x, cluster, clusters)
     check_value(centroids.shape[2] == x.shape[1], op, "centroids", lambda: f"[C,K,D] with D={x.shape[1]} to match x", centroids)
     check_device(op, "centroids", centroids, x)
-    backend = pick(op, x, backend, centroids)
+    backend = pick(op, x, backend, centroids, C=centroids.shape[0], K=centroids.shape[1])
     if backend == "reference":
         _check_range(op, cluster, clusters)
         with torch.no_grad():

@@ -70,9 +70,9 @@ def centroid_distance(x: Tensor, centroids: Tensor, *, metric: str = "cosine", b
     """
     op = "centroid_distance"
     check_pixels(op, x)
-    check_centroids(op, x, centroids)
+    classes, k = check_centroids(op, x, centroids)
     check_choice(op, "metric", metric, METRICS[1:])
-    backend = pick(op, x, backend, centroids)
+    backend = pick(op, x, backend, centroids, C=classes, K=k)
     if backend == "reference":
         return reference.centroid_distance(x, centroids, metric)
     return ops.centroid_distance(x, centroids, metric, backend)
@@ -106,7 +106,7 @@ def class_scores(
     check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
     check_choice(op, "metric", metric, METRICS)
     flat = None if labels is None else check_labels(op, x, labels)
-    backend = pick(op, x, backend, centroids)
+    backend = pick(op, x, backend, centroids, C=classes, K=k)
     if backend == "reference":
         scores, winner, own = reference.class_scores(x, centroids, flat, metric)
         if x.ndim == 4:
@@ -136,9 +136,9 @@ def nearest_centroid(x: Tensor, centroids: Tensor, *, metric: str = "dot", backe
     """
     op = "nearest_centroid"
     check_pixels(op, x)
-    check_centroids(op, x, centroids)
+    classes, k = check_centroids(op, x, centroids)
     check_choice(op, "metric", metric, METRICS)
-    backend = pick(op, x, backend, centroids)
+    backend = pick(op, x, backend, centroids, C=classes, K=k)
     if backend == "reference":
         label, sub, score = reference.nearest_centroid(x.detach(), centroids.detach(), metric)
     else:
@@ -227,7 +227,7 @@ def centroid_cross_entropy(
         check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
     tensors = (x, centroids, flat, norm_weight, norm_bias, scale, None if class_weight is None else class_weight.detach())
     options = (metric, float(norm_eps), float(temperature), ignore_index, float(label_smoothing), reduction)
-    backend = pick(op, x, backend, centroids)
+    backend = pick(op, x, backend, centroids, C=classes, K=k)
     if backend == "reference":
         check_label_range(op, flat, classes, ignore_index)
         loss, prediction, own = reference.centroid_cross_entropy(*tensors, *options)
@@ -276,7 +276,7 @@ def subcentroid_cross_entropy(
     check_ignore_index(op, ignore_index, classes * k)
     check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
     arguments = (x, centroids, flat, float(temperature), ignore_index, reduction)
-    backend = pick(op, x, backend, centroids)
+    backend = pick(op, x, backend, centroids, C=classes, K=k)
     if backend == "reference":
         check_label_range(op, flat, classes * k, ignore_index)
         loss = reference.subcentroid_cross_entropy(*arguments)

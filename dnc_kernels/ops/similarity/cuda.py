@@ -1,7 +1,7 @@
 """Launchers of the CUDA C++ similarity kernels (csrc/cuda/similarity*.cu); the functions are those of native.py.
 
-Class scores, the nearest sub-centroid and the loss with the gradient of x have CUDA kernels. What has none runs the Triton kernel:
-distances, the contrast, the gradients of class scores and of sub-centroids.
+Class scores, the nearest sub-centroid and the loss with the gradient of x have CUDA kernels. What has none runs the Triton
+kernel: distances, the contrast, the gradients of class scores and of sub-centroids.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ def class_scores(
     x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str, scores: Tensor, winner: Tensor, own: Tensor | None
 ) -> None:
     """Into scores and winner, of any strides, and own [N,K], contiguous."""
+    x = _cuda.aligned(x)
     _cuda.launch("class_scores", x, x, centroids.contiguous(), labels, METRICS.index(metric), scores, winner, own)
 
 
 def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, sub: Tensor, score: Tensor) -> None:
     """Into label and sub [N] int64 and score [N]."""
+    x = _cuda.aligned(x)
     _cuda.launch("nearest_centroid", x, x, centroids.contiguous(), METRICS.index(metric), label, sub, score)
 
 
@@ -61,6 +63,7 @@ def centroid_cross_entropy(
             grad_scale,
         )  # fmt: skip
         return
+    x = _cuda.aligned(x)
     _cuda.launch(
         "centroid_cross_entropy", x, x, centroids.contiguous(), labels, METRICS.index(metric), norm_weight, norm_bias, norm_eps,
         scale, temperature, class_weight, ignore_index, label_smoothing, REDUCTIONS.index(reduction), grad_loss, loss,

@@ -50,7 +50,7 @@ def sinkhorn_assign(
     op = "sinkhorn_assign"
     check_integer(op, "group", group)
     flat, groups, limit = _check(op, similarity, group, num_groups, epsilon, iterations, tolerance)
-    backend = pick(op, similarity, backend, subcentroids=similarity.shape[1])
+    backend = pick(op, similarity, backend, C=groups, K=similarity.shape[1])
     if backend == "reference":
         _check_range(op, cast(Tensor, flat), groups)
         with torch.no_grad():
@@ -97,7 +97,7 @@ def sinkhorn_plan(
     """
     op = "sinkhorn_plan"
     flat, groups, limit = _check(op, similarity, group, num_groups, epsilon, iterations, tolerance)
-    backend = pick(op, similarity, backend, subcentroids=similarity.shape[1])
+    backend = pick(op, similarity, backend, C=groups, K=similarity.shape[1])
     if backend == "reference":
         if flat is not None:
             _check_range(op, flat, groups)

@@ -71,7 +71,7 @@ def upsample_cross_entropy(
             check_value(False, op, "class_weight", f"[C]=[{classes}] to match scores", class_weight)
         check_device(op, "class_weight", class_weight, scores, "scores")
         class_weight = class_weight.detach().to(compute_dtype(scores))
-    backend = pick(op, scores, backend)
+    backend = pick(op, scores, backend, N=labels.numel(), C=classes)
     if backend != "reference":
         return ops.upsample_cross_entropy(
             scores, labels, align_corners, class_weight, ignore_index, label_smoothing, reduction, backend
@@ -104,7 +104,7 @@ def upsample_argmax(
     op = "upsample_argmax"
     _check_scores(op, scores)
     height, width = _check_size(op, size)
-    backend = pick(op, scores, backend)
+    backend = pick(op, scores, backend, N=scores.shape[0] * height * width, C=scores.shape[1])
     if backend != "reference":
         return ops.upsample_argmax(scores.detach(), height, width, align_corners, backend)
     return reference.upsample_argmax(scores.detach(), (height, width), align_corners)

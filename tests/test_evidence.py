@@ -1,0 +1,399 @@
+"""What makes `auto` choose a CUDA C++ kernel: limits as data, a proof of the very source, and measured rows."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import dispatch, prove
+from dnc_kernels import _evidence, backends, ops
+from dnc_kernels._evidence import Measured, Proof
+from dnc_kernels.backends import Kernel, resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+HOPPER = {"capability": (9, 0)}
+HALVES = (torch.float16, torch.bfloat16)
+# what the matrix units ask for
+PRODUCT = Kernel(
+    "cuda", HALVES, proven=False, capability=(8, 0), max_subcentroids=32, max_channels=768, channel_multiple=8,
+    packed_pixels=True,
+)  # fmt: skip
+SIZES = {"N": 16384, "C": 150, "K": 10, "D": 256}
+PROOF = Proof("similarity", "0" * 64, "NVIDIA H100", (9, 0), 40, "abc", "2026-01-01")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`class_scores` with a Triton and a CUDA C++ kernel on a machine where both run; no proof, no measurement."""
+    monkeypatch.setitem(backends.KERNELS, "class_scores", {"triton": backends._TRITON, "cuda": PRODUCT})
+    monkeypatch.setattr(backends, "unusable", lambda backend: "")
+    monkeypatch.setattr(backends, "without_code", lambda name, capability: "")
+    monkeypatch.setattr(backends, "PROOFS", {})
+    monkeypatch.setattr(backends, "DISPATCH", {})
+    return monkeypatch
+
+
+def scores(**options):
+    return resolve("class_scores", "cuda", torch.bfloat16, **{**HOPPER, **SIZES, "packed": True, **options})
+
+
+# limits
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"dtype": torch.float32}, "the cuda kernel does not take float32"),
+        ({"capability": (7, 5)}, "the cuda kernel needs compute capability 8.0, this GPU has 7.5"),
+        ({"K": 33}, "the cuda kernel takes at most 32 sub-centroids a class, not 33"),
+        ({"D": 776}, "the cuda kernel takes at most 768 channels, not 776"),
+        ({"D": 252}, "the cuda kernel takes channels in groups of 8, not 252"),
+        (
+            {"packed": False},
+            r"the cuda kernel takes pixels as rows of 16-byte units \(\[N,D\], or \[B,D,H,W\] in channels_last\)",
+        ),
+    ],
+)
+def test_a_limit_is_a_reason(gpu, asked, why):
+    call = {"dtype": torch.bfloat16, "packed": True, **HOPPER, **SIZES}
+    assert resolve("class_scores", "cuda", choice="cuda", **call).backend == "cuda"
+    assert scores(choice="cuda", K=32, D=768, capability=(8, 0)).backend == "cuda", "at its limits"
+    with pytest.raises(RuntimeError, match=f"class_scores: backend 'cuda' was asked for but cannot run: {why}"):
+        resolve("class_scores", "cuda", choice="cuda", **{**call, **asked})
+
+
+def test_a_kernel_of_one_architecture_names_it(gpu):
+    gpu.setitem(backends.KERNELS["class_scores"], "cuda", replace(PRODUCT, capabilities=((9, 0), (10, 0))))
+    assert scores(choice="cuda").backend == "cuda"
+    with pytest.raises(RuntimeError, match=r"is for compute capability 9\.0 or 10\.0, this GPU has 12\.0"):
+        scores(choice="cuda", capability=(12, 0))
+
+
+def test_a_call_states_its_sizes_and_layout():
+    """`pick` gives the resolver what kernels have limits on, for every op."""
+    seen = {}
+
+    def look(op, device, dtype, choice, *, capability, packed, **sizes):
+        seen[op] = {"packed": packed, **sizes}
+        return backends.Resolution("reference", "")
+
+    x, p = torch.randn(2, 8, 3, 5), torch.randn(4, 6, 8)
+    label = torch.zeros(30, dtype=torch.int64)
+    map_of_labels = label.view(2, 3, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "resolve", look)
+        ops.centroid_distance(x, p)
+        ops.class_scores(x.contiguous(memory_format=torch.channels_last), p)
+        ops.nearest_centroid(x, p)
+        ops.centroid_cross_entropy(x, p, map_of_labels)
+        ops.subcentroid_cross_entropy(x, p, map_of_labels)
+        ops.sinkhorn_assign(torch.randn(30, 6), label, 4)
+        ops.sinkhorn_plan(torch.randn(30, 6), label, 4)
+        ops.cluster_sums(x, label, 24)
+        ops.momentum_update_(p, x, label)
+        ops.apply_momentum_(p, torch.zeros(24, 8), label[:24])
+        ops.normalize_embedding(x)
+        ops.upsample_cross_entropy(x, torch.zeros(2, 9, 10, dtype=torch.int64))
+        ops.upsample_argmax(x, (9, 10))
+    assert seen.keys() == backends.KERNELS.keys()
+    similarity = {"N": 30, "C": 4, "K": 6, "D": 8, "packed": False}
+    for op in (
+        "centroid_distance",
+        "nearest_centroid",
+        "centroid_cross_entropy",
+        "subcentroid_cross_entropy",
+        "momentum_update_",
+    ):
+        assert seen[op] == similarity, op
+    assert seen["class_scores"] == {**similarity, "packed": True}
+    assert seen["sinkhorn_assign"] == seen["sinkhorn_plan"] == {**similarity, "D": 6}
+    assert seen["apply_momentum_"].items() >= {"N": 24, "D": 8}.items()
+    assert seen["cluster_sums"] == seen["normalize_embedding"] == {"N": 30, "D": 8, "packed": False}
+    for op in ("upsample_cross_entropy", "upsample_argmax"):
+        assert seen[op].items() >= {"N": 180, "C": 8}.items(), op
+
+
+def strided(shape, strides, dtype=torch.bfloat16):
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    return torch.empty(size, dtype=dtype).as_strided(shape, strides)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "is_packed"),
+    [
+        ((5, 16), (16, 1), True),
+        ((5, 16), (24, 1), True),  # a slice of wider rows
+        ((5, 16), (20, 1), False),  # rows of 40 bytes
+        ((5, 16), (0, 1), True),  # expanded
+        ((5, 16), (32, 2), False),
+        ((5, 16), (1, 5), False),
+        ((2, 16, 3, 4), (192, 1, 64, 16), True),  # channels_last
+        ((2, 16, 3, 4), (192, 12, 4, 1), False),
+        ((2, 16, 3, 4), (320, 1, 80, 16), False),  # a crop
+        ((1, 16, 3, 4), (999, 1, 64, 16), True),  # one sample
+        ((2, 16, 1, 4), (64, 1, 999, 16), True),  # one row
+        ((2, 16, 3, 4), (384, 1, 64, 16), False),  # every other sample
+        ((2, 16, 1, 1), (16, 1, 1, 1), False),  # the stride of a single column says nothing
+    ],
+)
+def test_pixels_are_packed_where_the_kernels_say_so(shape, strides, is_packed):
+    assert backends.packed(strided(shape, strides)) == is_packed
+
+
+def test_units_of_packed_pixels_count_bytes():
+    assert backends.packed(strided((5, 16), (20, 1), torch.float32))
+    assert not backends.packed(strided((5, 16), (18, 1), torch.float32))
+    assert not backends.packed(torch.zeros(2, 3, 8))
+
+
+# proof
+
+
+def test_auto_passes_over_a_kernel_that_no_gpu_has_proven(gpu):
+    gpu.setitem(backends.KERNELS, "class_scores", {"cuda": PRODUCT})
+    assert scores().backend == "reference"
+    assert scores().reason == "no GPU of compute capability 9.0 has proven the cuda kernel yet; ask for it by name"
+    assert scores(choice="cuda").backend == "cuda"
+    gpu.setattr(backends, "PROOFS", {("similarity", (9, 0)): PROOF})
+    assert scores().backend == "cuda"
+    assert scores(capability=(8, 0)).backend == "reference", "another architecture has to prove it itself"
+    assert resolve("class_scores", "cuda", torch.bfloat16).backend == "reference", "an unknown GPU proves nothing"
+
+
+def test_a_proof_holds_for_its_source_alone():
+    later = replace(PROOF, device="NVIDIA H200", date="2026-02-01")
+    other = replace(PROOF, family="momentum")
+    found = _evidence.valid([PROOF, later, other], {"similarity": PROOF.source, "momentum": "1" * 64})
+    assert found == {("similarity", (9, 0)): later}
+    assert _evidence.valid([PROOF], {}) == {}
+
+
+def copy_of_sources(folder):
+    for name in ("cuda", "include"):
+        shutil.copytree(ROOT / "csrc" / name, folder / "csrc" / name)
+    return folder
+
+
+def test_the_hash_of_a_family_follows_its_own_and_the_shared_files(tmp_path):
+    root = copy_of_sources(tmp_path)
+    before = {f: prove.source(f, root) for f in prove.FAMILIES}
+    assert before == {f: prove.source(f) for f in prove.FAMILIES} and len(set(before.values())) == 5
+
+    def changed():
+        return {f for f in prove.FAMILIES if prove.source(f, root) != before[f]}
+
+    path = root / "csrc" / "cuda" / "momentum.cu"
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b"\n", b"\r\n"))
+    assert changed() == set()
+    path.write_bytes(text + b"// changed")
+    assert changed() == {"momentum"}
+    path.write_bytes(text)
+    (root / "csrc" / "cuda" / "similarity_wgmma.cu").write_text("new")
+    assert changed() == {"similarity"}
+    (root / "csrc" / "cuda" / "ptx.h").write_text("new")
+    assert changed() == set(prove.FAMILIES)
+
+
+@pytest.mark.skipif(backends.native().cuda_archs is None, reason="a build without CUDA kernels has no sources")
+def test_the_build_states_the_same_hashes():
+    built = Path(backends.native().__file__).stat().st_mtime
+    if any(p.stat().st_mtime > built for name in ("cuda", "include/dnc") for p in (ROOT / "csrc" / name).iterdir()):
+        pytest.skip("sources are newer than the build")
+    assert backends.native().cuda.sources == {f: prove.source(f) for f in prove.FAMILIES}
+
+
+def test_every_op_has_a_family_and_every_kernel_its_tests():
+    families = {op: f for f in prove.FAMILIES for op in __import__(f"dnc_kernels.ops.{f}", fromlist=["x"]).__all__}
+    assert {op: families[op] for op in backends.KERNELS} == backends.FAMILY
+    for op, kernels in backends.KERNELS.items():
+        assert "cuda" not in kernels or prove.tests_of(backends.FAMILY[op]), op
+    found = {path for f in prove.FAMILIES for path in prove.tests_of(f)}
+    assert found == set((ROOT / "tests").glob("test_*_cuda.py"))
+
+
+def test_stored_proofs_and_choices_are_whole():
+    for proof in _evidence.read_proofs():
+        assert proof.family in prove.FAMILIES and len(proof.source) == 64 and proof.tests > 0 and proof.device
+    for (op, _), entries in _evidence.read_dispatch().items():
+        assert op in backends.KERNELS
+        for entry in entries:
+            assert entry.backend in backends.KERNELS[op] and entry.when.keys() <= {"N", "C", "K", "D", "bits", "packed"}
+            for row in entry.rows.split():
+                file, _, line = row.rpartition(":")
+                assert json.loads((ROOT / file).read_text().splitlines()[int(line) - 1])["op"] == op
+
+
+def test_rows_of_proof_are_kept_and_replaced(tmp_path):
+    path = tmp_path / "proofs.json"
+    path.write_text("[]\n")
+    prove.add([], path)
+    assert path.read_text() == "[]\n"
+    other = replace(PROOF, family="momentum")
+    prove.add([PROOF, other], path)
+    again = replace(PROOF, tests=50, date="2026-02-01")
+    newer = replace(PROOF, source="1" * 64)
+    prove.add([again, newer], path)
+    assert set(_evidence.read_proofs(path)) == {other, again, newer}
+
+
+@pytest.mark.parametrize(
+    ("body", "count", "proven"),
+    [
+        ("def test_a(): pass\ndef test_b(): pass", 2, True),
+        ("def test_a(): pass\ndef test_b(): assert False", 1, False),
+        ("import pytest\n@pytest.mark.skip\ndef test_a(): pass", 0, False),
+        ("import pytest\n@pytest.fixture\ndef f(): raise OSError\ndef test_a(f): pass", 0, False),
+        ("", 0, False),
+    ],
+)
+def test_only_tests_that_passed_prove(tmp_path, monkeypatch, capsys, body, count, proven):
+    (tmp_path / "test_toy.py").write_text(body)
+    monkeypatch.setattr(prove, "tests_of", lambda family: [tmp_path / "test_toy.py"])
+    monkeypatch.setattr(prove, "surroundings", lambda device: {"git_commit": "abc"})
+    assert prove.passed([tmp_path / "test_toy.py"])[1] == count
+    row = prove.prove("momentum", {"momentum": prove.source("momentum")}, "NVIDIA H100", (9, 0))
+    assert (row is not None) == proven
+    if row:
+        assert row.tests == count and row.source == prove.source("momentum") and row.commit == "abc"
+    else:
+        assert "momentum: not proven: " in capsys.readouterr().out
+    assert prove.prove("momentum", {"momentum": "stale"}, "NVIDIA H100", (9, 0)) is None
+    assert "built from other source" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_without_a_gpu_nothing_is_proven(capsys):
+    assert prove.main([]) == 1
+    assert "only a GPU can prove a kernel" in capsys.readouterr().err
+
+
+def test_code_for_another_gpu_is_no_code(monkeypatch):
+    class Build:
+        cuda_archs = "80-real 90a-real"
+
+    monkeypatch.setattr(backends, "_native", Build)
+    assert backends.without_code("cuda", (9, 0)) == "" == backends.without_code("cuda", None)
+    why = backends.without_code("cuda", (12, 0))
+    assert why == "this build has no code for compute capability 12.0 (it was built for 80-real 90a-real)"
+    assert backends.without_code("triton", (12, 0)) == ""
+    monkeypatch.setattr(backends, "unusable", lambda backend: "")
+    with pytest.raises(RuntimeError, match=r"no code for compute capability 12\.0"):
+        resolve("momentum_update_", "cuda", torch.float32, "cuda", capability=(12, 0))
+
+
+# measured choices
+
+
+def entries(*choices):
+    return tuple(Measured(when, backend, f"rows.jsonl:{n}") for n, (when, backend) in enumerate(choices, 1))
+
+
+@pytest.fixture
+def measured(gpu):
+    gpu.setattr(backends, "PROOFS", {("similarity", (9, 0)): PROOF})
+    small, large = {"C": 19, "D": 256, "bits": 16, "packed": 1}, {"C": 150, "D": 256, "bits": 16, "packed": 1}
+    found = entries((small, "triton"), (large, "cuda"), ({**large, "bits": 32}, "triton"), ({**large, "packed": 0}, "triton"))
+    gpu.setattr(backends, "DISPATCH", {("class_scores", (9, 0)): found})
+    return gpu
+
+
+def test_without_measurements_the_order_of_the_table_decides(gpu):
+    gpu.setattr(backends, "PROOFS", {("similarity", (9, 0)): PROOF})
+    assert scores().backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("classes", "backend", "row"), [(150, "cuda", 2), (100, "cuda", 2), (40, "triton", 1), (2, "triton", 1)]
+)
+def test_the_nearest_measured_class_decides(measured, classes, backend, row):
+    found = scores(C=classes)
+    assert (found.backend, found.reason) == (backend, f"measured faster in rows.jsonl:{row}")
+
+
+def test_a_width_or_a_gpu_that_was_not_measured_decides_nothing(measured):
+    assert scores(capability=(10, 0)).reason == "first usable kernel for cuda"
+    measured.setattr(backends, "DISPATCH", {("class_scores", (9, 0)): entries(({"C": 150, "bits": 32}, "cuda"))})
+    assert scores().backend == "triton"
+
+
+def test_layouts_are_measured_apart(measured):
+    measured.setitem(backends.KERNELS["class_scores"], "cuda", replace(PRODUCT, packed_pixels=False))
+    large = {"C": 150, "bits": 16}
+    for packed in (0, 1):
+        found = entries(({**large, "packed": 1 - packed}, "triton"), ({**large, "packed": packed}, "cuda"))
+        measured.setattr(backends, "DISPATCH", {("class_scores", (9, 0)): found})
+        assert scores(packed=bool(packed)).backend == "cuda" and scores(packed=not packed).backend == "triton"
+
+
+def test_a_measured_backend_still_needs_its_proof_and_its_limits(measured):
+    assert scores(D=252).backend == "triton"
+    measured.setattr(backends, "PROOFS", {})
+    assert scores().backend == "triton"
+    assert scores(choice="triton").reason == "chosen by name"
+
+
+def test_the_choice_traces_with_symbolic_sizes(measured):
+    """Under torch.compile(dynamic=True) sizes have no values; crossing a boundary compiles again and chooses anew."""
+
+    def step(x, p):
+        found = resolve("class_scores", "cuda", torch.bfloat16, capability=(9, 0), packed=True, N=x.shape[0], C=p.shape[0], K=3, D=x.shape[1])  # fmt: skip
+        return x * (2 if found.backend == "cuda" else 1)
+
+    traced = torch.compile(step, backend="eager", fullgraph=True, dynamic=True)
+    for n, classes, factor in ((5, 150, 2), (7, 140, 2), (7, 19, 1), (9, 11, 1)):
+        assert traced(torch.ones(n, 256), torch.ones(classes, 3, 256)).eq(factor).all(), (n, classes)
+    assert traced(torch.ones(9, 252), torch.ones(150, 3, 252)).eq(1).all(), "beyond a limit"
+
+
+def row(backend, ms, **changes):
+    return {
+        "op": "nearest_centroid", "case": "ade20k", "kind": "kernel", "status": "ok", "shape": SIZES, "dtype": "bfloat16",
+        "capability": "9.0", "backend": backend, "p50_ms": ms, **changes,
+    }  # fmt: skip
+
+
+def test_rows_become_choices(tmp_path, capsys):
+    rows = [
+        row("triton", 2.0), row("cuda", 1.0), row("torch", 0.5, kind="baseline"),
+        row("triton", 1.0, case="nchw", op="normalize_embedding", shape={"B": 2, "D": 64, "H": 3, "W": 5}),
+        row("cuda", 2.0, case="nchw", op="normalize_embedding", shape={"B": 2, "D": 64, "H": 3, "W": 5}),
+        row("triton", 1.0, op="upsample_argmax", shape={"B": 2, "C": 19, "h": 3, "H": 12}, dtype="float32"),
+        row("cuda", None, status="failed", op="upsample_argmax", shape={"B": 2, "C": 19, "h": 3, "H": 12}, dtype="float32"),
+        row("cpu", 1.0, capability=None), row("reference", 1.0, capability=None), row("cuda", 1.0, op="head_step"),
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "update", lambda found: [])
+        assert dispatch.main([str(file)]) == 0
+    assert "9.0 nearest_centroid" in capsys.readouterr().out
+    folder = tmp_path / "dispatch"
+    dispatch.update(dispatch.faster(dispatch.read([file])), folder)
+    assert [p.name for p in folder.iterdir()] == ["sm_90.json"]
+    found = _evidence.read_dispatch(folder)
+    assert found.keys() == {("nearest_centroid", (9, 0)), ("normalize_embedding", (9, 0))}
+    (nearest,), (embedding,) = found["nearest_centroid", (9, 0)], found["normalize_embedding", (9, 0)]
+    assert nearest == Measured({**SIZES, "packed": 1, "bits": 16}, "cuda", f"{file}:1 {file}:2")
+    assert embedding.when == {"N": 30, "D": 64, "packed": 0, "bits": 16} and embedding.backend == "triton"
+
+    again = dispatch.faster([("a:1", row("triton", 0.1)), ("a:2", row("cuda", 0.2)), ("a:3", row("triton", 1.0, dtype="float32")), ("a:4", row("cuda", 2.0, dtype="float32"))])  # fmt: skip
+    dispatch.update(again, folder)
+    found = _evidence.read_dispatch(folder)
+    assert [(e.backend, e.when["bits"]) for e in found["nearest_centroid", (9, 0)]] == [("triton", 16), ("triton", 32)]
+    assert ("normalize_embedding", (9, 0)) in found, "what was not measured again stays"
+
+
+def test_capabilities_of_two_digits(tmp_path):
+    dispatch.update(dispatch.faster([("a:1", row("triton", 1, capability="12.1")), ("a:2", row("cuda", 2, capability="12.1"))]), tmp_path)  # fmt: skip
+    assert _evidence.read_dispatch(tmp_path).keys() == {("nearest_centroid", (12, 1))}
+
+
+def test_rows_that_compare_nothing_decide_nothing(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row("triton", 1.0)) + "\n")
+    assert dispatch.main([str(file)]) == 1
+    assert "no case has rows of two backends on a GPU" in capsys.readouterr().err
