@@ -47,8 +47,8 @@ Workspace layout(void* base, int64_t M, int64_t D) {
 }
 
 template <class S, Source kSource>
-__global__ void __launch_bounds__(kThreads)
-    momentum_update_kernel(float* centroids, PixelMap x, const int64_t* __restrict__ cluster, int64_t M, double momentum,
+__global__ void __launch_bounds__(kThreads, 2)
+    momentum_update_kernel(float* centroids, PixelMap x, const int64_t* __restrict__ cluster, uint32_t M, double momentum,
                            Workspace w, int tile) {
   using T = Tile<S, kSource>;
   T& s = *shared_memory<T>();
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     const int pixels = int(min(int64_t(tile), x.N - first));
     load_tile(s, x, cluster, M, pixels, [&](int i) { return first + i; });
     for_each_run(s, [&](uint32_t m, int length) { atomicAdd(w.counts + m, unsigned(length)); });
-    sum_tile<S, kSource>(s, x, pixels, [&](uint32_t m, int64_t d, const auto& sum) {
+    sum_tile<S, kSource>(s, x, pixels, [&](uint32_t m, int d, const auto& sum) {
 #pragma unroll
       for (int c = 0; c < T::kChannels; c += 4) {
         add_vector(w.sums + m * w.pitch + d + c, float4{sum[c], sum[c + 1], sum[c + 2], sum[c + 3]});
@@ -66,17 +66,19 @@ __global__ void __launch_bounds__(kThreads)
   unsigned target = 0;
   grid_barrier(w.arrived, target);  // the sums are complete
   finish<S>(
-      s, x, cluster, M, w.sums, w.pitch, [&](int64_t m) { return int64_t(w.counts[m]); },
-      [&](int64_t m, int64_t count, const float* sum, double squared) {
-        if (count > 0) move(centroids + m * x.D, sum, squared, momentum, x.D);
+      s, x, cluster, M, w.sums, w.pitch, [&](uint32_t m) { return w.counts[m]; },
+      [&](uint32_t m, uint32_t count, const float* sum, double squared) {
+        if (count > 0) move(centroids + m * x.D, sum, squared, momentum, int(x.D));
       });
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     apply_momentum_kernel(float* centroids, const float* __restrict__ sums, const int64_t* __restrict__ counts, int64_t M,
                           int64_t D, double momentum) {
   const int64_t m = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (m < M && counts[m] > 0) move(centroids + m * D, sums + m * D, squared_length(sums + m * D, D), momentum, D);
+  if (m >= M || counts[m] <= 0) return;
+  const float* sum = sums + m * D;
+  move(centroids + m * D, sum, squared_length(sum, int(D)), momentum, int(D));
 }
 
 template <class S, Source kSource>
@@ -92,8 +94,7 @@ Status update(const MomentumUpdate& a, const PixelMap& x, int64_t M, const Works
   const int64_t blocks = max(divide_up(x.N, tile), divide_up(M, kWarps));
   const Grid grid{unsigned(min(blocks, int64_t(processors) * min(resident, 2))), kThreads, stream, sizeof(T), 1, true};
   DNC_CHECK(cudaMemsetAsync(w.arrived, 0, w.bytes, stream));
-  DNC_CHECK(
-      launch(grid, kernel, a.centroids.as<float>(), x, a.cluster.as<int64_t>(), M, a.momentum, w, static_cast<int>(tile)));
+  DNC_CHECK(launch(grid, kernel, a.centroids.as<float>(), x, a.cluster.as<int64_t>(), uint32_t(M), a.momentum, w, int(tile)));
   return {};
 }
 
@@ -120,7 +121,7 @@ Status momentum_update(const MomentumUpdate& a, const Launch& where) {
   if (a.deterministic) {
     return ordered_update(a.x, a.cluster.as<int64_t>(), a.centroids.as<float>(), a.momentum, nullptr, nullptr, M, where);
   }
-  const Status status = check_momentum(a.x.dtype, N, M);
+  const Status status = check_momentum(a.x.dtype, N, a.centroids.size[1], M);
   if (!status.ok() || N == 0 || M == 0) return status;
   if (!enough(where, momentum_update_workspace(a))) return too_small();
   const OnDevice device(where);
@@ -138,7 +139,9 @@ Status apply_momentum(const ApplyMomentum& a, const Launch& where) {
   if (a.centroids.dtype != DType::float32 || a.sums.dtype != DType::float32) {
     return bad_argument("centroids and sums must be float32");
   }
-  if (divide_up(M, kWarps) > INT32_MAX) return bad_argument("centroids must fit a launch grid: fewer than 2^35 rows");
+  if (divide_up(M, kWarps) > INT32_MAX || D > INT32_MAX - 32) {
+    return bad_argument("there must be fewer than 2^35 sub-centroids and 2^31 - 32 channels");
+  }
   if (M == 0) return {};
   const OnDevice device(where);
   DNC_CHECK(device.error());

@@ -22,12 +22,12 @@ constexpr int64_t kMaxPixels = UINT32_MAX;
 enum class Source { vectors, rows, planes };
 
 // What neither kernel takes.
-inline Status check_momentum(DType x, int64_t N, int64_t M) {
+inline Status check_momentum(DType x, int64_t N, int64_t D, int64_t M) {
   if (x != DType::float32 && x != DType::float16 && x != DType::bfloat16) {
     return bad_argument("x must be float32, float16 or bfloat16");
   }
-  if (N > kMaxPixels || M > kMaxClusters) {
-    return bad_argument("there must be fewer than 2^32 pixels and 2^22 sub-centroids");
+  if (N > kMaxPixels || D > INT32_MAX - 1024 || M > kMaxClusters) {
+    return bad_argument("there must be fewer than 2^32 pixels, 2^22 sub-centroids and 2^31 - 1024 channels");
   }
   return {};
 }
@@ -74,9 +74,9 @@ struct Tile {
   int64_t offset[kPixels];  // of channel 0, by index; -1: left out
   float carry[kChannels][kThreads];
   Words<int(sizeof(S)) * 4> stage[kPlanes ? kWarps : 1][kPlanes ? kPixels : 1];
-  int64_t scan[kWarps];
-  int64_t again[kWarps];  // clusters whose sum is not finite
-  int kept;               // pixels of the tile that are not left out; in sum_finite_pixels: of a cluster
+  uint32_t scan[kWarps];
+  uint32_t again[kWarps];  // a cluster whose sum is not finite, else kLeftOut
+  int kept;                // pixels of the tile that are not left out; in sum_finite_pixels: of a cluster
 };
 
 // Sorts s.key[0, pixels), by a whole block; bitonic, padded to a power of two. A warp owns 64 neighbours while partners are
@@ -110,14 +110,21 @@ __device__ void sort_keys(T& s, int pixels) {
   __syncthreads();  // kept is known
 }
 
+// x.offset(n) by 32-bit division, a third of the instructions: there are fewer than 2^32 pixels.
+__device__ inline int64_t offset_of(const PixelMap& x, uint32_t n) {
+  if (x.flat) return int64_t(n) * x.sw;
+  const uint32_t map = uint32_t(x.HW), width = uint32_t(x.W), sample = n / map, in_map = n % map;
+  return int64_t(sample) * x.sb + int64_t(in_map / width) * x.sh + int64_t(in_map % width) * x.sw;
+}
+
 // Keys by cluster and offsets of a tile, then sorted: pixel(i) is the i-th of it.
 template <class T, class Pixel>
-__device__ void load_tile(T& s, const PixelMap& x, const int64_t* __restrict__ cluster, int64_t M, int pixels, Pixel pixel) {
+__device__ void load_tile(T& s, const PixelMap& x, const int64_t* __restrict__ cluster, uint32_t M, int pixels, Pixel pixel) {
   __syncthreads();  // the tile before has been read
   for (int i = int(threadIdx.x); i < pixels; i += kThreads) {
     const int64_t n = pixel(i), m = cluster[n];
     const bool keep = m >= 0 && m < M;
-    s.offset[i] = keep ? x.offset(n) : -1;
+    s.offset[i] = keep ? offset_of(x, uint32_t(n)) : -1;
     s.key[i] = keep ? uint32_t(m) << kIndexBits | uint32_t(i) : kLeftOut;
   }
   sort_keys(s, pixels);
@@ -173,23 +180,22 @@ __device__ __forceinline__ void sum_runs(T& s, const Team& team, int kept, Load 
     for (int c = 0; c < kChannels; c++) s.carry[c][mine] = sum[c];
   };
   for (int i = begin; i < end; i += kAhead) {
-    uint32_t key[kAhead];
     decltype(load(0)) v[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; a++) {
       v[a] = {};  // behind the end zeros are added to the last run
-      key[a] = s.key[min(i + a, end - 1)];
-      if (i + a < end) v[a] = load(int(key[a] & kIndex));
+      if (i + a < end) v[a] = load(int(s.key[i + a] & kIndex));
     }
 #pragma unroll
     for (int a = 0; a < kAhead; a++) {
-      if (key[a] >> kIndexBits != m) {
+      const uint32_t here = s.key[min(i + a, end - 1)] >> kIndexBits;
+      if (here != m) {
         if (continued) {
           leave();
         } else {
           sink(m, sum);
         }
-        continued = false, m = key[a] >> kIndexBits;
+        continued = false, m = here;
 #pragma unroll
         for (int c = 0; c < kChannels; c++) sum[c] = 0;
       }
@@ -217,12 +223,12 @@ __device__ void sum_tile(Tile<S, kSource>& s, const PixelMap& x, int pixels, Sin
   using T = Tile<S, kSource>;
   const S* data = static_cast<const S*>(x.data);
   if constexpr (!T::kPlanes) {
-    const int64_t vectors = divide_up(x.D, T::kChannels);
+    const int D = int(x.D), vectors = int(divide_up(D, T::kChannels));
     const int group = vectors > 16 ? 32 : vectors > 8 ? 16 : 8;  // lanes of a pixel
     const int lane = int(threadIdx.x) % group;
     const Team team{kThreads / group, int(threadIdx.x) / group, lane, group};
-    for (int64_t first = 0; first < vectors; first += group) {
-      const int64_t d = (first + lane) * T::kChannels;
+    for (int first = 0; first < vectors; first += group) {
+      const int d = (first + lane) * T::kChannels;
       const auto load = [&](int i) {
         const S* from = data + s.offset[i] + d;
         Words<16> v = {};
@@ -231,19 +237,20 @@ __device__ void sum_tile(Tile<S, kSource>& s, const PixelMap& x, int pixels, Sin
         } else {
 #pragma unroll
           for (int c = 0; c < T::kChannels; c++) {
-            if (d + c < x.D) set(v, c, from[c]);
+            if (d + c < D) set(v, c, from[c]);
           }
         }
         return v;
       };
-      sum_runs<kSource == Source::vectors ? 8 : 2>(
-          s, team, d < x.D ? s.kept : 0, load, [&](uint32_t m, const auto& sum) { sink(m, d, sum); }, [] { __syncthreads(); });
+      sum_runs<kSource == Source::vectors ? 5 : 2>(
+          s, team, d < D ? s.kept : 0, load, [&](uint32_t m, const auto& sum) { sink(m, d, sum); }, [] { __syncthreads(); });
     }
   } else {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     auto& stage = s.stage[warp];
-    for (int64_t d = warp * T::kChannels; d < x.D; d += kWarps * T::kChannels) {
-      constexpr int kAhead = 4;
+    const int D = int(x.D);
+    for (int d = warp * T::kChannels; d < D; d += kWarps * T::kChannels) {
+      constexpr int kAhead = 8 / int(sizeof(S));
       for (int first = lane; first < pixels; first += kAhead * 32) {
         S v[kAhead][T::kChannels];
 #pragma unroll
@@ -253,7 +260,7 @@ __device__ void sum_tile(Tile<S, kSource>& s, const PixelMap& x, int pixels, Sin
 #pragma unroll
           for (int c = 0; c < T::kChannels; c++) {
             v[a][c] = {};
-            if (offset >= 0 && d + c < x.D) v[a][c] = data[offset + (d + c) * x.sd];
+            if (offset >= 0 && d + c < D) v[a][c] = data[offset + (d + c) * x.sd];
           }
         }
 #pragma unroll
@@ -275,33 +282,37 @@ __device__ void sum_tile(Tile<S, kSource>& s, const PixelMap& x, int pixels, Sin
 // sum [D] of the finite pixels of cluster m, by a whole block, in the order of pixels; returns how many they are. Reads all
 // clusters: only for what is not finite.
 template <class S, class T>
-__device__ int64_t sum_finite_pixels(T& s, const PixelMap& x, const int64_t* __restrict__ cluster, int64_t m, float* sum) {
+__device__ uint32_t sum_finite_pixels(T& s, const PixelMap& x, const int64_t* __restrict__ cluster, uint32_t m, float* sum) {
   constexpr int kPart = T::kPixels < kThreads ? T::kPixels : kThreads;  // pixels looked at in a step
   const S* data = static_cast<const S*>(x.data);
+  const int D = int(x.D);
   const int t = int(threadIdx.x), lane = t % 32, warp = t / 32;
-  int64_t count = 0;
-  for (int64_t d = t; d < x.D; d += kThreads) sum[d] = 0;
+  uint32_t count = 0;
+  for (int d = t; d < D; d += kThreads) sum[d] = 0;
   for (int64_t first = 0; first < x.N; first += kPart) {
     const bool found = t < kPart && first + t < x.N && cluster[first + t] == m;
     const unsigned lanes = __ballot_sync(~0u, found);
     if (lane == 0) s.scan[warp] = __popc(lanes);
     __syncthreads();  // scan is complete
-    int64_t at = __popc(lanes & ((1u << lane) - 1)), all = 0;
+    int at = __popc(lanes & ((1u << lane) - 1)), all = 0;
     for (int w = 0; w < kWarps; w++) at += w < warp ? s.scan[w] : 0, all += s.scan[w];
-    if (found) s.offset[at] = x.offset(first + t);
+    if (found) s.offset[at] = offset_of(x, uint32_t(first + t));
     __syncthreads();  // the offsets are listed; scan may be written again
-    for (int64_t i = warp; i < all; i += kWarps) {
+    for (int i = warp; i < all; i += kWarps) {
       const S* pixel = data + s.offset[i];
       float zero = 0;  // 0 * NaN and 0 * Inf are NaN
-      for (int64_t d = lane; d < x.D; d += 32) zero += 0.f * to_float(pixel[d * x.sd]);
+#pragma unroll 1
+      for (int d = lane; d < D; d += 32) zero += 0.f * to_float(pixel[d * x.sd]);
       const bool bad = __ballot_sync(~0u, !(zero == 0.f)) != 0;  // every lane has read the offset
       if (lane == 0 && bad) s.offset[i] = -1;
     }
     __syncthreads();  // what is left out is marked
-    for (int64_t i = 0; i < all; i++) count += s.offset[i] >= 0;
-    for (int64_t d = t; d < x.D; d += kThreads) {
+#pragma unroll 1
+    for (int i = 0; i < all; i++) count += s.offset[i] >= 0;
+    for (int d = t; d < D; d += kThreads) {
       float part = 0;
-      for (int64_t i = 0; i < all; i++) part += s.offset[i] >= 0 ? to_float(data[s.offset[i] + d * x.sd]) : 0.f;
+#pragma unroll 1
+      for (int i = 0; i < all; i++) part += s.offset[i] >= 0 ? to_float(data[s.offset[i] + d * x.sd]) : 0.f;
       sum[d] += part;
     }
     __syncthreads();  // the offsets have been read; after the last step: the sum is complete
@@ -312,24 +323,24 @@ __device__ int64_t sum_finite_pixels(T& s, const PixelMap& x, const int64_t* __r
 __device__ inline bool usable(double squared) { return squared > 0 && squared <= 1.7976931348623157e308; }
 
 // p [D] <- unit(g * p + (1 - g) * unit(sum)), by a warp; `squared` is <sum, sum>. What has no direction changes nothing.
-__device__ inline void move(float* p, const float* sum, double squared, double g, int64_t D) {
+__device__ inline void move(float* p, const float* sum, double squared, double g, int D) {
   const int lane = int(threadIdx.x) % 32;
   if (!usable(squared)) return;
   const double c = (1 - g) / sqrt(squared);
   double updated = 0;
-  for (int64_t d = lane; d < D; d += 32) {
+  for (int d = lane; d < D; d += 32) {
     const double u = g * p[d] + c * sum[d];
     updated += u * u;
   }
   updated = warp_sum(updated);
   if (!usable(updated)) return;
   const double r = 1 / sqrt(updated);
-  for (int64_t d = lane; d < D; d += 32) p[d] = float((g * p[d] + c * sum[d]) * r);
+  for (int d = lane; d < D; d += 32) p[d] = float((g * p[d] + c * sum[d]) * r);
 }
 
-__device__ inline double squared_length(const float* v, int64_t D) {
+__device__ inline double squared_length(const float* v, int D) {
   double squared = 0;
-  for (int64_t d = int(threadIdx.x) % 32; d < D; d += 32) squared += double(v[d]) * v[d];
+  for (int d = int(threadIdx.x) % 32; d < D; d += 32) squared += double(v[d]) * v[d];
   return warp_sum(squared);
 }
 
@@ -337,19 +348,19 @@ __device__ inline double squared_length(const float* v, int64_t D) {
 // returns the pixels of it; then those whose sum is not finite are summed again, by the whole block; then done(m, count, sum,
 // squared) by the warp.
 template <class S, class T, class Total, class Done>
-__device__ void finish(T& s, const PixelMap& x, const int64_t* __restrict__ cluster, int64_t M, float* sums, int64_t pitch,
+__device__ void finish(T& s, const PixelMap& x, const int64_t* __restrict__ cluster, uint32_t M, float* sums, int64_t pitch,
                        Total total, Done done) {
   const int warp = int(threadIdx.x) / 32;
-  for (int64_t first = int64_t(blockIdx.x) * kWarps; first < M; first += int64_t(gridDim.x) * kWarps) {
-    const int64_t m = first + warp;
-    int64_t count = m < M ? total(m) : 0;
-    double squared = count > 0 ? squared_length(sums + m * pitch, x.D) : 0;
-    if (threadIdx.x % 32 == 0) s.again[warp] = squared <= 1.7976931348623157e308 ? -1 : m;
+  for (uint32_t first = blockIdx.x * kWarps; first < M; first += gridDim.x * kWarps) {
+    const uint32_t m = first + warp;
+    uint32_t count = m < M ? total(m) : 0;
+    double squared = count > 0 ? squared_length(sums + m * pitch, int(x.D)) : 0;
+    if (threadIdx.x % 32 == 0) s.again[warp] = squared <= 1.7976931348623157e308 ? kLeftOut : m;
     __syncthreads();  // again is complete
     for (int w = 0; w < kWarps; w++) {
-      if (s.again[w] < 0) continue;
-      const int64_t finite = sum_finite_pixels<S>(s, x, cluster, s.again[w], sums + s.again[w] * pitch);
-      if (w == warp) count = finite, squared = squared_length(sums + m * pitch, x.D);
+      if (s.again[w] == kLeftOut) continue;
+      const uint32_t finite = sum_finite_pixels<S>(s, x, cluster, s.again[w], sums + s.again[w] * pitch);
+      if (w == warp) count = finite, squared = squared_length(sums + m * pitch, int(x.D));
     }
     if (m < M) done(m, count, sums + m * pitch, squared);
     __syncthreads();  // again has been read

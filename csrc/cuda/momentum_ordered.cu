@@ -36,21 +36,24 @@ struct Workspace {
   uint32_t* order;      // [N] pixels by bucket
   float* partial;       // [rows, pitch]: of tile t and cluster m at (t + bucket of m) * 16 + m % 16
   float* sums;          // [M, pitch], where the caller wants none
-  int64_t tile, tiles, buckets, pitch, M;
+  uint32_t tile, tiles, buckets, M;
+  int64_t pitch;
   size_t zeros, bytes;
 };
 
 Workspace layout(void* base, int64_t N, int64_t D, int64_t M, int64_t tile) {
   Workspace w{};
-  w.tile = tile, w.tiles = divide_up(N, tile), w.buckets = divide_up(M, kBucket), w.pitch = round_up(D, 8), w.M = M;
-  const int64_t rows = (w.tiles + w.buckets) * kBucket;  // t + bucket never falls along the order, and rises with either
+  const int64_t tiles = divide_up(N, tile), buckets = divide_up(M, kBucket);
+  w.tile = uint32_t(tile), w.tiles = uint32_t(tiles), w.buckets = uint32_t(buckets), w.M = uint32_t(M);
+  w.pitch = round_up(D, 8);
+  const int64_t rows = (tiles + buckets) * kBucket;  // t + bucket never falls along the order, and rises with either
   Parts parts(base);
   w.arrived = parts.take<unsigned>(1);
-  w.histogram = parts.take<uint32_t>(w.buckets * w.tiles);
+  w.histogram = parts.take<uint32_t>(buckets * tiles);
   w.pixels = parts.take<uint32_t>(rows);
   w.zeros = parts.bytes();
-  w.start = parts.take<uint32_t>(w.buckets + 1);
-  w.sorted = parts.take<uint32_t>(w.tiles * tile);
+  w.start = parts.take<uint32_t>(buckets + 1);
+  w.sorted = parts.take<uint32_t>(tiles * tile);
   w.order = parts.take<uint32_t>(N);
   w.partial = parts.take<float>(rows * w.pitch);
   w.sums = parts.take<float>(M * w.pitch);
@@ -69,12 +72,12 @@ struct Result {
 // Step 2: an exclusive sum over the tiles.
 __device__ void scan_buckets(const Workspace& w) {
   const int lane = int(threadIdx.x) % 32;
-  for (int64_t b = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; b < w.buckets; b += int64_t(gridDim.x) * kWarps) {
+  for (uint32_t b = blockIdx.x * kWarps + threadIdx.x / 32; b < w.buckets; b += gridDim.x * kWarps) {
+    uint32_t* row = w.histogram + int64_t(b) * w.tiles;
     uint32_t before = 0;
-    for (int64_t first = 0; first < w.tiles; first += 32) {
-      const int64_t t = first + lane;
-      const uint32_t pixels = t < w.tiles ? w.histogram[b * w.tiles + t] : 0, upto = warp_scan(pixels);
-      if (t < w.tiles) w.histogram[b * w.tiles + t] = before + upto - pixels;
+    for (uint32_t first = 0; first < w.tiles; first += 32) {
+      const uint32_t t = first + lane, pixels = t < w.tiles ? row[t] : 0, upto = warp_scan(pixels);
+      if (t < w.tiles) row[t] = before + upto - pixels;
       before += __shfl_sync(~0u, upto, 31);
     }
     if (lane == 0) w.start[b] = before;
@@ -82,16 +85,15 @@ __device__ void scan_buckets(const Workspace& w) {
 }
 
 // Step 3: an exclusive sum over the buckets, by one block.
-__device__ void scan_starts(const Workspace& w, int64_t* of_warp) {
+__device__ void scan_starts(const Workspace& w, uint32_t* of_warp) {
   const int warp = int(threadIdx.x) / 32;
   uint32_t before = 0;
-  for (int64_t first = 0; first < w.buckets; first += kThreads) {
-    const int64_t b = first + threadIdx.x;
-    const uint32_t pixels = b < w.buckets ? w.start[b] : 0, upto = warp_scan(pixels);
+  for (uint32_t first = 0; first < w.buckets; first += kThreads) {
+    const uint32_t b = first + threadIdx.x, pixels = b < w.buckets ? w.start[b] : 0, upto = warp_scan(pixels);
     if (threadIdx.x % 32 == 31) of_warp[warp] = upto;
     __syncthreads();  // of_warp is complete
     uint32_t at = before + upto - pixels;
-    for (int v = 0; v < kWarps; v++) at += v < warp ? uint32_t(of_warp[v]) : 0, before += uint32_t(of_warp[v]);
+    for (int v = 0; v < kWarps; v++) at += v < warp ? of_warp[v] : 0, before += of_warp[v];
     if (b < w.buckets) w.start[b] = at;
     __syncthreads();  // of_warp has been read
   }
@@ -99,21 +101,22 @@ __device__ void scan_starts(const Workspace& w, int64_t* of_warp) {
 }
 
 template <class S, Source kSource>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     momentum_ordered_kernel(PixelMap x, const int64_t* __restrict__ cluster, Workspace w, Result result) {
   using T = Tile<S, kSource>;
   T& s = *shared_memory<T>();
+  const uint32_t N = uint32_t(x.N);
   unsigned target = 0;
-  for (int64_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
-    const int64_t first = tile * w.tile;
-    const int pixels = int(min(w.tile, x.N - first));
+  for (uint32_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
+    const uint32_t first = tile * w.tile;
+    const int pixels = int(min(w.tile, N - first));
     __syncthreads();  // the tile before has been read
     for (int i = int(threadIdx.x); i < pixels; i += kThreads) {
       const int64_t m = cluster[first + i];
       s.key[i] = m >= 0 && m < w.M ? uint32_t(m >> kBucketBits) << kIndexBits | uint32_t(i) : kLeftOut;
     }
     sort_keys(s, pixels);
-    for_each_run(s, [&](uint32_t bucket, int length) { w.histogram[bucket * w.tiles + tile] = uint32_t(length); });
+    for_each_run(s, [&](uint32_t bucket, int length) { w.histogram[int64_t(bucket) * w.tiles + tile] = uint32_t(length); });
     for (int i = int(threadIdx.x); i < pixels; i += kThreads) w.sorted[first + i] = s.key[i];
   }
   grid_barrier(w.arrived, target);  // the histogram and the sorted tiles are complete
@@ -121,9 +124,9 @@ __global__ void __launch_bounds__(kThreads)
   grid_barrier(w.arrived, target);  // so are the places within a bucket, and its pixels
   if (blockIdx.x == 0) scan_starts(w, s.scan);
   grid_barrier(w.arrived, target);  // so are the buckets' starts
-  for (int64_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
-    const int64_t first = tile * w.tile;
-    const int pixels = int(min(w.tile, x.N - first));
+  for (uint32_t tile = blockIdx.x; tile < w.tiles; tile += gridDim.x) {
+    const uint32_t first = tile * w.tile;
+    const int pixels = int(min(w.tile, N - first));
     __syncthreads();  // the tile before has been read
     for (int i = int(threadIdx.x); i < pixels; i += kThreads) s.key[i] = w.sorted[first + i];
     if (threadIdx.x == 0) s.kept = pixels;
@@ -132,18 +135,18 @@ __global__ void __launch_bounds__(kThreads)
       if (s.key[i] == kLeftOut) continue;
       const uint32_t bucket = s.key[i] >> kIndexBits;
       const uint32_t before = uint32_t(i - first_not_below(s, bucket << kIndexBits, 0));  // of the bucket, in this tile
-      w.order[w.start[bucket] + w.histogram[bucket * w.tiles + tile] + before] = uint32_t(first + (s.key[i] & kIndex));
+      w.order[w.start[bucket] + w.histogram[int64_t(bucket) * w.tiles + tile] + before] = first + (s.key[i] & kIndex);
     }
   }
   grid_barrier(w.arrived, target);  // the order is complete
-  const int64_t kept = w.start[w.buckets];
-  for (int64_t tile = blockIdx.x; tile * w.tile < kept; tile += gridDim.x) {
-    const int64_t first = tile * w.tile;
+  const uint32_t kept = w.start[w.buckets];
+  for (uint32_t tile = blockIdx.x; tile * int64_t(w.tile) < kept; tile += gridDim.x) {
+    const uint32_t first = tile * w.tile;
     const int pixels = int(min(w.tile, kept - first));
     const auto row = [&](uint32_t m) { return (tile + (m >> kBucketBits)) * kBucket + m % kBucket; };
-    load_tile(s, x, cluster, w.M, pixels, [&](int i) { return int64_t(w.order[first + i]); });
+    load_tile(s, x, cluster, w.M, pixels, [&](int i) { return w.order[first + i]; });
     for_each_run(s, [&](uint32_t m, int length) { w.pixels[row(m)] = uint32_t(length); });
-    sum_tile<S, kSource>(s, x, pixels, [&](uint32_t m, int64_t d, const auto& sum) {
+    sum_tile<S, kSource>(s, x, pixels, [&](uint32_t m, int d, const auto& sum) {
 #pragma unroll
       for (int c = 0; c < T::kChannels; c += 4) {
         *reinterpret_cast<float4*>(w.partial + row(m) * w.pitch + d + c) = float4{sum[c], sum[c + 1], sum[c + 2], sum[c + 3]};
@@ -153,24 +156,24 @@ __global__ void __launch_bounds__(kThreads)
   grid_barrier(w.arrived, target);  // the partial sums are complete
   finish<S>(
       s, x, cluster, w.M, w.sums, w.pitch,
-      [&](int64_t m) {
-        const int64_t bucket = m >> kBucketBits, begin = w.start[bucket], end = w.start[bucket + 1];
-        int64_t count = 0;
+      [&](uint32_t m) {
+        const uint32_t bucket = m >> kBucketBits, begin = w.start[bucket], end = w.start[bucket + 1];
+        uint32_t count = 0;
         float* sum = w.sums + m * w.pitch;
-        for (int64_t d = threadIdx.x % 32; d < x.D; d += 32) sum[d] = 0;
-        for (int64_t tile = begin / w.tile; tile * w.tile < end; tile++) {
-          const int64_t row = (tile + bucket) * kBucket + m % kBucket;
+        for (int d = threadIdx.x % 32; d < int(x.D); d += 32) sum[d] = 0;
+        for (uint32_t tile = begin / w.tile; tile * int64_t(w.tile) < end; tile++) {
+          const uint32_t row = (tile + bucket) * kBucket + m % kBucket;
           if (w.pixels[row] == 0) continue;
           count += w.pixels[row];
-          for (int64_t d = threadIdx.x % 32; d < x.D; d += 32) sum[d] += w.partial[row * w.pitch + d];
+          for (int d = threadIdx.x % 32; d < int(x.D); d += 32) sum[d] += w.partial[row * w.pitch + d];
         }
         return count;
       },
-      [&](int64_t m, int64_t count, const float* sum, double squared) {
+      [&](uint32_t m, uint32_t count, const float* sum, double squared) {
         if (result.centroids != nullptr) {
-          if (count > 0) move(result.centroids + m * x.D, sum, squared, result.momentum, x.D);
+          if (count > 0) move(result.centroids + m * x.D, sum, squared, result.momentum, int(x.D));
         } else {
-          for (int64_t d = threadIdx.x % 32; d < x.D; d += 32) result.sums[m * x.D + d] = sum[d];
+          for (int d = threadIdx.x % 32; d < int(x.D); d += 32) result.sums[m * x.D + d] = sum[d];
           if (threadIdx.x % 32 == 0) result.counts[m] = count;
         }
       });
@@ -185,7 +188,7 @@ Status run(const PixelMap& x, const int64_t* cluster, int64_t M, const Result& r
   DNC_CHECK(attribute(&processors, cudaDevAttrMultiProcessorCount));
   DNC_CHECK(resident_blocks(&resident, kernel, kThreads, sizeof(T)));
   const cudaStream_t stream = static_cast<cudaStream_t>(where.stream);
-  const int64_t blocks = max(w.tiles, divide_up(M, kWarps));
+  const int64_t blocks = max(int64_t(w.tiles), divide_up(M, kWarps));
   const Grid grid{unsigned(min(blocks, int64_t(processors) * min(resident, 2))), kThreads, stream, sizeof(T), 1, true};
   DNC_CHECK(cudaMemsetAsync(w.arrived, 0, w.zeros, stream));
   DNC_CHECK(launch(grid, kernel, x, cluster, w, result));
@@ -214,7 +217,7 @@ size_t ordered_workspace(const View& x, int64_t M) {
 Status ordered_update(const View& x, const int64_t* cluster, float* centroids, double momentum, float* sums, int64_t* counts,
                       int64_t M, const Launch& where) {
   const Pixels p(x);
-  const Status status = check_momentum(x.dtype, p.N(), M);
+  const Status status = check_momentum(x.dtype, p.N(), p.D, M);
   if (!status.ok() || M == 0) return status;
   if (!enough(where, ordered_workspace(x, M))) return too_small();
   const OnDevice device(where);
