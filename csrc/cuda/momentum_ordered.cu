@@ -32,7 +32,7 @@ struct Workspace {
   uint32_t* histogram;  // [buckets, tiles]: pixels, then the bucket's pixels in the tiles before
   uint32_t* pixels;     // [rows] of a partial sum
   uint32_t* start;      // [buckets + 1] first place of a bucket; before step 3 its pixels
-  uint32_t* sorted;     // [tiles, tile] keys of step 1
+  uint32_t* sorted;     // [N] keys of step 1, tile by tile
   uint32_t* order;      // [N] pixels by bucket
   float* partial;       // [rows, pitch]: of tile t and cluster m at (t + bucket of m) * 16 + m % 16
   float* sums;          // [M, pitch], where the caller wants none
@@ -53,7 +53,7 @@ Workspace layout(void* base, int64_t N, int64_t D, int64_t M, int64_t tile) {
   w.pixels = parts.take<uint32_t>(rows);
   w.zeros = parts.bytes();
   w.start = parts.take<uint32_t>(buckets + 1);
-  w.sorted = parts.take<uint32_t>(tiles * tile);
+  w.sorted = parts.take<uint32_t>(N);
   w.order = parts.take<uint32_t>(N);
   w.partial = parts.take<float>(rows * w.pitch);
   w.sums = parts.take<float>(M * w.pitch);
