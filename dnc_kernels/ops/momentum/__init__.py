@@ -99,8 +99,8 @@ def momentum_update_(
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
         cluster: [N] (or [B,H,W]) integers ``c*K + k``; -1 leaves a pixel out.
         momentum: in [0,1].
-        deterministic: add the pixels of a sub-centroid in a fixed order, so that reruns are bit-equal. Only ``cuda`` has another
-            kernel, faster where neighbouring pixels share sub-centroids. None: what `torch.use_deterministic_algorithms` says.
+        deterministic: add the pixels of a sub-centroid in a fixed order, so that reruns are bit-equal. Only ``cuda`` has a
+            faster kernel, where neighbouring pixels share sub-centroids. None: what `torch.use_deterministic_algorithms` says.
         backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Raises:
