@@ -147,7 +147,8 @@ def test_pixels_that_are_not_finite_are_left_out(layout, dtype, value, order):
 def test_a_cluster_of_bad_pixels_alone_keeps_its_sub_centroid():
     x, cluster = randn(40, 8), torch.arange(40, device=DEVICE) % 4
     x[cluster == 2, 5] = math.nan
-    assert check(x, cluster, 4).counts.tolist() == [10, 10, 0, 10]
+    # so many that a block ends several times 16 of them
+    assert check(x, cluster, 300).counts[:5].tolist() == [10, 10, 0, 10, 0]
 
 
 @VARIANTS
