@@ -29,6 +29,15 @@ void run(const char* op, size_t (*workspace)(const Args&), Status (*kernel)(cons
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  m.def("cluster_sums", [](View x, View cluster, View sums, View counts, Allocate allocate, uintptr_t stream, int device) {
+    run("cluster_sums", cuda::cluster_sums_workspace, cuda::cluster_sums, ClusterSums{x, cluster, sums, counts}, allocate,
+        stream, device);
+  });
+  m.def("apply_momentum_",
+        [](View centroids, View sums, View counts, double momentum, Allocate allocate, uintptr_t stream, int device) {
+          run("apply_momentum_", cuda::apply_momentum_workspace, cuda::apply_momentum,
+              ApplyMomentum{centroids, sums, counts, momentum}, allocate, stream, device);
+        });
   m.def("momentum_update_", [](View centroids, View x, View cluster, double momentum, bool deterministic, Allocate allocate,
                                uintptr_t stream, int device) {
     run("momentum_update_", cuda::momentum_update_workspace, cuda::momentum_update,

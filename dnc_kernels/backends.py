@@ -85,6 +85,7 @@ _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 #: Oldest compute capability that the GPU kernels are written for.
 OLDEST_CAPABILITY = (8, 0)
 _TRITON = Kernel("cuda", _HALF_AND_SINGLE, capability=OLDEST_CAPABILITY)
+_UNPROVEN_CUDA = Kernel("cuda", _HALF_AND_SINGLE, proven=False, capability=OLDEST_CAPABILITY)
 _CPU_AND_TRITON = {"cpu": Kernel("cpu"), "triton": _TRITON}
 # a row of the plan lies in registers
 _SINKHORN = {**_CPU_AND_TRITON, "triton": replace(_TRITON, max_subcentroids=64)}
@@ -104,9 +105,9 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "subcentroid_cross_entropy": _CPU_AND_TRITON,
     "sinkhorn_assign": _SINKHORN,
     "sinkhorn_plan": _SINKHORN,
-    "cluster_sums": _CPU_AND_TRITON,
-    "momentum_update_": {**_CPU_AND_TRITON, "cuda": Kernel("cuda", _HALF_AND_SINGLE, proven=False)},
-    "apply_momentum_": _CPU_AND_TRITON,
+    "cluster_sums": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
+    "momentum_update_": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
+    "apply_momentum_": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
     "normalize_embedding": _CPU_AND_TRITON,
     "upsample_cross_entropy": _CPU_AND_TRITON,
     "upsample_argmax": _CPU_AND_TRITON,

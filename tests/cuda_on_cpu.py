@@ -35,7 +35,7 @@ def cmake(name: str) -> str:
 
 @cache
 def build(sanitize: bool = SANITIZE) -> Path:
-    """Build the module (once for all workers) and return its path; skips where there is no CUDA toolkit."""
+    """Build the modules (once for all workers) and return their folder; skips where there is no CUDA toolkit."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs the CUDA toolkit's headers (nvcc on PATH)")
     import pybind11
@@ -56,13 +56,14 @@ def build(sanitize: bool = SANITIZE) -> Path:
                 [str(c) for c in command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
             assert done.returncode == 0, done.stdout[-6000:]
-    (module,) = tree.glob("_cuda_on_cpu*.so")
-    return module
+    return tree
 
 
 @cache
-def load():
-    spec = importlib.util.spec_from_file_location("_cuda_on_cpu", build())
+def load(name="_cuda_on_cpu"):
+    """The kernels, or ``_checks``: the harness' own tests."""
+    (path,) = build().glob(f"{name}.*.so")
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

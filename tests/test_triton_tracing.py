@@ -63,7 +63,7 @@ def checked_ops():
         "sinkhorn_plan_backward": (sinkhorn.sinkhorn_plan_backward, (own, group, 4, 0.05, history, steps, own.sin())),
         "cluster_sums": (momentum.cluster_sums, (x, cluster, C * K)),
         "apply_momentum_": (momentum.apply_momentum_, (p.clone(), unit(C * K, D), counts, 0.9)),
-        "momentum_update_": (momentum.momentum_update_, (p.clone(), x, cluster, 0.9)),
+        "momentum_update_": (momentum.momentum_update_, (p.clone(), x, cluster, 0.9, True)),
         "normalize_embedding": (embedding.normalize_embedding, (wanted, weight, None, 1e-5)),
         "normalize_embedding_backward": (
             embedding.normalize_embedding_backward,

@@ -33,10 +33,17 @@ struct MomentumUpdate {
   View x;          // [N,D] or [B,D,H,W] float32/float16/bfloat16, any strides
   View cluster;    // [N] int64, contiguous; outside [0,M): left out
   double momentum = 0.999;
-  bool deterministic = true;  // the pixels of a sub-centroid are added in a fixed order
+  bool deterministic =
+      true;  // the pixels of a sub-centroid are added in a fixed order; false: faster where neighbours share one
 };
 
+// The CUDA twins take float32 centroids and sums, x of any other dtype but float64, fewer than 2^32 pixels and 2^22
+// sub-centroids, and a contiguous cluster; clusters outside [0,M) are left out. cluster_sums is always deterministic.
 namespace cuda {
+size_t cluster_sums_workspace(const ClusterSums&);
+Status cluster_sums(const ClusterSums&, const Launch&);
+size_t apply_momentum_workspace(const ApplyMomentum&);
+Status apply_momentum(const ApplyMomentum&, const Launch&);
 size_t momentum_update_workspace(const MomentumUpdate&);
 Status momentum_update(const MomentumUpdate&, const Launch&);
 }  // namespace cuda

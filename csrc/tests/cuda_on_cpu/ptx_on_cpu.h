@@ -49,13 +49,13 @@ T value_at(const unsigned char (*gathered)[kPayload], int lane) {
   std::memcpy(&v, gathered[lane], sizeof(T));
   return v;
 }
-// The value of lane `from`; of the lane itself where that is not in the warp.
+// The value of lane `from`, which must take part: what another one gives is undefined.
 template <class T>
 T shuffle(unsigned mask, T v, int from) {
   static_assert(sizeof(T) <= kPayload);
   unsigned char gathered[32][kPayload];
   exchange(mask, &v, sizeof(T), gathered);
-  if (from < 0 || from > 31 || !(mask >> from & 1)) return v;
+  if (!(mask >> from & 1)) std::abort();
   return value_at<T>(gathered, from);
 }
 template <class T, class F>
@@ -84,8 +84,9 @@ T __shfl_sync(unsigned mask, T v, int from, int width = 32) {
   return cuda_on_cpu::shuffle(mask, v, l / width * width + from % width);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T v, int x, int = 32) {
-  return cuda_on_cpu::shuffle(mask, v, cuda_on_cpu::lane() ^ x);
+T __shfl_xor_sync(unsigned mask, T v, int x, int width = 32) {
+  const int l = cuda_on_cpu::lane(), from = l ^ x;  // earlier segments can be read, later ones not
+  return cuda_on_cpu::shuffle(mask, v, from >= (l / width + 1) * width ? l : from);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T v, unsigned d, int width = 32) {
@@ -262,7 +263,10 @@ inline float exp2_approximate(float x) {
   const float r = std::exp2(x);
   return std::fabs(r) < 1.17549435e-38f ? 0.f : r;
 }
-inline void barrier(int id, int threads) { cuda_on_cpu::named_barrier(id, threads); }
+inline void barrier(int id, int threads) {
+  if (id < 1 || id > 15 || threads <= 0 || threads % 32 != 0) std::abort();  // 0 is __syncthreads; whole warps take part
+  cuda_on_cpu::named_barrier(id, threads);
+}
 
 // Addresses of the shared window: a bias, so that 0 is none, then the offset within the block's buffer.
 constexpr uint32_t kWindow = 1024;
@@ -344,13 +348,14 @@ void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
 
 // ---- mbarrier, clusters
 
+constexpr unsigned kInitialised = 0x15A;
 struct alignas(8) PhaseBarrier {
-  uint8_t parity, arrivals, left, initialised;
+  uint32_t parity : 1, arrivals : 11, left : 11, initialised : 9;
   int32_t bytes;
 };
 static_assert(sizeof(PhaseBarrier) == 8, "as on the GPU");
 inline void barrier_advance(PhaseBarrier* b) {
-  if (b->initialised != 0x5A) std::abort();
+  if (b->initialised != kInitialised) std::abort();
   if (b->left == 0 && b->bytes == 0) b->parity ^= 1, b->left = b->arrivals, cuda_on_cpu::state.progress = true;
 }
 inline PhaseBarrier* barrier_of(PhaseBarrier* b, unsigned rank) {
@@ -358,7 +363,10 @@ inline PhaseBarrier* barrier_of(PhaseBarrier* b, unsigned rank) {
   if (rank >= gang.blocks.size()) std::abort();
   return reinterpret_cast<PhaseBarrier*>(gang.blocks[rank]->shared + (shared_address(b) - kWindow));
 }
-inline void barrier_init(PhaseBarrier* b, unsigned arrivals) { *b = {0, uint8_t(arrivals), uint8_t(arrivals), 0x5A, 0}; }
+inline void barrier_init(PhaseBarrier* b, unsigned arrivals) {
+  if (arrivals == 0 || arrivals > 1024) std::abort();  // a GPU counts further; more than a block's threads is a mistake
+  *b = {0, arrivals, arrivals, kInitialised, 0};
+}
 inline void barrier_init_fence() {}
 inline void barrier_arrive_expect(PhaseBarrier* b, unsigned bytes) {
   if (b->left == 0) std::abort();  // more arrivals than the phase has
@@ -372,7 +380,7 @@ inline void barrier_arrive(PhaseBarrier* b, unsigned rank) {
   barrier_advance(there);
 }
 inline void barrier_wait(PhaseBarrier* b, unsigned parity) {
-  if (b->initialised != 0x5A) std::abort();
+  if (b->initialised != kInitialised) std::abort();
   while (b->parity == parity) cuda_on_cpu::spin_once();
 }
 inline unsigned cluster_rank() { return cuda_on_cpu::state.cluster == 1 ? 0 : cuda_on_cpu::self().block->rank; }

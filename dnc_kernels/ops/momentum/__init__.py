@@ -28,7 +28,7 @@ def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int, *, backend: str 
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
         cluster: [N] (or [B,H,W]) any integer dtype, in [0,M) or -1 to leave a pixel out.
         num_clusters: M > 0.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Returns:
         sums [M,D], float64 for float64 `x`, else float32; counts [M] int64. A pixel with a NaN or Inf feature is left out of
@@ -60,7 +60,7 @@ def apply_momentum_(
         sums: [M,D] float32 or float64, as from `cluster_sums` (all-reduce it and `counts` first in data parallel).
         counts: [M] integers.
         momentum: in [0,1].
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or momentum.
@@ -99,7 +99,8 @@ def momentum_update_(
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
         cluster: [N] (or [B,H,W]) integers ``c*K + k``; -1 leaves a pixel out.
         momentum: in [0,1].
-        deterministic: every kernel there is is deterministic; None and both values give the same result.
+        deterministic: add the pixels of a sub-centroid in a fixed order, so that reruns are bit-equal. Only ``cuda`` has a
+            faster kernel, where neighbouring pixels share sub-centroids. None: what `torch.use_deterministic_algorithms` says.
         backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Raises:
@@ -119,7 +120,9 @@ def momentum_update_(
             sums, counts = reference.cluster_sums(x.detach(), cluster, clusters)
             reference.apply_momentum_(centroids, sums, counts, momentum)
     else:
-        ops.momentum_update_(centroids.detach(), x.detach(), cluster, momentum, backend)
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        ops.momentum_update_(centroids.detach(), x.detach(), cluster, momentum, deterministic, backend)
 
 
 def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:

@@ -19,8 +19,8 @@ def apply_momentum_(rows: Tensor, sums: Tensor, counts: Tensor, momentum: float)
     native().apply_momentum_(view(rows), view(sums), view(counts), momentum, torch.get_num_threads())
 
 
-def momentum_update_(rows: Tensor, x: Tensor, cluster: Tensor, momentum: float) -> None:
-    """Both."""
+def momentum_update_(rows: Tensor, x: Tensor, cluster: Tensor, momentum: float, deterministic: bool = True) -> None:
+    """Both; always deterministic."""
     sums, counts = x.new_empty(rows.shape, dtype=compute_dtype(x)), cluster.new_empty(rows.shape[0])
     cluster_sums(x, cluster, sums, counts)
     apply_momentum_(rows, sums, counts, momentum)

@@ -29,8 +29,11 @@ def cluster_sums(x: Tensor, cluster: Tensor, sums: Tensor, counts: Tensor) -> No
     _reduce(x, cluster, None, sums, counts, 0.0)
 
 
-def momentum_update_(rows: Tensor, x: Tensor, cluster: Tensor, momentum: float) -> None:
-    """Move rows [M,D] float32 towards the pixels of their cluster, in place. Memory and launches of `cluster_sums`."""
+def momentum_update_(rows: Tensor, x: Tensor, cluster: Tensor, momentum: float, deterministic: bool = True) -> None:
+    """Move rows [M,D] float32 towards the pixels of their cluster, in place. Memory and launches of `cluster_sums`.
+
+    Always deterministic.
+    """
     _reduce(x, cluster, rows, None, None, momentum)
 
 
