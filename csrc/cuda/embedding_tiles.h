@@ -144,7 +144,7 @@ __device__ inline void add_warps(float (&sum)[kSums], int p, const float (*of_wa
   }
 }
 
-// Pixels first ... first + P of x into tile [D][P], zeros behind the last one. Wide pieces arrive with copy_async_wait<0>.
+// Pixels first ... first + P of x into tile [D][P], zeros behind the last one. They arrive with copy_async_wait<0>.
 template <class S>
 __device__ inline void load_tile(S* tile, int P, const Features& x, int64_t first) {
   const int width = x.wide ? kPiece<S> : 1, pieces = P / width;
@@ -153,6 +153,7 @@ __device__ inline void load_tile(S* tile, int P, const Features& x, int64_t firs
   const S* from = static_cast<const S*>(x.data) + (here ? x.offset(first + p) : 0);
   if (x.wide) {
     for (int d = d0; d < x.D; d += step) copy16_async(tile + d * P + p, here ? from + d * x.sd : from, here);
+    copy_async_commit();
   } else {
 #pragma unroll 4
     for (int d = d0; d < x.D; d += step) tile[d * P + p] = here ? from[d * x.sd] : S{};
