@@ -4,16 +4,17 @@
 // rstd, inverse_norm [N] float32. Bytes: x and y once, 2*N*D elements, and 12 a pixel. Floor for N = 131072, D = 256 in
 // bfloat16 at 3.0 TB/s: 45 us; float32 90 us. About 20 instructions an element for tiles, 12 for rows (28 T/s: 24 and 14 us).
 //
-// Plan:  rows    channels adjacent ([N,D], channels_last): 1 to 32 lanes of a warp own a row (up to 1024 channels: up to 32 a
-//                lane, and 4 rows at a time where a lane has but 8), or a block does (16 channels a thread). The row stays in
-//                registers from the load to the store. 16-byte accesses where addresses allow; else lanes are neighbours.
-//        planes  pixels adjacent (NCHW): a block owns a tile of 8 to 64 pixels, all channels of it in shared memory, read by
-//                cp.async and written back from there. Lanes are pixels, warps share the channels.
-// Only what fits neither is read again from global memory (normalize_tile_kernel unstaged, four reads instead of one): rows
-// of more than 6144 channels (3072 where they are accessed one by one); planes of more than 7,000 (float32) or 14,000 channels
-// on an H100.
+// Plan:  rows    channels adjacent ([N,D], channels_last): 1 to 32 lanes of a warp own a row (of up to 1024 channels in 16
+//                bits, 512 in float32; short rows several at a time), longer ones a block. The row stays in registers from the
+//                load to the store. 16-byte accesses where addresses and D allow; else neighbouring lanes take neighbours.
+//        planes  pixels adjacent (NCHW): a block owns a tile of 8 to 64 pixels, all channels of it in shared memory, where
+//                cp.async brings it and y replaces it before it is stored. Lanes are pixels, warps share the channels.
+// What fits neither is read from global memory four times instead of once (normalize_tile_kernel, not kStaged): rows of more
+// than 6144 channels, 3072 where they are accessed one by one; planes of more than about 7000 channels on an H100, 5000 on an
+// A100, 2900 on GPUs with 99 KB.
 //
-// The mean is taken in two passes, the second of which corrects the first; the variance is that of the differences. A bad pixel
+// The mean is taken in two passes, the second of which corrects the first (a quotient, so that it is exact for equal channels);
+// the variance is that of the differences. A bad pixel
 // (NaN, Inf) is NaN in all channels and touches no other. Deterministic: every sum has a fixed order. Reference:
 // dnc_kernels/ops/embedding/reference.py; the same on the CPU: csrc/cpu/embedding.cpp.
 #include <algorithm>
@@ -30,12 +31,12 @@ struct Forward {
   Features x, y;
   const float *weight, *bias;
   float *mean, *rstd, *inverse_norm;
-  float eps, channels;
+  float eps, channels, per_channel;  // D, 1 / D
 };
 
 // 1 / sqrt(variance + eps). Rounding may leave the variance of a constant pixel a hair below 0; NaN stays NaN.
 __device__ inline float inverse_deviation(float squares, float left, const Forward& a) {
-  const float variance = squares / a.channels - left * left;
+  const float variance = squares * a.per_channel - left * left;
   return 1.f / sqrtf((variance < 0 ? 0.f : variance) + a.eps);
 }
 // 1 / max(|z|, 1e-12); but 0 for z = 0, which makes y and its gradient 0. NaN stays NaN.
@@ -63,78 +64,73 @@ __global__ void __launch_bounds__(kBlock ? kRowThreads : kThreads, kBlock       
   RowShared& shared = *shared_memory<RowShared>();
   const int team = kBlock ? int(blockDim.x) : lanes, teams = int(blockDim.x) / team;  // threads of a row, rows at a time
   const int lane = int(threadIdx.x) % team, row = int(threadIdx.x) / team;
-  const S* in = static_cast<const S*>(a.x.data);
-  S* out = static_cast<S*>(a.y.data);
   const int64_t first = int64_t(blockIdx.x) * teams * kRows;
-  float x[kRows][kPieces][kWidth], sum[1], mean[kRows], rstd[kRows], inverse_norm[kRows];
+  float x[kRows][kPieces][kWidth], sum[kRows] = {}, moments[2 * kRows] = {}, length[kRows] = {};
+  float mean[kRows], rstd[kRows];  // of x - center: moments [r] sum, [kRows + r] sum of squares
   const auto channel = [&](int j) { return (j * team + lane) * kWidth; };
-  const auto pixel = [&](int r) { return first + int64_t(r) * teams + row; };
+  const auto pixel = [&](int r) { return first + r * teams + row; };
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
     const bool here = pixel(r) < a.x.N;
-    const S* p = in + (here ? a.x.offset(pixel(r)) : 0);
+    const S* p = static_cast<const S*>(a.x.data) + (here ? a.x.offset(pixel(r)) : 0);
 #pragma unroll
     for (int j = 0; j < kPieces; j++) {
 #pragma unroll
       for (int i = 0; i < kWidth; i++) x[r][j][i] = 0;
       if (here && channel(j) < a.x.D) load_channels<kWidth>(x[r][j], p, a.x, channel(j));
+#pragma unroll
+      for (int i = 0; i < kWidth; i++) sum[r] += x[r][j][i];
     }
   }
+  row_sums<kBlock>(sum, lanes, shared.sum);
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    sum[0] = 0;
-#pragma unroll
-    for (int j = 0; j < kPieces; j++) {
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) sum[0] += x[r][j][i];
-    }
-    row_sums<kBlock>(sum, lanes, shared.sum);
-    const float center = sum[0] / a.channels;
-    float moments[2] = {};  // of x - center: sum, sum of squares
+    const float center = sum[r] / a.channels;
 #pragma unroll
     for (int j = 0; j < kPieces; j++) {
       const bool exists = channel(j) < a.x.D;
 #pragma unroll
       for (int i = 0; i < kWidth; i++) {
         const float t = exists ? x[r][j][i] - center : 0.f;
-        moments[0] += t, moments[1] += t * t;
+        moments[r] += t, moments[kRows + r] += t * t;
       }
     }
-    row_sums<kBlock>(moments, lanes, shared.moments);
-    const float left = moments[0] / a.channels;
-    mean[r] = center + left, rstd[r] = inverse_deviation(moments[1], left, a), inverse_norm[r] = 0;
+    mean[r] = center;
+  }
+  row_sums<kBlock>(moments, lanes, shared.moments);
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    const float left = moments[r] * a.per_channel;
+    mean[r] += left, rstd[r] = inverse_deviation(moments[kRows + r], left, a);
   }
 #pragma unroll
   for (int j = 0; j < kPieces; j++) {  // x becomes z; weight and bias serve all rows
-    const bool exists = channel(j) < a.x.D;
+    if (channel(j) >= a.x.D) continue;
     float weight[kWidth], bias[kWidth];
-    load_parameter(weight, exists ? a.weight : nullptr, channel(j), exists ? 1.f : 0.f);
-    load_parameter(bias, exists ? a.bias : nullptr, channel(j), 0.f);
+    load_parameter(weight, a.weight, channel(j), 1.f), load_parameter(bias, a.bias, channel(j), 0.f);
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
 #pragma unroll
       for (int i = 0; i < kWidth; i++) {
-        const float z = (x[r][j][i] - mean[r]) * rstd[r] * weight[i] + bias[i];
-        x[r][j][i] = exists ? z : 0.f;
-        inverse_norm[r] += x[r][j][i] * x[r][j][i];
+        x[r][j][i] = (x[r][j][i] - mean[r]) * rstd[r] * weight[i] + bias[i];
+        length[r] += x[r][j][i] * x[r][j][i];
       }
     }
   }
+  row_sums<kBlock>(length, lanes, shared.length);
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    sum[0] = inverse_norm[r];
-    row_sums<kBlock>(sum, lanes, shared.length);
-    inverse_norm[r] = inverse_length(sum[0]);
     const int64_t n = pixel(r);
     if (n >= a.x.N) continue;
-    S* p = out + a.y.offset(n);
+    const float inverse_norm = inverse_length(length[r]);
+    S* p = a.y.at<S>(n);
 #pragma unroll
     for (int j = 0; j < kPieces; j++) {
 #pragma unroll
-      for (int i = 0; i < kWidth; i++) x[r][j][i] *= inverse_norm[r];
+      for (int i = 0; i < kWidth; i++) x[r][j][i] *= inverse_norm;
       if (channel(j) < a.x.D) store_channels<kWidth>(p, a.y, channel(j), x[r][j]);
     }
-    if (lane == 0) a.mean[n] = mean[r], a.rstd[n] = rstd[r], a.inverse_norm[n] = inverse_norm[r];
+    if (lane == 0) a.mean[n] = mean[r], a.rstd[n] = rstd[r], a.inverse_norm[n] = inverse_norm;
   }
 }
 
@@ -194,7 +190,7 @@ __global__ void __launch_bounds__(kThreads) normalize_tile_kernel(Forward a, int
     tile_sums(v, tile, shared.moments);
     if (t < P) {
       add_warps(sum, t, shared.moments);
-      const float left = sum[0] / a.channels;
+      const float left = sum[0] * a.per_channel;
       shared.mean[t] = shared.center[t] + left, shared.rstd[t] = inverse_deviation(sum[1], left, a);
     }
     __syncthreads();  // mean and rstd are complete

@@ -6,12 +6,12 @@
 // [D] float32. Bytes: x, grad_y and grad_x once, 3*N*D elements, 12 a pixel, and 16*D a block for the sums over pixels. Floor
 // for N = 131072, D = 256 in bfloat16 at 3.0 TB/s: 68 us; float32 136 us. About 30 instructions an element (28 T/s: 36 us).
 //
-// Plan:  the rows and tiles of embedding.cu, x and grad_y of a pixel in registers (rows: up to 512 channels by a warp) or in
-//        shared memory (tiles of planes, up to 3,600 channels in float32 and 7,200 in 16 bits on an H100; beyond, and for rows
-//        of more than 6144 channels (3072 where accessed one by one), both are read a second time). One pass makes five sums of
-//        a pixel, from which follows all that its gradient needs; the second makes dz and grad_x. Where grad_weight or
-//        grad_bias is wanted, as many blocks as run at a time walk over the pixels and keep their sums (rows: in registers;
-//        tiles: in shared memory), which a second launch adds in the order of the blocks.
+// Plan:  the rows and tiles of embedding.cu, with x and grad_y of a pixel in registers (a warp: rows of up to 512 channels) or
+//        shared memory. What fits neither is read a second time: the same rows; planes of more than about 3000 channels on an
+//        H100, 2100 on an A100, 1200 on GPUs with 99 KB. One pass over a pixel makes five sums, from which follows all that its
+//        gradient needs; the second makes dz and grad_x. Where grad_weight or grad_bias is wanted, as many blocks as run at a
+//        time walk over the pixels and keep their sums (rows: in registers; tiles: in shared memory), which a second launch
+//        adds in the order of the blocks.
 // Deterministic: no atomics; bit-equal from run to run on GPUs of as many multiprocessors. Reference:
 // dnc_kernels/ops/embedding/reference.py; the same on the CPU: csrc/cpu/embedding.cpp.
 #include <algorithm>
@@ -26,13 +26,13 @@ using namespace embedding;
 
 constexpr int64_t kMostBlocks = 1024;  // with sums of their own: room for 7 on each of an H100's multiprocessors
 constexpr int kSums = 5;               // <g,z>, <g,w>, <z,w>, <g*w,xhat>, <z*w,xhat>
-constexpr int kAddWarps = 16;          // of embedding_add_kernel
+constexpr int kAddWarps = 16;          // of normalize_add_kernel
 
 struct Backward {
   Features x, grad_y, grad_x;
   const float *weight, *bias, *mean, *rstd, *inverse_norm, *grad_rstd;
-  float* partial;  // [blocks,2,D], or null
-  float channels;
+  float* partial;     // [blocks,2,D], or null
+  float per_channel;  // 1 / D
   bool to_x;
 };
 
@@ -46,16 +46,16 @@ struct Pixel {
     const bool here = n < a.x.N;
     mean = here ? a.mean[n] : 0.f, rstd = here ? a.rstd[n] : 0.f, inverse_norm = here ? a.inverse_norm[n] : 0.f;
   }
-  __device__ void finish(const Backward& a, int64_t n, const float (&sum)[kSums]) {
+  __device__ void finish(const Backward& a, int64_t n, const float* sum) {
     const float inv = inverse_norm;
     // below the bound 1e-12 the length is a constant, and nothing is projected out; NaN stays NaN
     along = inv < 1e12f ? sum[0] * inv * inv * inv : inv != inv ? inv : 0.f;
     // d rstd / dx = -rstd^2 * xhat / D
     const float to_rstd = a.grad_rstd != nullptr && n < a.x.N ? a.grad_rstd[n] * rstd : 0.f;
-    level = (inv * sum[1] - along * sum[2]) / a.channels;
-    slope = (inv * sum[3] - along * sum[4] + to_rstd) / a.channels;
+    level = (inv * sum[1] - along * sum[2]) * a.per_channel;
+    slope = (inv * sum[3] - along * sum[4] + to_rstd) * a.per_channel;
   }
-  __device__ void add(float (&sum)[kSums], float x, float g, float weight, float bias) const {
+  __device__ void add(float* sum, float x, float g, float weight, float bias) const {
     const float xhat = (x - mean) * rstd, z = xhat * weight + bias, gw = g * weight, zw = z * weight;
     sum[0] += g * z, sum[1] += gw, sum[2] += zw, sum[3] += gw * xhat, sum[4] += zw * xhat;
   }
@@ -96,11 +96,11 @@ __global__ void __launch_bounds__(kBlock ? kRowThreads : kThreads, kBlock ? 1 : 
       for (int j = 0; j < kPieces; j++) {
         if (!here || channel(j) >= D) continue;
         load_channels<kWidth>(x[r][j], from, a.x, channel(j));
-        load_channels<kWidth>(g[r][j], grad, a.grad_y, channel(j));
+        load_foreign<kWidth>(g[r][j], grad, a.grad_y, channel(j));
       }
       pixel[r].load(a, n);
     }
-    float sum[kRows][kSums] = {};
+    float sum[kRows * kSums] = {};
 #pragma unroll
     for (int j = 0; j < kPieces; j++) {
       if (channel(j) >= D) continue;
@@ -109,14 +109,12 @@ __global__ void __launch_bounds__(kBlock ? kRowThreads : kThreads, kBlock ? 1 : 
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
 #pragma unroll
-        for (int i = 0; i < kWidth; i++) pixel[r].add(sum[r], x[r][j][i], g[r][j][i], weight[i], bias[i]);
+        for (int i = 0; i < kWidth; i++) pixel[r].add(sum + r * kSums, x[r][j][i], g[r][j][i], weight[i], bias[i]);
       }
     }
+    row_sums<kBlock>(sum, lanes, shared.sums[turn]);
 #pragma unroll
-    for (int r = 0; r < kRows; r++) {
-      row_sums<kBlock>(sum[r], lanes, shared.sums[turn]);
-      pixel[r].finish(a, first + r * teams + row, sum[r]);
-    }
+    for (int r = 0; r < kRows; r++) pixel[r].finish(a, first + r * teams + row, sum + r * kSums);
     turn ^= 1;
 #pragma unroll
     for (int j = 0; j < kPieces; j++) {
@@ -367,7 +365,7 @@ Status normalize_embedding_backward(const NormalizeEmbeddingBackward& f, const L
                    f.inverse_norm.as<const float>(),
                    f.grad_rstd.as<const float>(),
                    sums ? static_cast<float*>(where.workspace) : nullptr,
-                   float(x.D),
+                   1.f / float(x.D),
                    bool(f.grad_x)};
   switch (f.x.dtype) {
     case DType::float32: return backward<float>(a, f, planes, stream);

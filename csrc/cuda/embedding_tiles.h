@@ -54,19 +54,24 @@ struct Features : PixelMap {
   bool wide = false;
 };
 
-// K elements of channels d, d + 1, ... of the pixel at `row`.
+// K elements of channels d, d + 1, ... of the pixel at `row`: one access.
 template <int K, class S>
 __device__ inline void load_channels(float (&v)[K], const S* row, const Features& f, int64_t d) {
-  if (K == 1 || f.wide) {
-    load_pack<S, K>(v, row + d * (K == 1 ? f.sd : 1));
-  } else {
-#pragma unroll
-    for (int i = 0; i < K; i++) v[i] = to_float(row[(d + i) * f.sd]);
-  }
+  load_pack<S, K>(v, row + d * (K == 1 ? f.sd : 1));
 }
 template <int K, class S>
 __device__ inline void store_channels(S* row, const Features& f, int64_t d, const float (&v)[K]) {
   store_pack<S, K>(row + d * (K == 1 ? f.sd : 1), v);
+}
+// The same where f may have another layout than the features whose pieces are whole.
+template <int K, class S>
+__device__ inline void load_foreign(float (&v)[K], const S* row, const Features& f, int64_t d) {
+  if (K == 1 || f.wide) {
+    load_channels<K>(v, row, f, d);
+  } else {
+#pragma unroll
+    for (int i = 0; i < K; i++) v[i] = to_float(row[(d + i) * f.sd]);
+  }
 }
 // K elements of weight or bias; `other` where it is not given.
 template <int K>
@@ -236,15 +241,15 @@ struct RowPlan {
 // Channels of the longest row that registers hold.
 inline int largest_row(bool wide) { return kRowThreads * (wide ? kRowChannels<2> : kRowChannels<1>); }
 
-// Tiles of planes: pixels of a tile, 0 where not even the smallest fits into `limit` bytes of shared memory. A channel's piece
-// of the tile is a line of 128 bytes as long as four blocks fit into a multiprocessor of 200 KB, half a line for two blocks, at
-// least a sector of 32 bytes. per_channel: bytes of shared memory beside `tiles` tiles.
+// Tiles of planes: pixels of a tile, 0 where not even the smallest fits into a block's `limit` bytes of shared memory. A
+// channel's piece of a tile is a line of 128 bytes where a multiprocessor then holds four blocks (one loads while others
+// compute), else half a line where it holds two, else a sector of 32 bytes. Bytes of shared memory: `fixed`, and for a channel
+// those of `tiles` pieces and `per_channel`.
 inline int tile_pixels(int64_t D, int element, int tiles, int per_channel, size_t fixed, int limit, size_t* shared) {
-  const int64_t most[] = {48 << 10, 96 << 10, limit};
-  for (int i = 0; i < 3; i++) {
-    const int bytes = 128 >> i;
+  constexpr int kReserved = 1024;  // of every block, for the system; `limit` is a multiprocessor's memory less this
+  for (int bytes = 128, blocks = 4; blocks > 0; bytes /= 2, blocks /= 2) {
     const int64_t needed = int64_t(fixed) + D * (bytes * tiles + per_channel);
-    if (needed > most[i] || needed > limit) continue;
+    if (needed > (limit + kReserved) / blocks - kReserved) continue;
     *shared = size_t(needed);
     return bytes / element;
   }

@@ -1,5 +1,4 @@
-"""Launchers of the CUDA C++ embedding kernels (csrc/cuda/embedding.cu, embedding_backward.cu); the functions are those of
-native.py."""
+"""Launchers of the CUDA C++ embedding kernels (csrc/cuda/embedding*.cu); the functions are those of native.py."""
 
 from __future__ import annotations
 
