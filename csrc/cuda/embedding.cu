@@ -283,9 +283,16 @@ Status normalize_embedding(const NormalizeEmbedding& f, const Launch& where) {
   const OnDevice device(where);
   DNC_CHECK(device.error());
   const bool planes = is_planes(x);
-  Forward a{features(f.x, planes),      features(f.y, planes), f.weight.as<const float>(),
-            f.bias.as<const float>(),   f.mean.as<float>(),    f.rstd.as<float>(),
-            f.inverse_norm.as<float>(), float(f.eps),          float(x.D)};
+  const Forward a{.x = features(f.x, planes),
+                  .y = features(f.y, planes),
+                  .weight = f.weight.as<const float>(),
+                  .bias = f.bias.as<const float>(),
+                  .mean = f.mean.as<float>(),
+                  .rstd = f.rstd.as<float>(),
+                  .inverse_norm = f.inverse_norm.as<float>(),
+                  .eps = float(f.eps),
+                  .channels = float(x.D),
+                  .per_channel = 1 / float(x.D)};
   const cudaStream_t stream = static_cast<cudaStream_t>(where.stream);
   switch (f.x.dtype) {
     case DType::float32: return forward<float>(a, planes, stream);

@@ -355,18 +355,18 @@ Status normalize_embedding_backward(const NormalizeEmbeddingBackward& f, const L
   }
   if (!enough(where, normalize_embedding_backward_workspace(f))) return too_small();
   const bool planes = is_planes(x), sums = f.grad_weight || f.grad_bias;
-  const Backward a{features(f.x, planes),
-                   features(f.grad_y, planes),
-                   features(f.grad_x ? f.grad_x : f.x, planes),
-                   f.weight.as<const float>(),
-                   f.bias.as<const float>(),
-                   f.mean.as<const float>(),
-                   f.rstd.as<const float>(),
-                   f.inverse_norm.as<const float>(),
-                   f.grad_rstd.as<const float>(),
-                   sums ? static_cast<float*>(where.workspace) : nullptr,
-                   1.f / float(x.D),
-                   bool(f.grad_x)};
+  const Backward a{.x = features(f.x, planes),
+                   .grad_y = features(f.grad_y, planes),
+                   .grad_x = features(f.grad_x ? f.grad_x : f.x, planes),
+                   .weight = f.weight.as<const float>(),
+                   .bias = f.bias.as<const float>(),
+                   .mean = f.mean.as<const float>(),
+                   .rstd = f.rstd.as<const float>(),
+                   .inverse_norm = f.inverse_norm.as<const float>(),
+                   .grad_rstd = f.grad_rstd.as<const float>(),
+                   .partial = sums ? static_cast<float*>(where.workspace) : nullptr,
+                   .per_channel = 1 / float(x.D),
+                   .to_x = bool(f.grad_x)};
   switch (f.x.dtype) {
     case DType::float32: return backward<float>(a, f, planes, stream);
     case DType::float16: return backward<Float16>(a, f, planes, stream);
