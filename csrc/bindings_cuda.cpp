@@ -2,6 +2,7 @@
 // allocate(bytes) -> address of that much device memory on the stream, the stream as a number, the device's index.
 #include "bindings.h"
 #include "dnc/cuda.h"
+#include "dnc/embedding.h"
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
 
@@ -81,5 +82,18 @@ void bind_cuda(py::module_& m) {
                                  .grad_scale = grad_scale};
           run("centroid_cross_entropy", cuda::centroid_cross_entropy_workspace, cuda::centroid_cross_entropy, a, allocate,
               stream, device);
+        });
+  m.def("normalize_embedding", [](View x, View weight, View bias, double eps, View y, View mean, View rstd, View inverse_norm,
+                                  Allocate allocate, uintptr_t stream, int device) {
+    run("normalize_embedding", cuda::normalize_embedding_workspace, cuda::normalize_embedding,
+        NormalizeEmbedding{x, weight, bias, eps, y, mean, rstd, inverse_norm}, allocate, stream, device);
+  });
+  m.def("normalize_embedding_backward",
+        [](View x, View weight, View bias, View mean, View rstd, View inverse_norm, View grad_y, View grad_rstd, View grad_x,
+           View grad_weight, View grad_bias, Allocate allocate, uintptr_t stream, int device) {
+          run("normalize_embedding", cuda::normalize_embedding_backward_workspace, cuda::normalize_embedding_backward,
+              NormalizeEmbeddingBackward{x, weight, bias, mean, rstd, inverse_norm, grad_y, grad_rstd, grad_x, grad_weight,
+                                         grad_bias},
+              allocate, stream, device);
         });
 }

@@ -50,7 +50,13 @@ struct PixelMap {
         flat(p.B == 1 && p.H == 1) {}
   explicit PixelMap(const View& v) : PixelMap(Pixels(v)) {}
 
-  __device__ int64_t offset(int64_t n) const { return flat ? n * sw : n / HW * sb + n % HW / W * sh + n % W * sw; }
+  __device__ int64_t offset(int64_t n) const {
+    if (flat) return n * sw;
+    if (N > UINT32_MAX) return n / HW * sb + n % HW / W * sh + n % W * sw;
+    // 64-bit divisions take several times as long
+    const uint32_t image = uint32_t(n) / uint32_t(HW), rest = uint32_t(n) - image * uint32_t(HW), row = rest / uint32_t(W);
+    return image * sb + row * sh + (rest - row * uint32_t(W)) * sw;
+  }
   template <class T>
   __device__ T* at(int64_t n) const {
     return static_cast<T*>(data) + offset(n);

@@ -1,6 +1,6 @@
 // l2_normalize(LayerNorm(x)): the embedding of a pixel (DNC, released head).
 #pragma once
-#include "dnc/common.h"
+#include "dnc/cuda.h"
 
 namespace dnc {
 
@@ -24,5 +24,14 @@ struct NormalizeEmbeddingBackward {
   int threads = 1;
 };
 Status normalize_embedding_backward(const NormalizeEmbeddingBackward&);
+
+// float32, float16 and bfloat16. grad_weight and grad_bias are sums of fixed order, bit-equal from run to run on a kind of GPU;
+// their workspace is at most 8 KB a channel.
+namespace cuda {
+size_t normalize_embedding_workspace(const NormalizeEmbedding&);  // 0
+Status normalize_embedding(const NormalizeEmbedding&, const Launch&);
+size_t normalize_embedding_backward_workspace(const NormalizeEmbeddingBackward&);
+Status normalize_embedding_backward(const NormalizeEmbeddingBackward&, const Launch&);
+}  // namespace cuda
 
 }  // namespace dnc

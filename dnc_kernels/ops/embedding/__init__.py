@@ -45,7 +45,7 @@ def normalize_embedding(
         bias: [D], any of these dtypes; None: 0.
         eps: added to the variance; finite, not negative.
         return_length: also return ``sqrt(var + eps)``, what LayerNorm divides the pixel by: how long its centred feature was.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Returns:
         The embedding in the shape, dtype and memory format of `x`, computed in float64 for float64 `x`, else in float32; with
