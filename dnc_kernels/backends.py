@@ -67,8 +67,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "momentum_update_": {**_CPU_AND_TRITON, "cuda": Kernel("cuda", _HALF_AND_SINGLE, proven=False)},
     "apply_momentum_": _CPU_AND_TRITON,
     "normalize_embedding": _CPU_AND_TRITON,
-    "upsample_cross_entropy": _CPU_AND_TRITON,
-    "upsample_argmax": _CPU_AND_TRITON,
+    "upsample_cross_entropy": {**_CPU_AND_TRITON, "cuda": Kernel("cuda", _HALF_AND_SINGLE, proven=False)},
+    "upsample_argmax": {**_CPU_AND_TRITON, "cuda": Kernel("cuda", _HALF_AND_SINGLE, proven=False)},
 }
 
 
