@@ -27,60 +27,111 @@ struct Argmax {
   CellBlocks blocks;
 };
 
+constexpr int kGroup = 8;  // classes
+
+// Shares of the far source pixels in the pixels of a cell.
 template <int K>
-struct Best {
-  float score[K * K];
-  int label[K * K];
+struct Shares {
+  float right[K], down[K];
 };
 
-// Walks over the classes. kCareful: any scores; the first NaN stays, a neighbour without a share is not seen. Otherwise returns
-// NaN where a NaN or Inf was met.
-template <class S, int K, bool kCareful>
-__device__ inline float walk(const Argmax& a, const CellPlace& place, const float (&right)[K], const float (&down)[K],
-                             Best<K>& best) {
+// Scores of a class at the pixels of a cell, the same operations for every class.
+template <int K>
+__device__ inline void interpolate(const Corners& s, const Shares<K>& at, float (&u)[K * K]) {
+  const float above = s.s01 - s.s00, below = s.s11 - s.s10;
 #pragma unroll
-  for (int k = 0; k < K * K; k++) best.score[k] = -INFINITY, best.label[k] = 0;
-  float poison = 0;
-  const char* at = place.row;
-  Corners coming = load_corners<S>(at, place.offset);
-  for (int c = 0; c < a.C; c++) {
-    const Corners s = coming;
-    at += c + 1 < a.C ? a.scores.sc : 0;
-    coming = load_corners<S>(at, place.offset);  // of the next class, while this one is worked on
-    const float above = s.s01 - s.s00, below = s.s11 - s.s10;
-    if (!kCareful) poison = fmaf(below - above, 0.f, poison);
+  for (int kx = 0; kx < K; kx++) {
+    const float top = fmaf(at.right[kx], above, s.s00), step = fmaf(at.right[kx], below, s.s10) - top;
 #pragma unroll
-    for (int kx = 0; kx < K; kx++) {
-      const float top = kCareful ? blend_exact(s.s00, s.s01, right[kx]) : fmaf(right[kx], above, s.s00);
-      const float bottom = kCareful ? blend_exact(s.s10, s.s11, right[kx]) : fmaf(right[kx], below, s.s10);
+    for (int ky = 0; ky < K; ky++) u[kx * K + ky] = fmaf(at.down[ky], step, top);
+  }
+}
+
+// Labels of a cell without NaN and Inf; false: it has one. Keeps the best score and its group of classes, which takes one
+// comparison a class, and then looks for the class in the groups that won.
+template <class S, int K>
+__device__ inline bool find_labels(const Argmax& a, const CellPlace& place, const Shares<K>& at, int (&label)[K * K]) {
+  float best[K * K], u[K * K];
+  int group[K * K];
 #pragma unroll
-      for (int ky = 0; ky < K; ky++) {
-        const int k = kx * K + ky;
-        const float u = kCareful ? blend_exact(top, bottom, down[ky]) : fmaf(down[ky], bottom - top, top);
-        bool higher = u > best.score[k];  // the first of equal scores stays
-        if (kCareful) higher = higher || (u != u && best.score[k] == best.score[k]);
-        best.score[k] = higher ? u : best.score[k], best.label[k] = higher ? c : best.label[k];
-      }
+  for (int k = 0; k < K * K; k++) best[k] = -INFINITY, group[k] = 0, label[k] = 0;
+  float poison = 0;  // NaN once a NaN or Inf was met
+  const char* plane = a.scores.data;
+  Corners coming = load_corners<S>(plane, place.offset);
+  for (int first = 0; first < a.C; first += kGroup) {
+    float before[K * K];
+#pragma unroll
+    for (int k = 0; k < K * K; k++) before[k] = best[k];
+    const int end = min(first + kGroup, a.C);
+    for (int c = first; c < end; c++) {
+      const Corners s = coming;
+      plane += c + 1 < a.C ? a.scores.sc : 0;
+      coming = load_corners<S>(plane, place.offset);  // of the next class, while this one is worked on
+      poison = fmaf((s.s11 - s.s10) - (s.s01 - s.s00), 0.f, poison);
+      interpolate(s, at, u);
+#pragma unroll
+      for (int k = 0; k < K * K; k++) best[k] = fmaxf(best[k], u[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < K * K; k++) group[k] = best[k] > before[k] ? first : group[k];  // the first of equal scores stays
+  }
+  if (poison != poison) return false;
+
+  unsigned left = 0;
+#pragma unroll
+  for (int k = 0; k < K * K; k++) left |= unsigned(place.inside(k % K, k / K)) << k;
+  while (left != 0) {
+    int first = 0;  // group of one of the pixels that are left
+#pragma unroll
+    for (int k = 0; k < K * K; k++) first = left >> k & 1 ? group[k] : first;
+    unsigned won = 0;
+#pragma unroll
+    for (int k = 0; k < K * K; k++) won |= unsigned(group[k] == first) << k;
+    left &= ~won;
+    for (int c = min(first + kGroup, a.C) - 1; c >= first; c--) {  // downwards: the lowest of equal scores is the last
+      interpolate(load_corners<S>(a.scores.data + c * a.scores.sc, place.offset), at, u);
+#pragma unroll
+      for (int k = 0; k < K * K; k++) label[k] = (won >> k & 1) != 0 && u[k] == best[k] ? c : label[k];
     }
   }
-  return poison;
+  return true;
+}
+
+// Label of one pixel of any scores: the first NaN stays, a neighbour without a share is not seen.
+template <class S>
+__device__ int label_of_pixel(const Argmax& a, const uint32_t (&offset)[4], float right, float down) {
+  float best = -INFINITY;
+  int label = 0;
+  const char* plane = a.scores.data;
+  for (int c = 0; c < a.C; c++, plane += a.scores.sc) {
+    const Corners s = load_corners<S>(plane, offset);
+    const float u = blend_exact(blend_exact(s.s00, s.s01, right), blend_exact(s.s10, s.s11, right), down);
+    if (u != u) return c;
+    if (u > best) best = u, label = c;
+  }
+  return label;
 }
 
 template <class S, int K>
 __global__ void __launch_bounds__(kThreads) upsample_argmax_kernel(Argmax a) {
   const CellPlace place = place_of(a.scores, a.rows, a.columns, a.blocks);
-  const Span &across = place.across, &along = place.along;
-  float right[K], down[K];
+  const int i = place.along.begin, j = place.across.begin;
+  Shares<K> at;
 #pragma unroll
-  for (int k = 0; k < K; k++) {
-    right[k] = share(a.columns, across.begin + k, place.x), down[k] = share(a.rows, along.begin + k, place.y);
-  }
-  Best<K> best;
-  const float poison = walk<S, K, false>(a, place, right, down, best);
-  if (poison != poison) walk<S, K, true>(a, place, right, down, best);
+  for (int k = 0; k < K; k++) at.right[k] = share(a.columns, j + k, place.x), at.down[k] = share(a.rows, i + k, place.y);
+  int label[K * K];
+  if (find_labels<S, K>(a, place, at, label)) {
 #pragma unroll
-  for (int k = 0; k < K * K; k++) {
-    if (place.inside(k % K, k / K)) a.label[place.pixel(a.rows, a.columns, k % K, k / K)] = best.label[k];
+    for (int k = 0; k < K * K; k++) {
+      if (place.inside(k % K, k / K)) a.label[place.pixel(a.rows, a.columns, k % K, k / K)] = label[k];
+    }
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < K * K; k++) {
+      if (!place.inside(k % K, k / K)) continue;
+      a.label[place.pixel(a.rows, a.columns, k % K, k / K)] =
+          label_of_pixel<S>(a, place.offset, share(a.columns, j + k / K, place.x), share(a.rows, i + k % K, place.y));
+    }
   }
 }
 
@@ -104,8 +155,8 @@ Status upsample_argmax(const UpsampleArgmax& a, const Launch& where) {
   const int64_t B = a.label.size[0], H = a.label.size[1], W = a.label.size[2];
   if (a.label.numel() == 0) return {};
   if (const Status s = axes_of(a.scores, H, W, a.align_corners, 0, 0, 0, 0, &call.rows, &call.columns); !s.ok()) return s;
-  const int64_t most = samples_of_launch(a.scores, call.columns);
-  if (most == 0) return bad_argument("eight rows of scores must span less than 4 GB");
+  const int64_t most = samples_of_launch(a.scores);
+  if (most == 0) return bad_argument(kTooLarge);
   const OnDevice device(where);
   DNC_CHECK(device.error());
   const cudaStream_t stream = static_cast<cudaStream_t>(where.stream);

@@ -143,10 +143,10 @@ __device__ inline float blend_exact(float low, float high, float part) {
 struct Corners {
   float s00, s01, s10, s11;
 };
-// `offset`: of the corners, in bytes from `row`, the same for all threads. 32 bits: half the instructions of an address.
+// `offset`: of the corners, in bytes from `plane`, which is the same for all threads. 32 bits: half an address' instructions.
 template <class S>
-__device__ inline Corners load_corners(const char* row, const uint32_t (&offset)[4]) {
-  const auto at = [row](uint32_t o) { return to_float(*reinterpret_cast<const S*>(row + o)); };
+__device__ inline Corners load_corners(const char* plane, const uint32_t (&offset)[4]) {
+  const auto at = [plane](uint32_t o) { return to_float(*reinterpret_cast<const S*>(plane + o)); };
   return {at(offset[0]), at(offset[1]), at(offset[2]), at(offset[3])};
 }
 __device__ inline float highest_of(const Corners& c) { return fmaxf(fmaxf(c.s00, c.s01), fmaxf(c.s10, c.s11)); }
@@ -173,9 +173,10 @@ __device__ inline Slopes slopes_of(const Corners& c, const Span& across, const S
   s.down = bottom - top, s.first = fmaf(along.first, s.down, top);
   return s;
 }
-// Not steep, and no corner is NaN or infinite.
-__device__ inline bool gentle(const Slopes& s) {
-  return fmaxf(fmaxf(fabsf(s.right), fabsf(s.right_below)), fabsf(s.down)) <= kSteep && fabsf(s.both) <= kSteep;
+// Not steeper than `most`, and no corner is NaN or infinite.
+__device__ inline bool gentle(const Slopes& s, float most = kSteep) {
+  const float steepest = fmaxf(fmaxf(fabsf(s.right), fabsf(s.right_below)), fabsf(s.down));  // NaN is seen by `both`
+  return (steepest <= most) & (fabsf(s.both) <= most);
 }
 // exp2 of shifted scores of the pixels of a cell, as factors.
 struct Powers {
@@ -187,14 +188,15 @@ __device__ inline Powers powers_of(const Slopes& s, const Span& across, const Sp
           exp2_approximate(s.down * to_down), exp2_approximate(s.both * (to_right * along.stride))};
 }
 
-// Samples of a launch, so that offsets from a block's first sample and row fit 32 bits; 0: not even those of one do.
-inline int64_t samples_of_launch(const View& scores, const Axis& columns) {
-  const int64_t size = bytes_of(scores.dtype), most = int64_t(1) << 32;
-  const int64_t lanes = columns.cells < columns.sources ? columns.cells : columns.sources;
-  const int64_t rows = (8 * scores.stride[2] + columns.sources * scores.stride[3]) * size;
-  const int64_t samples = (31 / lanes + 1) * scores.stride[0] * size;
-  return rows + samples < most ? scores.size[0] : rows < most ? 1 : 0;
+// Samples of a launch, so that offsets within a class fit 32 bits; 0: not even those of one do.
+inline int64_t samples_of_launch(const View& scores) {
+  const int64_t size = bytes_of(scores.dtype), most = int64_t(1) << 32, sample = scores.stride[0] * size;
+  const int64_t plane = ((scores.size[2] - 1) * scores.stride[2] + scores.size[3] * scores.stride[3]) * size;
+  if (plane >= most) return 0;
+  const int64_t samples = sample == 0 ? scores.size[0] : (most - plane) / sample + 1;
+  return samples < scores.size[0] ? samples : scores.size[0];
 }
+constexpr const char* kTooLarge = "a class of a sample must span less than 4 GB";
 
 // Labels [B,H,W] of any strides; int64, int32 or uint8.
 struct Labels {
@@ -250,8 +252,7 @@ struct CellPlace {
   int b, y, x;
   bool here;  // else the thread repeats the last cell, and must not write
   Span across, along;
-  const char* row;     // the block's first sample and row, class 0
-  uint32_t offset[4];  // of the corners from there, in bytes
+  uint32_t offset[4];  // of the corners from the class's first score, in bytes
 
   __device__ bool inside(int ky, int kx) const {
     return here && along.begin + ky < along.end && across.begin + kx < across.end;
@@ -272,11 +273,9 @@ __device__ inline CellPlace place_of(const Source& scores, const Axis& rows, con
   p.across =
       span_of(columns, p.x, first_target(columns, p.x), first_target(columns, p.x + 1), lane % of_sample / columns.cells);
   p.along = span_of(rows, p.y, first_target(rows, p.y), first_target(rows, p.y + 1), step % rows.parts);
-  const int b0 = block_x * 32 / of_sample, y0 = source_at(rows, rows.cell0 + block_y * kCellWarps / rows.parts);
-  p.row = scores.data + b0 * scores.sb + y0 * scores.sh;
-  const int64_t sample = (p.b - b0) * scores.sb;
-  const int64_t top = sample + (source_at(rows, p.y) - y0) * scores.sh, left = source_at(columns, p.x) * scores.sw;
-  const int64_t bottom = sample + (source_at(rows, p.y + 1) - y0) * scores.sh, right = source_at(columns, p.x + 1) * scores.sw;
+  const int64_t top = p.b * scores.sb + source_at(rows, p.y) * scores.sh, left = source_at(columns, p.x) * scores.sw;
+  const int64_t bottom = p.b * scores.sb + source_at(rows, p.y + 1) * scores.sh,
+                right = source_at(columns, p.x + 1) * scores.sw;
   p.offset[0] = uint32_t(top + left), p.offset[1] = uint32_t(top + right);
   p.offset[2] = uint32_t(bottom + left), p.offset[3] = uint32_t(bottom + right);
   return p;

@@ -35,10 +35,10 @@ constexpr float kSpread = 24.f;
 constexpr float kMostExponent = 120.f;
 
 struct Plan {
-  int lanes;     // cells of a row of cells, over all samples, cell -1 included
-  int blocks_x;  // blocks of 31 source columns each
-  int strips, rows;
-  int classes;  // of a block
+  int lanes;            // cells of a row of cells, over all samples, cell -1 included
+  int blocks_x;         // blocks of 31 source columns each
+  int strips, rows;     // of source pixels
+  int chunks, classes;  // of a block
 };
 
 // The pixels of a row of cells. Behind it: two planes [classes][32], what the upper and the lower source row have got so far.
@@ -225,22 +225,21 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
   Shared<K>* shared = shared_memory<Shared<K>>();
   float* planes = reinterpret_cast<float*>(shared + 1);
   const Axis &rows = a.rows, &columns = a.columns;
-  const int block_x = blockIdx.x % plan.blocks_x, strip = blockIdx.x / plan.blocks_x % plan.strips;
-  const int class0 = blockIdx.x / plan.blocks_x / plan.strips * plan.classes, classes = min(plan.classes, a.C - class0);
+  const int class0 = blockIdx.z * plan.classes, classes = min(plan.classes, a.C - class0);
   // from a lane to the others: the compiler then knows that it is the same for the whole warp
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0), warps = blockDim.x / 32;
   // cells of a sample, from -1 on; the first one of a block only hands on to the second
-  const int cell = block_x * 31 - 1 + lane, of_sample = columns.sources + 1;
+  const int cell = int(blockIdx.x) * 31 - 1 + lane, of_sample = columns.sources + 1;
   const bool here = cell >= 0 && cell < plan.lanes;
   const int inside = min(max(cell, 0), plan.lanes - 1);
-  const int b = inside / of_sample, x = inside % of_sample - 1, b0 = max(block_x * 31 - 1, 0) / of_sample;
+  const int b = inside / of_sample, x = inside % of_sample - 1;
   const bool writes = here && x >= 0 && lane > 0;
-  const int first = strip * plan.rows, last = min(first + plan.rows, rows.sources);
+  const int first = blockIdx.y * plan.rows, last = min(first + plan.rows, rows.sources);
   const int j_from = first_target(columns, x), j_to = first_target(columns, x + 1);
   const float all_smooth = a.smoothing > 0 ? a.smoothing / float(a.C) * sum_of_weights(a.weight, a.C) : 0.f;
   const float smooth = a.smoothing / float(a.C);
-  const int64_t left = (b - b0) * a.scores.sb + source_at(columns, x) * a.scores.sw;
-  const int64_t right = (b - b0) * a.scores.sb + source_at(columns, x + 1) * a.scores.sw;
+  const int64_t left = b * a.scores.sb + source_at(columns, x) * a.scores.sw;
+  const int64_t right = b * a.scores.sb + source_at(columns, x + 1) * a.scores.sw;
   float* to = out.out + b * out.ob + max(x, 0) * out.ow;
 
   for (int c = warp; c < classes; c += warps) planes[c * 32 + lane] = 0, planes[(plan.classes + c) * 32 + lane] = 0;
@@ -248,10 +247,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
   for (int local = first - 1; local < last; local++) {  // row of the cells' upper corners, of those at hand
     const int y = local + rows.source0;
     const int i_from = first_target(rows, y), i_to = first_target(rows, y + 1);
-    const int64_t y0 = source_at(rows, y), y1 = source_at(rows, y + 1);
-    const char* row = a.scores.data + b0 * a.scores.sb + y0 * a.scores.sh + class0 * a.scores.sc;
-    const int64_t below = (y1 - y0) * a.scores.sh;
-    const uint32_t offset[4] = {uint32_t(left), uint32_t(right), uint32_t(left + below), uint32_t(right + below)};
+    const int64_t above = source_at(rows, y) * a.scores.sh, below = source_at(rows, y + 1) * a.scores.sh;
+    const uint32_t offset[4] = {uint32_t(above + left), uint32_t(above + right), uint32_t(below + left),
+                                uint32_t(below + right)};
     float* top = planes + (local + 1) % 2 * (plan.classes * 32);
     float* bottom = planes + (local + 2) % 2 * (plan.classes * 32);
     const int parts = rows.parts * columns.parts;
@@ -268,29 +266,32 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
       Cell<K> cells;
       read_cell(*shared, all_smooth, across, along, x, y, cells);
       const bool done = part == parts - 1, output = done && writes && local >= first;
-      const auto hand_on = [&](int c, float to_top, float to_bottom) {
-        const int at = c * 32 + lane;
-        const float sum = top[at] + to_top;
-        top[at] = done ? 0.f : sum;
-        bottom[at] += to_bottom;
-        if (output) to[local * out.oh + (class0 + c) * out.oc] = sum;
+      // where this thread's classes are: of both planes, and of the result
+      const int lane_at = warp * 32 + lane, next = warps * 32;
+      float *upper = top + lane_at, *lower = bottom + lane_at, *result = to + local * out.oh + (class0 + warp) * out.oc;
+      const auto hand_on = [&](float to_top, float to_bottom) {
+        const float sum = *upper + to_top;
+        *upper = done ? 0.f : sum, *lower += to_bottom;
+        if (output) *result = sum;
+        upper += next, lower += next, result += warps * out.oc;
       };
       if (!__any_sync(~0u, cells.counts)) {
-        for (int c = warp; c < classes && done; c += warps) hand_on(c, 0, 0);
+        for (int c = warp; c < classes && done; c += warps) hand_on(0, 0);
         continue;
       }
       subtract_own(*shared, class0, classes, across, along, x, y, top, bottom);
       Gift level{0, 0, 0, 0};
       if (a.smoothing > 0) level = level_of(*shared, smooth, across, along, x, y);
-      const char* at = row + min(warp, classes - 1) * a.scores.sc;
-      Corners coming = load_corners<S>(at, offset);
+      const float steepest = cells.tame ? kSteep : -1.f;
+      const char* plane = a.scores.data + (class0 + min(warp, classes - 1)) * a.scores.sc;
+      Corners coming = load_corners<S>(plane, offset);
       for (int c = warp; c < classes; c += warps) {
         const Corners now = coming;
-        at += c + warps < classes ? warps * a.scores.sc : 0;
-        coming = load_corners<S>(at, offset);  // of the next class, while this one is worked on
+        plane += c + warps < classes ? warps * a.scores.sc : 0;
+        coming = load_corners<S>(plane, offset);  // of the next class, while this one is worked on
         const Slopes slopes = slopes_of(now, across, along);
         Gift gift;
-        if (__all_sync(~0u, cells.tame && gentle(slopes))) {
+        if (__all_sync(~0u, gentle(slopes, steepest))) {
           gift = give(cells, slopes, across, along);
         } else {
           gift = give_each(cells, now, across, along, y, *shared);
@@ -300,7 +301,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
           const float w = a.weight == nullptr ? 1.f : a.weight[class0 + c];
           gift.top = fmaf(-w, level.top, gift.top), gift.bottom = fmaf(-w, level.bottom, gift.bottom);
         }
-        hand_on(c, gift.top, gift.bottom);
+        hand_on(gift.top, gift.bottom);
       }
     }
   }
@@ -308,22 +309,21 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
 
 // How a call is cut into blocks. The fewest rounds of blocks on the processors, counted in rows of cells: few rows make many
 // blocks, and each block works on one row of cells more than it owns.
-Status plan_of(const UpsampleCall& a, Plan* plan, unsigned* warps, int64_t* blocks) {
+Status plan_of(const UpsampleCall& a, Plan* plan, unsigned* warps) {
   int processors;
   DNC_CHECK(attribute(&processors, cudaDevAttrMultiProcessorCount));
-  const int chunks = int(divide_up(a.C, kClasses));
-  plan->classes = int(divide_up(a.C, chunks));
+  plan->chunks = int(divide_up(a.C, kClasses)), plan->classes = int(divide_up(a.C, plan->chunks));
   *warps = plan->classes >= 64 ? kMostWarps : plan->classes >= 32 ? 4 : 2;
   const int64_t lanes = int64_t(a.B) * (a.columns.sources + 1);
   plan->lanes = int(lanes), plan->blocks_x = int(divide_up(lanes, 31));
   const int64_t busy = 16 / *warps;  // blocks that a processor needs to be busy
   int64_t best = INT64_MAX;
   for (int rows = 1; rows <= 64; rows++) {
-    const int64_t strips = divide_up(a.rows.sources, rows), all = plan->blocks_x * strips * chunks;
+    const int64_t strips = divide_up(a.rows.sources, rows), all = plan->blocks_x * strips * plan->chunks;
     const int64_t rounds = divide_up(all, processors), cost = (rows + 1) * (rounds > busy ? rounds : busy);
-    if (cost < best) best = cost, plan->rows = rows, plan->strips = int(strips), *blocks = all;
+    if (cost < best) best = cost, plan->rows = rows, plan->strips = int(strips);
   }
-  if (lanes > INT32_MAX || *blocks > INT32_MAX) return bad_argument("scores must have fewer than 2^31 cells");
+  if (lanes > INT32_MAX - 32 || plan->strips > 65535) return bad_argument("scores must have fewer than 2^31 cells in a row");
   return {};
 }
 
@@ -331,12 +331,12 @@ template <class S>
 Status launch_gradient(const UpsampleCall& call, const UpsampleGradient& out, cudaStream_t stream) {
   Plan plan{};
   unsigned warps = 0;
-  int64_t blocks = 0;
-  if (const Status s = plan_of(call, &plan, &warps, &blocks); !s.ok()) return s;
+  if (const Status s = plan_of(call, &plan, &warps); !s.ok()) return s;
+  const dim3 blocks(unsigned(plan.blocks_x), unsigned(plan.strips), unsigned(plan.chunks));
   const auto run = [&](auto k) -> Status {
     constexpr int K = decltype(k)::value;
     const size_t bytes = sizeof(Shared<K>) + size_t(plan.classes) * 2 * 32 * sizeof(float);
-    DNC_CHECK(launch(Grid{unsigned(blocks), 32 * warps, stream, bytes}, upsample_gradient_kernel<S, K>, call, out, plan));
+    DNC_CHECK(launch(Grid{blocks, 32 * warps, stream, bytes}, upsample_gradient_kernel<S, K>, call, out, plan));
     return {};
   };
   switch (pixels_of(call.rows, call.columns)) {

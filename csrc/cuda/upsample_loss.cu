@@ -49,7 +49,7 @@ struct Sums {
   __device__ void add(const Corners& c, const Span& across, const Span& along) {
     const Slopes s = slopes_of(c, across, along);
     const float high = highest_of(c);
-    if (__any_sync(~0u, !(gentle(s) && high <= highest + kSlack))) {
+    if (__any_sync(~0u, !(gentle(s) & (high <= highest + kSlack)))) {
       raise(high);
       add_each(bounded(c), across, along);
       return;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) upsample_loss_kernel(UpsampleCall a,
   for (int k = 0; k < K * K; k++) sums.sum[k] = 0;
   const bool smooth = a.smoothing > 0 && (out.loss != nullptr || out.partial != nullptr);
   Corners weighted{0, 0, 0, 0};  // sum_c w_c s_c
-  const char* at = place.row;
+  const char* at = a.scores.data;
   Corners coming = load_corners<S>(at, place.offset);
   for (int c = 0; c < a.C; c++) {
     const Corners now = coming;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) upsample_loss_kernel(UpsampleCall a,
     for (int k = 0; k < K * K; k++) {
       if (!place.inside(k % K, k / K) || slot[k][threadIdx.x] == slot[k][threadIdx.x]) continue;
       slot[k][threadIdx.x] =
-          log_sum_exp_of_pixel<S>(place.row, a.scores.sc, a.C, place.offset, share(columns, across.begin + k / K, place.x),
+          log_sum_exp_of_pixel<S>(a.scores.data, a.scores.sc, a.C, place.offset, share(columns, across.begin + k / K, place.x),
                                   share(rows, along.begin + k % K, place.y));
     }
 #pragma unroll
@@ -176,13 +176,18 @@ __global__ void __launch_bounds__(kThreads) upsample_loss_kernel(UpsampleCall a,
     default: load_labels<int64_t, K>(a, place, label);
   }
   const float all_weights = smooth ? sum_of_weights(a.weight, a.C) : 0.f;
+  float rights[K], downs[K];
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    rights[k] = share(columns, across.begin + k, place.x), downs[k] = share(rows, along.begin + k, place.y);
+  }
   double total = 0, total_weight = 0;
 #pragma unroll
   for (int k = 0; k < K * K; k++) {
-    const float right = share(columns, across.begin + k / K, place.x), down = share(rows, along.begin + k % K, place.y);
+    const float right = rights[k / K], down = downs[k % K];
     float loss = 0;
     if (label[k] >= 0) {
-      const Corners s = load_corners<S>(place.row + label[k] * a.scores.sc, place.offset);
+      const Corners s = load_corners<S>(a.scores.data + label[k] * a.scores.sc, place.offset);
       const float u = blend_exact(blend_exact(s.s00, s.s01, right), blend_exact(s.s10, s.s11, right), down);
       const float weight = a.weight == nullptr ? 1.f : a.weight[label[k]];
       loss = weight * (1 - a.smoothing) * (lse[k] * kLn2 - u);
@@ -281,8 +286,8 @@ Status upsample_cross_entropy(const UpsampleCrossEntropy& a, const Launch& where
   const bool gradient = a.grad_scores && a.scores.size[1] > 1 && pixels;
   call.weight = a.class_weight.as<float>(), call.C = int(a.scores.size[1]);
   call.ignored = a.ignore_index, call.smoothing = float(a.label_smoothing);
-  const int64_t most = samples_of_launch(a.scores, call.columns);
-  if (most == 0) return bad_argument("eight rows of scores must span less than 4 GB");
+  const int64_t most = samples_of_launch(a.scores);
+  if (most == 0) return bad_argument(kTooLarge);
   int64_t partials = 0;
   for (int64_t b = 0; b < B; b += most) {
     call.B = int(b + most < B ? most : B - b);

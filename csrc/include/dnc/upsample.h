@@ -36,8 +36,8 @@ struct UpsampleArgmax {
 };
 Status upsample_argmax(const UpsampleArgmax&);
 
-// float32, float16 and bfloat16 scores; gradients are float32. Maps have fewer than 2^29 rows and columns, and eight rows of
-// scores span less than 4 GB. The loss works in B*H*W floats where a gradient is asked for.
+// float32, float16 and bfloat16 scores; gradients are float32. Maps have fewer than 2^29 rows and columns, and a class
+// of a sample spans less than 4 GB. The loss works in B*H*W floats where a gradient is asked for.
 namespace cuda {
 size_t upsample_cross_entropy_workspace(const UpsampleCrossEntropy&);
 Status upsample_cross_entropy(const UpsampleCrossEntropy&, const Launch&);
