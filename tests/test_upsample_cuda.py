@@ -94,6 +94,35 @@ def test_the_order_of_threads_does_not_matter(order):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", (3, 8, 37))
+@pytest.mark.parametrize("target", ((3, 35), (5, 70), (9, 140)), ids=str)
+def test_channels_last(dtype, classes, target):
+    """Whole and partial runs of classes; several warps; 1, 2 and 4 pixels of a cell along each dimension."""
+    scores = normal(2, classes, 3, 35, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    labels = random_labels(2, classes, target)
+    labels[:, 1] = IGNORE
+    check(scores, labels, label_smoothing=0.1)
+    label = ops.upsample_argmax(scores, target, backend="cuda")
+    assert torch.equal(label, ops.upsample_argmax(scores.contiguous(), target, backend="cuda"))
+
+
+def test_channels_last_of_several_blocks_of_classes(order):
+    scores = normal(1, 170, 4, 5).contiguous(memory_format=torch.channels_last)
+    labels = random_labels(1, 170, (15, 19))
+    labels[:, :8] = IGNORE
+    check(scores, labels)
+    grads = [torch.full_like(s, 7.0) for s in (scores, scores.contiguous(), scores.transpose(2, 3))]
+    grads[2] = grads[2].transpose(2, 3)
+    for grad in grads:
+        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, None, None, grad)
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    (expected,) = torch.autograd.grad(
+        ops.upsample_cross_entropy(leaf := scores.contiguous().requires_grad_(), labels, reduction="sum", backend="cuda"), leaf
+    )
+    assert torch.equal(grads[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ("mean", "sum"))
 def test_dtypes(dtype, reduction):
     check(normal(2, 4, 3, 4, dtype=dtype), random_labels(2, 4, (11, 15)), reduction=reduction)
@@ -253,7 +282,7 @@ def test_a_class_of_minus_infinity_takes_no_part():
     assert not grads[0][:, 2].any()
 
 
-@pytest.mark.parametrize("distance", (10, 13, 40, 90, 300, 3000))
+@pytest.mark.parametrize("distance", (10, 13, 40, 90, 131, 132, 300, 3000))
 @pytest.mark.parametrize("all_classes", (False, True))
 @pytest.mark.parametrize("side", (0, -1))
 def test_scores_far_apart_keep_their_small_terms(distance, all_classes, side):

@@ -11,7 +11,7 @@
 // over the classes, the next class being loaded meanwhile. A block owns 32 cells of four rows of cells. All classes are rounded
 // alike, so equal scores stay equal. A warp that has met a NaN or Inf walks over the classes once more, with care.
 // Deterministic: a label depends on its own scores only. Reference: dnc_kernels/ops/upsample/reference.py.
-#include "upsample_cells.h"
+#include "upsample_classes.h"
 
 namespace dnc {
 namespace cuda {
@@ -25,6 +25,7 @@ struct Argmax {
   Axis rows, columns;
   int C;
   CellBlocks blocks;
+  bool adjacent;  // classes are neighbours in memory
 };
 
 constexpr int kGroup = 8;  // classes
@@ -49,24 +50,22 @@ __device__ inline void interpolate(const Corners& s, const Shares<K>& at, float 
 
 // Labels of a cell without NaN and Inf; false: it has one. Keeps the best score and its group of classes, which takes one
 // comparison a class, and then looks for the class in the groups that won.
-template <class S, int K>
+template <class S, int K, bool kAdjacent>
 __device__ inline bool find_labels(const Argmax& a, const CellPlace& place, const Shares<K>& at, int (&label)[K * K]) {
   float best[K * K], u[K * K];
   int group[K * K];
 #pragma unroll
   for (int k = 0; k < K * K; k++) best[k] = -INFINITY, group[k] = 0, label[k] = 0;
   float poison = 0;  // NaN once a NaN or Inf was met
-  const char* plane = a.scores.data;
-  Corners coming = load_corners<S>(plane, place.offset);
+  ClassReader<S, kAdjacent> scores(a.scores.data, a.scores.sc, place.offset, 0, a.C,
+                                   shared_memory<ClassRun>() + threadIdx.x / 32);
   for (int first = 0; first < a.C; first += kGroup) {
     float before[K * K];
 #pragma unroll
     for (int k = 0; k < K * K; k++) before[k] = best[k];
     const int end = min(first + kGroup, a.C);
     for (int c = first; c < end; c++) {
-      const Corners s = coming;
-      plane += c + 1 < a.C ? a.scores.sc : 0;
-      coming = load_corners<S>(plane, place.offset);  // of the next class, while this one is worked on
+      const Corners s = scores.read(c, c + 1);
       poison = fmaf((s.s11 - s.s10) - (s.s01 - s.s00), 0.f, poison);
       interpolate(s, at, u);
 #pragma unroll
@@ -112,7 +111,7 @@ __device__ int label_of_pixel(const Argmax& a, const uint32_t (&offset)[4], floa
   return label;
 }
 
-template <class S, int K>
+template <class S, int K, bool kAdjacent>
 __global__ void __launch_bounds__(kThreads) upsample_argmax_kernel(Argmax a) {
   const CellPlace place = place_of(a.scores, a.rows, a.columns, a.blocks);
   const int i = place.along.begin, j = place.across.begin;
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) upsample_argmax_kernel(Argmax a) {
 #pragma unroll
   for (int k = 0; k < K; k++) at.right[k] = share(a.columns, j + k, place.x), at.down[k] = share(a.rows, i + k, place.y);
   int label[K * K];
-  if (find_labels<S, K>(a, place, at, label)) {
+  if (find_labels<S, K, kAdjacent>(a, place, at, label)) {
 #pragma unroll
     for (int k = 0; k < K * K; k++) {
       if (place.inside(k % K, k / K)) a.label[place.pixel(a.rows, a.columns, k % K, k / K)] = label[k];
@@ -138,12 +137,12 @@ __global__ void __launch_bounds__(kThreads) upsample_argmax_kernel(Argmax a) {
 template <class S>
 Status launch_argmax(const Argmax& a, cudaStream_t stream) {
   const unsigned blocks = unsigned(a.blocks.count());
-  switch (pixels_of(a.rows, a.columns)) {
-    case 1: DNC_CHECK(launch(Grid{blocks, kThreads, stream}, upsample_argmax_kernel<S, 1>, a)); break;
-    case 2: DNC_CHECK(launch(Grid{blocks, kThreads, stream}, upsample_argmax_kernel<S, 2>, a)); break;
-    default: DNC_CHECK(launch(Grid{blocks, kThreads, stream}, upsample_argmax_kernel<S, 4>, a));
-  }
-  return {};
+  return with_pixels(a.rows, a.columns, [&](auto k) -> Status {
+    constexpr int K = decltype(k)::value;
+    const Grid grid{blocks, kThreads, stream, a.adjacent ? kCellWarps * sizeof(ClassRun) : 0};
+    DNC_CHECK(launch(grid, a.adjacent ? upsample_argmax_kernel<S, K, true> : upsample_argmax_kernel<S, K, false>, a));
+    return {};
+  });
 }
 
 }  // namespace
@@ -160,7 +159,7 @@ Status upsample_argmax(const UpsampleArgmax& a, const Launch& where) {
   const OnDevice device(where);
   DNC_CHECK(device.error());
   const cudaStream_t stream = static_cast<cudaStream_t>(where.stream);
-  call.C = int(a.scores.size[1]);
+  call.C = int(a.scores.size[1]), call.adjacent = adjacent_classes(a.scores);
   for (int64_t b = 0; b < B; b += most) {
     call.scores = Source(a.scores, bytes_of(a.scores.dtype)), call.scores.data += b * call.scores.sb;
     call.label = a.label.as<int64_t>() + b * H * W;

@@ -95,10 +95,14 @@ inline Status axes_of(const View& scores, int64_t H, int64_t W, bool corners, in
   return {};
 }
 
-// K of the kernels: 1, 2 or 4 pixels of a cell along each dimension.
-inline int pixels_of(const Axis& rows, const Axis& columns) {
-  const int most = rows.pixels > columns.pixels ? rows.pixels : columns.pixels;
-  return most > 2 ? 4 : most;
+// Calls f with K of the kernels, as a type: 1, 2 or 4 pixels of a cell along each dimension.
+template <class F>
+Status with_pixels(const Axis& rows, const Axis& columns, F f) {
+  switch (rows.pixels > columns.pixels ? rows.pixels : columns.pixels) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    default: return f(std::integral_constant<int, 4>());
+  }
 }
 
 __device__ inline int quotient(const Axis& a, int64_t n, int64_t d) {

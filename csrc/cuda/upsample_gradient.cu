@@ -191,7 +191,7 @@ __device__ inline Gift level_of(const Shared<K>& in, float smooth, const Span& a
 }
 
 // Subtracts `own` of the pixels with label y from a class's two planes, for every label whose class this warp owns.
-template <int K>
+template <int K, int kTogether>
 __device__ inline void subtract_own(const Shared<K>& in, int class0, int classes, const Span& across, const Span& along, int x,
                                     int y, float* top, float* bottom) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -199,7 +199,7 @@ __device__ inline void subtract_own(const Shared<K>& in, int class0, int classes
 #pragma unroll
   for (int k = 0; k < K * K; k++) {
     const int c = in.label[k][lane] - class0;
-    left |= unsigned(c >= 0 && c < classes && c % warps == warp) << k;
+    left |= unsigned(c >= 0 && c < classes && c / kTogether % warps == warp) << k;
   }
   while (__any_sync(~0u, left != 0)) {
     Gift gift{0, 0, 0, 0};
@@ -219,7 +219,22 @@ __device__ inline void subtract_own(const Shared<K>& in, int class0, int classes
   }
 }
 
-template <class S, int K>
+// Keeps the sum of class c in place of the scores that its lane has read; the last class of a run writes all of them, so that
+// the classes of a pixel go to memory together. `to`: of the run's first class, or null: not written.
+__device__ inline void write_run(ClassRun& run, float sum, int c, int classes, bool done, float* to, int64_t oc) {
+  const int lane = threadIdx.x % 32;
+  run.at[c % kRun][0][lane] = sum;
+  if (!done || ((c + 1) % kRun != 0 && c + 1 != classes)) return;
+  __syncwarp();  // all lanes have kept theirs
+  for (int i = 0; i < kRun; i++) {
+    const int of = i * (32 / kRun) + lane / kRun;
+    float* there = reinterpret_cast<float*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(to), of));
+    if (there != nullptr && lane % kRun <= c % kRun) there[lane % kRun * oc] = run.at[lane % kRun][0][of];
+  }
+  __syncwarp();  // they have been read and may be written again
+}
+
+template <class S, int K, bool kAdjacent>
 __global__ void __launch_bounds__(32 * kMostWarps, 2)
     upsample_gradient_kernel(UpsampleCall a, UpsampleGradient out, Plan plan) {
   Shared<K>* shared = shared_memory<Shared<K>>();
@@ -242,7 +257,14 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
   const int64_t right = b * a.scores.sb + source_at(columns, x + 1) * a.scores.sw;
   float* to = out.out + b * out.ob + max(x, 0) * out.ow;
 
-  for (int c = warp; c < classes; c += warps) planes[c * 32 + lane] = 0, planes[(plan.classes + c) * 32 + lane] = 0;
+  // a warp owns kTogether classes, leaves those of the other warps out, and so on
+  constexpr int kTogether = kAdjacent ? kRun : 1;
+  const int leap = (warps - 1) * kTogether + 1, class_first = warp * kTogether;
+  const auto after = [leap](int c) { return c + ((c + 1) % kTogether == 0 ? leap : 1); };
+  ClassRun* run = reinterpret_cast<ClassRun*>(planes + 2 * plan.classes * 32) + warp;
+  for (int c = class_first; c < classes; c = after(c)) {
+    planes[c * 32 + lane] = 0, planes[(plan.classes + c) * 32 + lane] = 0;
+  }
 
   for (int local = first - 1; local < last; local++) {  // row of the cells' upper corners, of those at hand
     const int y = local + rows.source0;
@@ -266,29 +288,31 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
       Cell<K> cells;
       read_cell(*shared, all_smooth, across, along, x, y, cells);
       const bool done = part == parts - 1, output = done && writes && local >= first;
-      // where this thread's classes are: of both planes, and of the result
-      const int lane_at = warp * 32 + lane, next = warps * 32;
-      float *upper = top + lane_at, *lower = bottom + lane_at, *result = to + local * out.oh + (class0 + warp) * out.oc;
-      const auto hand_on = [&](float to_top, float to_bottom) {
+      // where this thread's class is: in both planes, and in the result
+      const int at = class_first * 32 + lane;
+      float *upper = top + at, *lower = bottom + at, *result = to + local * out.oh + (class0 + class_first) * out.oc;
+      const auto hand_on = [&](int c, float to_top, float to_bottom) {
         const float sum = *upper + to_top;
         *upper = done ? 0.f : sum, *lower += to_bottom;
-        if (output) *result = sum;
-        upper += next, lower += next, result += warps * out.oc;
+        if (kAdjacent) {
+          write_run(*run, sum, c, classes, done, output ? result - c % kRun * out.oc : nullptr, out.oc);
+        } else if (output) {
+          *result = sum;
+        }
+        const int step = after(c) - c;
+        upper += step * 32, lower += step * 32, result += step * out.oc;
       };
       if (!__any_sync(~0u, cells.counts)) {
-        for (int c = warp; c < classes && done; c += warps) hand_on(0, 0);
+        for (int c = class_first; c < classes && done; c = after(c)) hand_on(c, 0, 0);
         continue;
       }
-      subtract_own(*shared, class0, classes, across, along, x, y, top, bottom);
+      subtract_own<K, kTogether>(*shared, class0, classes, across, along, x, y, top, bottom);
       Gift level{0, 0, 0, 0};
       if (a.smoothing > 0) level = level_of(*shared, smooth, across, along, x, y);
       const float steepest = cells.tame ? kSteep : -1.f;
-      const char* plane = a.scores.data + (class0 + min(warp, classes - 1)) * a.scores.sc;
-      Corners coming = load_corners<S>(plane, offset);
-      for (int c = warp; c < classes; c += warps) {
-        const Corners now = coming;
-        plane += c + warps < classes ? warps * a.scores.sc : 0;
-        coming = load_corners<S>(plane, offset);  // of the next class, while this one is worked on
+      ClassReader<S, kAdjacent> scores(a.scores.data + class0 * a.scores.sc, a.scores.sc, offset, class_first, classes, run);
+      for (int c = class_first; c < classes; c = after(c)) {
+        const Corners now = scores.read(c, after(c));
         const Slopes slopes = slopes_of(now, across, along);
         Gift gift;
         if (__all_sync(~0u, gentle(slopes, steepest))) {
@@ -301,7 +325,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
           const float w = a.weight == nullptr ? 1.f : a.weight[class0 + c];
           gift.top = fmaf(-w, level.top, gift.top), gift.bottom = fmaf(-w, level.bottom, gift.bottom);
         }
-        hand_on(gift.top, gift.bottom);
+        hand_on(c, gift.top, gift.bottom);
       }
     }
   }
@@ -333,17 +357,14 @@ Status launch_gradient(const UpsampleCall& call, const UpsampleGradient& out, cu
   unsigned warps = 0;
   if (const Status s = plan_of(call, &plan, &warps); !s.ok()) return s;
   const dim3 blocks(unsigned(plan.blocks_x), unsigned(plan.strips), unsigned(plan.chunks));
-  const auto run = [&](auto k) -> Status {
+  return with_pixels(call.rows, call.columns, [&](auto k) -> Status {
     constexpr int K = decltype(k)::value;
-    const size_t bytes = sizeof(Shared<K>) + size_t(plan.classes) * 2 * 32 * sizeof(float);
-    DNC_CHECK(launch(Grid{blocks, 32 * warps, stream, bytes}, upsample_gradient_kernel<S, K>, call, out, plan));
+    const size_t runs = call.adjacent ? warps * sizeof(ClassRun) : 0;
+    const size_t bytes = sizeof(Shared<K>) + size_t(plan.classes) * 2 * 32 * sizeof(float) + runs;
+    const auto kernel = call.adjacent ? upsample_gradient_kernel<S, K, true> : upsample_gradient_kernel<S, K, false>;
+    DNC_CHECK(launch(Grid{blocks, 32 * warps, stream, bytes}, kernel, call, out, plan));
     return {};
-  };
-  switch (pixels_of(call.rows, call.columns)) {
-    case 1: return run(std::integral_constant<int, 1>());
-    case 2: return run(std::integral_constant<int, 2>());
-    default: return run(std::integral_constant<int, 4>());
-  }
+  });
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ struct Loss {
   CellBlocks blocks;
 };
 
+// Behind it, where classes are adjacent: a ClassRun for each warp.
 template <int K>
 struct Shared {
   double of_warp[kWarps];
@@ -110,8 +111,8 @@ __device__ inline void load_labels(const UpsampleCall& a, const CellPlace& place
   }
 }
 
-template <class S, int K>
-__global__ void __launch_bounds__(kThreads) upsample_loss_kernel(UpsampleCall a, Loss out) {
+template <class S, int K, bool kAdjacent>
+__global__ void __launch_bounds__(kThreads, 5) upsample_loss_kernel(UpsampleCall a, Loss out) {
   Shared<K>* shared = shared_memory<Shared<K>>();
   const Axis &rows = a.rows, &columns = a.columns;
   const CellPlace place = place_of(a.scores, rows, columns, out.blocks);
@@ -122,12 +123,10 @@ __global__ void __launch_bounds__(kThreads) upsample_loss_kernel(UpsampleCall a,
   for (int k = 0; k < K * K; k++) sums.sum[k] = 0;
   const bool smooth = a.smoothing > 0 && (out.loss != nullptr || out.partial != nullptr);
   Corners weighted{0, 0, 0, 0};  // sum_c w_c s_c
-  const char* at = a.scores.data;
-  Corners coming = load_corners<S>(at, place.offset);
+  ClassReader<S, kAdjacent> scores(a.scores.data, a.scores.sc, place.offset, 0, a.C,
+                                   reinterpret_cast<ClassRun*>(shared + 1) + threadIdx.x / 32);
   for (int c = 0; c < a.C; c++) {
-    const Corners now = coming;
-    at += c + 1 < a.C ? a.scores.sc : 0;
-    coming = load_corners<S>(at, place.offset);  // of the next class, while this one is worked on
+    const Corners now = scores.read(c, c + 1);
     sums.add(now, across, along);
     if (smooth) {
       const float w = a.weight == nullptr ? 1.f : a.weight[c];
@@ -241,16 +240,14 @@ Status axes_of(const UpsampleCrossEntropy& a, Axis* rows, Axis* columns) {
 template <class S>
 Status launch_loss(const UpsampleCall& call, const Loss& out, cudaStream_t stream) {
   const unsigned blocks = unsigned(out.blocks.count());
-  const auto run = [&](auto k) -> Status {
+  return with_pixels(call.rows, call.columns, [&](auto k) -> Status {
     constexpr int K = decltype(k)::value;
-    DNC_CHECK(launch(Grid{blocks, kThreads, stream, sizeof(Shared<K>)}, upsample_loss_kernel<S, K>, call, out));
+    const size_t runs = call.adjacent ? kWarps * sizeof(ClassRun) : 0;
+    const Grid grid{blocks, kThreads, stream, sizeof(Shared<K>) + runs};
+    const auto kernel = call.adjacent ? upsample_loss_kernel<S, K, true> : upsample_loss_kernel<S, K, false>;
+    DNC_CHECK(launch(grid, kernel, call, out));
     return {};
-  };
-  switch (pixels_of(call.rows, call.columns)) {
-    case 1: return run(std::integral_constant<int, 1>());
-    case 2: return run(std::integral_constant<int, 2>());
-    default: return run(std::integral_constant<int, 4>());
-  }
+  });
 }
 
 Status check(const UpsampleCrossEntropy& a) {
@@ -285,6 +282,7 @@ Status upsample_cross_entropy(const UpsampleCrossEntropy& a, const Launch& where
   if (a.scores.numel() == 0) return {};
   const bool gradient = a.grad_scores && a.scores.size[1] > 1 && pixels;
   call.weight = a.class_weight.as<float>(), call.C = int(a.scores.size[1]);
+  call.adjacent = adjacent_classes(a.scores);
   call.ignored = a.ignore_index, call.smoothing = float(a.label_smoothing);
   const int64_t most = samples_of_launch(a.scores);
   if (most == 0) return bad_argument(kTooLarge);

@@ -1,6 +1,6 @@
 // What the loss and the gradient of upsample_cross_entropy share: upsample_loss.cu, upsample_gradient.cu.
 #pragma once
-#include "upsample_cells.h"
+#include "upsample_classes.h"
 
 namespace dnc {
 namespace cuda {
@@ -14,7 +14,8 @@ struct UpsampleCall {
   int B, C;
   int64_t ignored;
   float smoothing;
-  float* lse;  // [B,H,W] log-sum-exp in powers of 2
+  float* lse;     // [B,H,W] log-sum-exp in powers of 2
+  bool adjacent;  // classes are neighbours in memory
 };
 
 // Gradient of the scores, from the log-sum-exp that the loss left. upsample_gradient.cu.
