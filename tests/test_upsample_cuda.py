@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_on_cpu import DEVICE
+from cuda_on_cpu import DEVICE, ORDERS, configure
 from tolerances import assert_close
 
 from dnc_kernels import ops
@@ -294,6 +294,13 @@ def test_scores_far_apart_keep_their_small_terms(distance, all_classes, side):
     scores[:, 1, side] += distance / 2
     labels = random_labels(1, 3, (7, 8))
     check(scores, labels, reduction="none")
+    labels.fill_(IGNORE)  # but one pixel: its ignored neighbours are far above
+    labels[0, 3, 2 if side == -1 else 5] = 1
+    leaf, wide = scores.clone().requires_grad_(), scores.double().requires_grad_()
+    ops.upsample_cross_entropy(leaf, labels, reduction="sum", backend="cuda").backward()
+    F.cross_entropy(upsampled(wide, labels.shape[1:], False), labels, reduction="sum").backward()
+    # a probability of almost 1 less the label's 1: the scale is 1, not the difference
+    assert_close(leaf.grad, wide.grad, "interpolated_loss", terms=3, scale=1 + float(scores.abs().max()))
 
 
 @pytest.mark.parametrize("distance", (11, 80))
@@ -475,11 +482,22 @@ def test_bit_equal_from_run_to_run():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_the_order_of_threads_changes_no_bit(cuda):
+    if cuda == "cuda":
+        pytest.skip("a GPU chooses its own order")
+    scores, labels = normal(2, 5, 3, 20), random_labels(2, 5, (12, 80))
+    results = []
+    for order in ORDERS:
+        configure(order)
+        sums, grad = torch.empty(2, dtype=torch.float64), torch.empty_like(scores)
+        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.1, None, None, sums, None, grad)
+        results.append(torch.cat((sums, grad.double().flatten())))
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
 def test_how_rows_are_cut_changes_no_bit(cuda):
     if cuda == "cuda":
         pytest.skip("a GPU has the processors that it has")
-    from cuda_on_cpu import configure
-
     scores, labels = normal(1, 3, 9, 4), random_labels(1, 3, (17, 13))
     grads = []
     for processors in (1, 3, 40, 132):
