@@ -5,6 +5,7 @@
 #include "dnc/embedding.h"
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
+#include "dnc/upsample.h"
 
 namespace py = pybind11;
 using namespace dnc;
@@ -96,4 +97,29 @@ void bind_cuda(py::module_& m) {
                                          grad_bias},
               allocate, stream, device);
         });
+  m.def("upsample_cross_entropy", [](View scores, View labels, const std::vector<int64_t>& window, bool align_corners,
+                                     View class_weight, int64_t ignore_index, double label_smoothing, View grad_loss, View sums,
+                                     View loss, View grad_scores, Allocate allocate, uintptr_t stream, int device) {
+    if (window.size() != 4) throw py::value_error("upsample_cross_entropy: a window is four row numbers");
+    UpsampleCrossEntropy a{.scores = scores,
+                           .labels = labels,
+                           .source_rows = window[0],
+                           .source_row0 = window[1],
+                           .target_rows = window[2],
+                           .target_row0 = window[3],
+                           .align_corners = align_corners,
+                           .class_weight = class_weight,
+                           .ignore_index = ignore_index,
+                           .label_smoothing = label_smoothing,
+                           .grad_loss = grad_loss,
+                           .sums = sums,
+                           .loss = loss,
+                           .grad_scores = grad_scores};
+    run("upsample_cross_entropy", cuda::upsample_cross_entropy_workspace, cuda::upsample_cross_entropy, a, allocate, stream,
+        device);
+  });
+  m.def("upsample_argmax", [](View scores, bool align_corners, View label, Allocate allocate, uintptr_t stream, int device) {
+    run("upsample_argmax", cuda::upsample_argmax_workspace, cuda::upsample_argmax, UpsampleArgmax{scores, align_corners, label},
+        allocate, stream, device);
+  });
 }

@@ -109,8 +109,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "momentum_update_": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
     "apply_momentum_": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
     "normalize_embedding": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
-    "upsample_cross_entropy": _CPU_AND_TRITON,
-    "upsample_argmax": _CPU_AND_TRITON,
+    "upsample_cross_entropy": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
+    "upsample_argmax": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
 }
 
 

@@ -1,6 +1,7 @@
 // Cross-entropy and argmax of bilinearly upsampled scores (sizes may also shrink).
 #pragma once
 #include "dnc/common.h"
+#include "dnc/cuda.h"
 
 namespace dnc {
 
@@ -34,5 +35,14 @@ struct UpsampleArgmax {
   int threads = 1;
 };
 Status upsample_argmax(const UpsampleArgmax&);
+
+// float32, float16 and bfloat16 scores; gradients are float32. Maps have fewer than 2^29 rows and columns, and a class
+// of a sample spans less than 4 GB. The loss works in B*H*W floats where a gradient is asked for.
+namespace cuda {
+size_t upsample_cross_entropy_workspace(const UpsampleCrossEntropy&);
+Status upsample_cross_entropy(const UpsampleCrossEntropy&, const Launch&);
+size_t upsample_argmax_workspace(const UpsampleArgmax&);
+Status upsample_argmax(const UpsampleArgmax&, const Launch&);
+}  // namespace cuda
 
 }  // namespace dnc
