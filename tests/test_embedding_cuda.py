@@ -138,6 +138,22 @@ def test_a_large_mean_costs_no_variance(layout, d):
     check(x, *affine(d), normal(*x.shape))
 
 
+# so many channels that one pass of sums would be off by several roundings
+@pytest.mark.parametrize("layout", ("rows", "planes"))
+def test_the_saved_mean_is_rounded_once(layout):
+    x = features(layout, 4, 6200 if layout == "rows" else 7400) + 1000
+    _, mean, *_ = op.normalize_embedding(x, None, None, EPS, "cuda")
+    expected = x.double().mean(1).flatten()
+    assert (mean.double() - expected).abs().max() <= 1000 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("columns", (False, True))
+def test_equal_channels_have_no_negative_variance(columns):
+    x = ((torch.rand(200, 1, device=DEVICE) + 1) * 1e15).expand(200, 7)
+    x = x.T.contiguous().T if columns else x.contiguous()
+    assert ops.normalize_embedding(x, *affine(7), backend="cuda").isfinite().all()
+
+
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 @pytest.mark.parametrize("layout", ("rows", "nchw", "odd nchw"))
 @pytest.mark.parametrize("d", (7, 72, 600))
@@ -226,8 +242,9 @@ def test_nothing_is_written_beside_the_outputs(dtype, d):
     grad, expected = normal(21, d, dtype=dtype), torch.empty_like(x)
     kernels.normalize_backward(x, None, None, *found, grad, None, expected, None, None)
     frame = torch.full((48, 48), 7.0, device=DEVICE, dtype=dtype)
-    for columns in (False, True):
-        source = x.T.contiguous().T if columns else x
+    padded = x.new_zeros(21, 48)
+    padded[:, :d] = x
+    for source in (x, x.T.contiguous().T, padded[:, :d]):
         for out in (frame[5:26, 3 : 3 + d], frame[5:26, 8 : 8 + d], frame[5:26, 3 : 3 + 2 * d : 2], frame.T[8:29, 8 : 8 + d]):
             for backward in (False, True):
                 if backward:
