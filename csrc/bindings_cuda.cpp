@@ -5,6 +5,7 @@
 #include "dnc/embedding.h"
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
+#include "dnc/sinkhorn.h"
 
 namespace py = pybind11;
 using namespace dnc;
@@ -96,4 +97,16 @@ void bind_cuda(py::module_& m) {
                                          grad_bias},
               allocate, stream, device);
         });
+  m.def("sinkhorn", [](View similarity, View group, int64_t groups, double epsilon, int iterations, double tolerance,
+                       View assignment, View plan, View history, View steps, Allocate allocate, uintptr_t stream, int device) {
+    run(plan ? "sinkhorn_plan" : "sinkhorn_assign", cuda::sinkhorn_workspace, cuda::sinkhorn,
+        Sinkhorn{similarity, group, groups, epsilon, iterations, tolerance, assignment, plan, history, steps}, allocate, stream,
+        device);
+  });
+  m.def("sinkhorn_backward", [](View similarity, View group, int64_t groups, double epsilon, View history, View steps,
+                                View grad_plan, View grad_similarity, Allocate allocate, uintptr_t stream, int device) {
+    run("sinkhorn_plan", cuda::sinkhorn_backward_workspace, cuda::sinkhorn_backward,
+        SinkhornBackward{similarity, group, groups, epsilon, history, steps, grad_plan, grad_similarity}, allocate, stream,
+        device);
+  });
 }
