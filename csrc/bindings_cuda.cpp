@@ -6,6 +6,7 @@
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
 #include "dnc/upsample.h"
+#include "dnc/sinkhorn.h"
 
 namespace py = pybind11;
 using namespace dnc;
@@ -121,5 +122,16 @@ void bind_cuda(py::module_& m) {
   m.def("upsample_argmax", [](View scores, bool align_corners, View label, Allocate allocate, uintptr_t stream, int device) {
     run("upsample_argmax", cuda::upsample_argmax_workspace, cuda::upsample_argmax, UpsampleArgmax{scores, align_corners, label},
         allocate, stream, device);
+  m.def("sinkhorn", [](View similarity, View group, int64_t groups, double epsilon, int iterations, double tolerance,
+                       View assignment, View plan, View history, View steps, Allocate allocate, uintptr_t stream, int device) {
+    run(plan ? "sinkhorn_plan" : "sinkhorn_assign", cuda::sinkhorn_workspace, cuda::sinkhorn,
+        Sinkhorn{similarity, group, groups, epsilon, iterations, tolerance, assignment, plan, history, steps}, allocate, stream,
+        device);
+  });
+  m.def("sinkhorn_backward", [](View similarity, View group, int64_t groups, double epsilon, View history, View steps,
+                                View grad_plan, View grad_similarity, Allocate allocate, uintptr_t stream, int device) {
+    run("sinkhorn_plan", cuda::sinkhorn_backward_workspace, cuda::sinkhorn_backward,
+        SinkhornBackward{similarity, group, groups, epsilon, history, steps, grad_plan, grad_similarity}, allocate, stream,
+        device);
   });
 }

@@ -88,7 +88,11 @@ _TRITON = Kernel("cuda", _HALF_AND_SINGLE, capability=OLDEST_CAPABILITY)
 _UNPROVEN_CUDA = Kernel("cuda", _HALF_AND_SINGLE, proven=False, capability=OLDEST_CAPABILITY)
 _CPU_AND_TRITON = {"cpu": Kernel("cpu"), "triton": _TRITON}
 # a row of the plan lies in registers
-_SINKHORN = {**_CPU_AND_TRITON, "triton": replace(_TRITON, max_subcentroids=64)}
+_SINKHORN = {
+    **_CPU_AND_TRITON,
+    "triton": replace(_TRITON, max_subcentroids=64),
+    "cuda": replace(_UNPROVEN_CUDA, max_subcentroids=64),
+}
 
 _CUDA_SIMILARITY = Kernel(
     "cuda", _HALF, proven=False, capability=OLDEST_CAPABILITY, max_subcentroids=20, max_channels=768, channel_multiple=8,

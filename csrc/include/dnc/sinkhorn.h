@@ -1,6 +1,7 @@
 // Entropic optimal transport of pixels to sub-centroids, many groups of different sizes at once (DNC, eq. 5-7).
 #pragma once
 #include "dnc/common.h"
+#include "dnc/cuda.h"
 
 namespace dnc {
 
@@ -39,5 +40,13 @@ struct SinkhornBackward {
   int threads = 1;
 };
 Status sinkhorn_backward(const SinkhornBackward&);
+
+// On CUDA: K to 64, no float64; a group >= groups is left out like a negative one, and its plan is zero. One cooperative launch.
+namespace cuda {
+size_t sinkhorn_workspace(const Sinkhorn&);
+Status sinkhorn(const Sinkhorn&, const Launch&);
+size_t sinkhorn_backward_workspace(const SinkhornBackward&);
+Status sinkhorn_backward(const SinkhornBackward&, const Launch&);
+}  // namespace cuda
 
 }  // namespace dnc

@@ -59,7 +59,7 @@ __global__ void missing_warp_kernel(int* out) {
 // Results are read before the copy was waited for.
 __global__ void early_read_kernel(const int* in, int* out) {
   Shared& s = *shared_memory<Shared>();
-  copy16_async(s.value, in, true);
+  copy16_async(s.value, in, 16);
   copy_async_commit();
   out[0] = s.value[0];
   copy_async_wait<0>();

@@ -72,7 +72,7 @@ __global__ void copy_kernel(const uint32_t* in, uint32_t* out) {
   Copies& s = *shared_memory<Copies>();
   const auto put = [&](int row) { std::memcpy(out + 12 * row, s.word, sizeof s.word); };
   for (int g = 0; g < 3; g++) {
-    copy16_async(s.word[g], in + 4 * g, g < 2);
+    copy16_async(s.word[g], in + 4 * g, g < 2 ? 16 : 0);
     copy_async_commit();
   }
   put(0);

@@ -243,6 +243,10 @@ cudaError_t resident_blocks(int* blocks, void (*)(P...), unsigned threads, size_
 
 inline int lane_here() { return cuda_on_cpu::lane(); }
 inline int thread_here() { return cuda_on_cpu::self().linear; }
+template <class T>
+T opaque(T v) {
+  return v;
+}
 inline void spin() { cuda_on_cpu::spin_once(); }
 inline unsigned load_acquire(const unsigned* p) { return *p; }
 inline unsigned add_acquire_release(unsigned* p, unsigned v) { return atomicAdd(p, v); }

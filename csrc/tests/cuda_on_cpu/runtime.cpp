@@ -85,7 +85,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
     case cudaDevAttrMultiProcessorCount: *value = settings.processors; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: *value = settings.capability / 10; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: *value = settings.capability % 10; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 * 1024; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = (settings.capability == 80 ? 163 : settings.capability == 86 || settings.capability == 89 ? 99 : 227) * 1024;
+      return cudaSuccess;
     case cudaDevAttrL2CacheSize: *value = 50 << 20; return cudaSuccess;
     default: settings.error = "an attribute that the host tests do not know"; return cudaErrorInvalidValue;
   }
