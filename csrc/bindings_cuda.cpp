@@ -5,8 +5,8 @@
 #include "dnc/embedding.h"
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
-#include "dnc/upsample.h"
 #include "dnc/sinkhorn.h"
+#include "dnc/upsample.h"
 
 namespace py = pybind11;
 using namespace dnc;
@@ -122,6 +122,7 @@ void bind_cuda(py::module_& m) {
   m.def("upsample_argmax", [](View scores, bool align_corners, View label, Allocate allocate, uintptr_t stream, int device) {
     run("upsample_argmax", cuda::upsample_argmax_workspace, cuda::upsample_argmax, UpsampleArgmax{scores, align_corners, label},
         allocate, stream, device);
+  });
   m.def("sinkhorn", [](View similarity, View group, int64_t groups, double epsilon, int iterations, double tolerance,
                        View assignment, View plan, View history, View steps, Allocate allocate, uintptr_t stream, int device) {
     run(plan ? "sinkhorn_plan" : "sinkhorn_assign", cuda::sinkhorn_workspace, cuda::sinkhorn,

@@ -51,7 +51,7 @@ class Kernel:
     max_channels: int | None = None
     #: The channels come in groups of this many.
     channel_multiple: int = 1
-    #: Pixels must be rows of 16-byte units (`packed`), as [N,D] and channels_last maps are.
+    #: Pixels must be rows, or channels planes, of 16-byte units (`packed`), as [N,D] and whole feature maps are.
     packed_pixels: bool = False
 
     def refuses(
@@ -72,7 +72,7 @@ class Kernel:
         if self.channel_multiple > 1 and sizes.get("D", 0) % self.channel_multiple:
             return f"the {name} kernel takes channels in groups of {self.channel_multiple}, not {sizes['D']}"
         if self.packed_pixels and packed is False:
-            return f"the {name} kernel takes pixels as rows of 16-byte units ([N,D], or [B,D,H,W] in channels_last)"
+            return f"the {name} kernel takes pixels as rows, or channels as planes, of 16-byte units"
         return ""
 
 
@@ -311,17 +311,20 @@ def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int)
 
 
 def packed(x: Tensor) -> bool:
-    """Whether the pixels of x [N,D] or [B,D,H,W] are rows: channels side by side, pixels one stride apart, in 16-byte units."""
-    if x.ndim not in (2, 4) or x.stride(1) != 1:
+    """Whether x [N,D] or [B,D,H,W] lies in runs of 16-byte units: channels side by side, or pixels (NCHW), others apart."""
+    if x.ndim not in (2, 4):
         return False
-    step, unit = x.stride(-1) if x.ndim == 4 else x.stride(0), 16 // x.dtype.itemsize
-    if x.ndim == 4:  # as dnc::Pixels joins dimensions
-        samples, _, height, width = x.shape
-        if x.stride(2) == width * step:
-            width, height = width * height, 1
-        if height != 1 or (samples != 1 and x.stride(0) != width * step):
-            return False
-    return step % unit == 0  # where they begin cannot be traced: `_cuda.aligned` sees to it
+    unit = 16 // x.dtype.itemsize
+    if x.ndim == 2:
+        return x.stride(1) == 1 and x.stride(0) % unit == 0
+    samples, _, height, width = x.shape
+    sample, channel, line, step = x.stride()
+    if height != 1 and line != width * step:  # a crop
+        return False
+    if channel == 1:
+        return step % unit == 0 and (samples == 1 or sample == height * width * step)
+    # where they begin cannot be traced: `_cuda.aligned` sees to it
+    return step == 1 and channel % unit == 0 and (samples == 1 or sample % unit == 0)
 
 
 @torch.compiler.assume_constant_result

@@ -118,7 +118,8 @@ __device__ inline int thread_here() {
   return r;
 }
 
-// v, of which the compiler knows nothing: what is computed from it in a loop is computed there, and held in no register outside.
+// v, of which the compiler knows nothing: what is computed from it in a loop is computed there, and held in no register
+// outside.
 template <class T>
 __device__ inline T opaque(T v) {
   asm volatile("" : "+r"(v));

@@ -86,9 +86,10 @@ struct SubcentroidCrossEntropy {
 Status subcentroid_cross_entropy(const SubcentroidCrossEntropy&);
 
 namespace cuda {
-// Limits of the CUDA kernels: x float16 or bfloat16, with adjacent channels and pixels a multiple of 16 bytes apart ([N,D], or
-// [B,D,H,W] in channels_last); D at most 768, a multiple of 8; at most 32 sub-centroids a class; centroids of at most 32 bits. Scores,
-// own similarities and gradients of small tensors are float32. Distances and grad_centroids are not made.
+// Limits of the CUDA kernels: x float16 or bfloat16, 16-byte aligned, with adjacent channels ([N,D], channels_last) or adjacent
+// pixels (NCHW) and its other strides multiples of 16 bytes; D at most 768, a multiple of 8; at most 20 sub-centroids a class;
+// centroids of at most 32 bits. Scores, own similarities and gradients of small tensors are float32. Distances and
+// grad_centroids are not made.
 size_t class_scores_workspace(const ClassScores&);
 Status class_scores(const ClassScores&, const Launch&);
 size_t nearest_centroid_workspace(const NearestCentroid&);

@@ -37,9 +37,7 @@ def _(centroids: Tensor, sums: Tensor, counts: Tensor, momentum: float, backend:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::momentum_update_", mutates_args=("centroids",))
-def momentum_update_(
-    centroids: Tensor, x: Tensor, cluster: Tensor, momentum: float, deterministic: bool, backend: str
-) -> None:
+def momentum_update_(centroids: Tensor, x: Tensor, cluster: Tensor, momentum: float, deterministic: bool, backend: str) -> None:
     """Both steps in one op; on CUDA without a host synchronisation."""
     rows = centroids.view(-1, centroids.shape[-1])
     kernels("momentum", backend).momentum_update_(rows, x, cluster, momentum, deterministic)

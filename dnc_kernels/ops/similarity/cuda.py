@@ -1,7 +1,7 @@
 """Launchers of the CUDA C++ similarity kernels (csrc/cuda/similarity*.cu); the functions are those of native.py.
 
-Class scores, the nearest sub-centroid and the loss with the gradient of x have CUDA kernels. What has none runs the Triton
-kernel: distances, the contrast, the gradients of class scores and of sub-centroids.
+Class scores, the nearest sub-centroid and the loss with the gradient of x have CUDA kernels. Distances, the contrast, the
+gradients of class scores and of sub-centroids have none and run the Triton kernels.
 """
 
 from __future__ import annotations
