@@ -316,15 +316,15 @@ def packed(x: Tensor) -> bool:
         return False
     unit = 16 // x.dtype.itemsize
     if x.ndim == 2:
-        return x.stride(1) == 1 and x.stride(0) % unit == 0
-    samples, _, height, width = x.shape
+        return x.stride(1) == 1 and x.stride(0) % unit == 0 and x.stride(0) >= x.shape[1]
+    samples, channels, height, width = x.shape
     sample, channel, line, step = x.stride()
     if height != 1 and line != width * step:  # a crop
         return False
     if channel == 1:
-        return step % unit == 0 and (samples == 1 or sample == height * width * step)
+        return step % unit == 0 and step >= channels and (samples == 1 or sample == height * width * step)
     # where they begin cannot be traced: `_cuda.aligned` sees to it
-    return step == 1 and channel % unit == 0 and (samples == 1 or sample % unit == 0)
+    return step == 1 and channel % unit == 0 and channel >= height * width and (samples == 1 or (sample % unit == 0 < sample))
 
 
 @torch.compiler.assume_constant_result

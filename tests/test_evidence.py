@@ -53,7 +53,7 @@ def scores(**options):
         ({"D": 252}, "the cuda kernel takes channels in groups of 8, not 252"),
         (
             {"packed": False},
-            r"the cuda kernel takes pixels as rows of 16-byte units \(\[N,D\], or \[B,D,H,W\] in channels_last\)",
+            r"the cuda kernel takes pixels as rows, or channels as planes, of 16-byte units",
         ),
     ],
 )
@@ -127,7 +127,9 @@ def strided(shape, strides, dtype=torch.bfloat16):
         ((5, 16), (16, 1), True),
         ((5, 16), (24, 1), True),  # a slice of wider rows
         ((5, 16), (20, 1), False),  # rows of 40 bytes
-        ((5, 16), (0, 1), True),  # expanded
+        ((5, 16), (0, 1), False),  # expanded
+        ((2, 16, 2, 4), (128, 8, 4, 1), True),  # planes
+        ((2, 16, 1, 8), (256, 16, 0, 1), True),  # some lines of them
         ((5, 16), (32, 2), False),
         ((5, 16), (1, 5), False),
         ((2, 16, 3, 4), (192, 1, 64, 16), True),  # channels_last
