@@ -37,6 +37,9 @@ LAYOUTS = {
     "planes": lambda n, d, t: randn(2, d, n // 10, 5, dtype=t),
     "channels_last": lambda n, d, t: randn(2, d, n // 10, 5, dtype=t).contiguous(memory_format=torch.channels_last),
     "crop": lambda n, d, t: randn(2, d, n // 10 + 3, 11, dtype=t)[:, :, 2:-1, 3:8],
+    "unaligned lines": lambda n, d, t: torch.as_strided(
+        randn(n * (d + 1) + n * d, dtype=t), (2, d, n // 10, 5), (n // 10 * (5 * d + 1), 1, 5 * d + 1, d)
+    ),
     "expanded": lambda n, d, t: randn(1, d, dtype=t).expand(n, d),
 }
 
@@ -105,7 +108,11 @@ def test_many_tiles_in_any_order_of_threads(layout, order):
     check(x, cluster, 70)
 
 
-@pytest.mark.parametrize("pixels", [0, 1, 2, 64, 65, 129, 1024, 1025])
+def test_more_tiles_than_lanes():
+    check(LAYOUTS["planes"](9000, 2, torch.float32), clusters_for(9000, 40), 40)
+
+
+@pytest.mark.parametrize("pixels", [0, 1, 2, 64, 65, 129, 512, 513, 1025])
 def test_sizes_around_a_tile(pixels):
     check(randn(pixels, 8), torch.arange(pixels, device=DEVICE) % 20, 20)
 

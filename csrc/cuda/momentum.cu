@@ -3,15 +3,16 @@
 // momentum_update_kernel  reads x [N,D] or [B,D,H,W] (float32/float16/bfloat16, any strides) and cluster [N] int64; reads and
 //     writes centroids [M,D] float32. Bytes: x once, cluster once, sums and centroids [M,D] 4 times. Floor for N = 131072,
 //     D = 256, M = 1500 on H100 (3.0 TB/s): 67 MB of bfloat16 in 22 us; 6 MB of sums and centroids stay in L2.
-//     Plan: a block sorts about 1,000 neighbouring pixels by sub-centroid in shared memory (bitonic: 55 steps on 1,024 keys,
-//     about 1.5 us), sums each run in fp32, and adds it to [M,D] by one vector reduction for four channels. Lanes are channels,
-//     16 bytes each, where channels are adjacent; else they are pixels, and tiles are half or a quarter of that, since shared
-//     memory stages them. Then a barrier of the grid, then a warp a sub-centroid over all blocks. One cooperative launch and
-//     one memset. The end is not left to the last block: it moves 3 M D 4 = 4.6 MB (ADE20K), and one multiprocessor moves
-//     25-100 GB/s, so it alone would take 46-180 us; over all blocks it takes about 2 us beside 1-2 us of the barrier.
-//     Reductions: D / 4 a run. Where neighbours share sub-centroids (50 in a tile) 7 MB of x's 67; without any coherence 1.4
-//     pixels make a run and they are 1.5 times x: then momentum_ordered.cu is the faster one.
-//     Not deterministic: tiles reach a sum in any order. Deterministic: momentum_ordered.cu.
+//     Plan: a block sorts 500 to 1,000 neighbouring pixels by sub-centroid in shared memory (bitonic: 55 steps on 1,024 keys,
+//     about 1.5 us), sums each run in fp32, and adds it to [M,D] by one vector reduction for four channels. Two blocks a
+//     multiprocessor, whose 32 warps have four loads of 512 bytes each on their way. Lanes are channels, 16 bytes each, where
+//     channels are adjacent; else they are pixels, and a tile has at most 512 (256 in float32), since shared memory stages it.
+//     Then a barrier of the grid, then a warp a sub-centroid over all blocks. One cooperative launch and one memset. The end is
+//     not left to the last block: it moves 3 M D 4 = 4.6 MB (ADE20K), and one multiprocessor moves 25-100 GB/s, so it alone
+//     would take 46-180 us; over all blocks it takes about 2 us beside 1-2 us of the barrier. Reductions: D / 4 a run. Where
+//     neighbours share sub-centroids (40 in a tile of 500) 11 MB beside x's 67; without any coherence 1.2 pixels make a run and
+//     they are 1.7 times x: then momentum_ordered.cu is the faster one. Not deterministic: tiles reach a sum in any order.
+//     Deterministic: momentum_ordered.cu.
 // apply_momentum_kernel   the same from sums [M,D] and counts [M]: a warp a sub-centroid, 3 M D 4 bytes, deterministic.
 // Lengths are fp64. Non-finite pixels: only a NaN, an Inf or an overflow leaves a sum that is not finite; a block sums that
 // sub-centroid again without them. Clusters outside [0,M) are left out. Reference: dnc_kernels/ops/momentum/reference.py; the
@@ -88,11 +89,11 @@ Status update(const MomentumUpdate& a, const PixelMap& x, int64_t M, const Works
   int processors, resident;
   DNC_CHECK(attribute(&processors, cudaDevAttrMultiProcessorCount));
   DNC_CHECK(resident_blocks(&resident, kernel, kThreads, sizeof(T)));
-  // equal tiles, as many as all processors take in whole rounds; a multiple of 16 pixels keeps their sectors apart
-  const int64_t rounds = divide_up(x.N, processors * int64_t(T::kPixels));
-  const int64_t tile = min(max(round_up(divide_up(x.N, processors * rounds), 16), kLeastTile), int64_t(T::kPixels));
+  // equal tiles, as many as blocks that run together take in whole rounds; a multiple of 16 pixels keeps their sectors apart
+  const int64_t together = int64_t(processors) * min(resident, 2), rounds = divide_up(x.N, together * T::kPixels);
+  const int64_t tile = min(max(round_up(divide_up(x.N, together * rounds), 16), kLeastTile), int64_t(T::kPixels));
   const int64_t blocks = max(divide_up(x.N, tile), divide_up(M, kWarps));
-  const Grid grid{unsigned(min(blocks, int64_t(processors) * min(resident, 2))), kThreads, stream, sizeof(T), 1, true};
+  const Grid grid{unsigned(min(blocks, together)), kThreads, stream, sizeof(T), 1, true};
   DNC_CHECK(cudaMemsetAsync(w.arrived, 0, w.bytes, stream));
   DNC_CHECK(launch(grid, kernel, a.centroids.as<float>(), x, a.cluster.as<int64_t>(), uint32_t(M), a.momentum, w, int(tile)));
   return {};

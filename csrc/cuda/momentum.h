@@ -75,8 +75,10 @@ struct Tile {
   float carry[kChannels][kThreads];
   Words<int(sizeof(S)) * 4> stage[kPlanes ? kWarps : 1][kPlanes ? kPixels : 1];
   uint32_t scan[kWarps];
-  uint32_t again[kWarps];  // a cluster whose sum is not finite, else kLeftOut
-  int kept;                // pixels of the tile that are not left out; in sum_finite_pixels: of a cluster
+  // in finish(), of a warp's cluster: squared length and pixels; the cluster itself where that is not finite, else kLeftOut
+  double squared[kWarps];
+  uint32_t count[kWarps], again[kWarps];
+  int kept;  // pixels of the tile that are not left out; in sum_finite_pixels: of a cluster
 };
 
 // Sorts s.key[0, pixels), by a whole block; bitonic, padded to a power of two. A warp owns 64 neighbours while partners are
@@ -242,7 +244,7 @@ __device__ void sum_tile(Tile<S, kSource>& s, const PixelMap& x, int pixels, Sin
         }
         return v;
       };
-      sum_runs<kSource == Source::vectors ? 5 : 2>(
+      sum_runs<kSource == Source::vectors ? 4 : 2>(
           s, team, d < D ? s.kept : 0, load, [&](uint32_t m, const auto& sum) { sink(m, d, sum); }, [] { __syncthreads(); });
     }
   } else {
@@ -344,25 +346,33 @@ __device__ inline double squared_length(const float* v, int D) {
   return warp_sum(squared);
 }
 
-// The end, a warp a sub-centroid: total(m) makes the lanes' own channels (lane, lane + 32, ...) of the row sums + m * pitch and
+// The end, a warp a sub-centroid: total(m) makes the row sums + m * pitch, visible to the warp, and
 // returns the pixels of it; then those whose sum is not finite are summed again, by the whole block; then done(m, count, sum,
 // squared) by the warp.
 template <class S, class T, class Total, class Done>
 __device__ void finish(T& s, const PixelMap& x, const int64_t* __restrict__ cluster, uint32_t M, float* sums, int64_t pitch,
                        Total total, Done done) {
   const int warp = int(threadIdx.x) / 32;
+  const auto note = [&](uint32_t count, double squared) {
+    if (threadIdx.x % 32 == 0) s.count[warp] = count, s.squared[warp] = squared;
+  };
   for (uint32_t first = blockIdx.x * kWarps; first < M; first += gridDim.x * kWarps) {
-    const uint32_t m = first + warp;
-    uint32_t count = m < M ? total(m) : 0;
-    double squared = count > 0 ? squared_length(sums + m * pitch, int(x.D)) : 0;
-    if (threadIdx.x % 32 == 0) s.again[warp] = squared <= 1.7976931348623157e308 ? kLeftOut : m;
+    {
+      const uint32_t m = first + warp, count = m < M ? total(m) : 0;
+      const double squared = count > 0 ? squared_length(sums + m * pitch, int(x.D)) : 0;
+      note(count, squared);
+      if (threadIdx.x % 32 == 0) s.again[warp] = squared <= 1.7976931348623157e308 ? kLeftOut : m;
+    }
     __syncthreads();  // again is complete
     for (int w = 0; w < kWarps; w++) {
-      if (s.again[w] == kLeftOut) continue;
-      const uint32_t finite = sum_finite_pixels<S>(s, x, cluster, s.again[w], sums + s.again[w] * pitch);
-      if (w == warp) count = finite, squared = squared_length(sums + m * pitch, int(x.D));
+      const uint32_t m = s.again[w];
+      if (m == kLeftOut) continue;
+      const uint32_t finite = sum_finite_pixels<S>(s, x, cluster, m, sums + m * pitch);
+      if (w == warp) note(finite, squared_length(sums + m * pitch, int(x.D)));
     }
-    if (m < M) done(m, count, sums + m * pitch, squared);
+    __syncwarp();  // what lane 0 noted is there
+    const uint32_t m = first + warp;
+    if (m < M) done(m, s.count[warp], sums + m * pitch, s.squared[warp]);
     __syncthreads();  // again has been read
   }
 }

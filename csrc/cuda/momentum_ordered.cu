@@ -3,7 +3,7 @@
 // Reads x [N,D] or [B,D,H,W] (float32/float16/bfloat16, any strides) and cluster [N] int64; writes sums [M,D] float32 and
 // counts [M] int64, or reads and writes centroids [M,D] float32. Bytes: x once, cluster twice (once gathered), and beside them,
 // mostly in L2: 8 N of sorting, 8 (M / 16) (N / tile) of the histogram, and 8 D (M + 16 N / tile) of partial sums; a tile has
-// 1024 pixels, or 512 (256 in float32) where channels are not adjacent. N = 131072, D = 256, M = 1500, bfloat16: 67 + 11 MB;
+// 512 pixels, or 256 in float32 where channels are not adjacent. N = 131072, D = 256, M = 1500, bfloat16: 67 + 15 MB;
 // at 3.0 TB/s 26 us, plus five barriers of the grid at 1-2 us and three short phases at 2-3 us: 40-45 us are expected where
 // momentum.cu takes 30.
 // Plan, in one cooperative launch after one memset, a barrier of the grid between the steps:
@@ -24,6 +24,7 @@ namespace {
 
 using namespace momentum;
 
+constexpr int kTile = 512;  // pixels at most: two blocks a multiprocessor have work from 135,000 pixels on
 constexpr int kBucketBits = 4, kBucket = 1 << kBucketBits;  // sub-centroids of a bucket: about a class or two
 
 // The parts of the workspace; `arrived`, `histogram` and `pixels` are zero at first.
@@ -100,6 +101,35 @@ __device__ void scan_starts(const Workspace& w, uint32_t* of_warp) {
   if (threadIdx.x == 0) w.start[w.buckets] = before;
 }
 
+// Step 6: w.sums of cluster m from its partial sums, in the order of tiles, by a warp; returns its pixels.
+__device__ uint32_t add_rows(const Workspace& w, uint32_t m, int D) {
+  const int lane = int(threadIdx.x) % 32;
+  const uint32_t bucket = m >> kBucketBits, begin = w.start[bucket] / w.tile;
+  const uint32_t end = uint32_t(divide_up(w.start[bucket + 1], w.tile));
+  const auto row = [&](uint32_t tile) { return (tile + bucket) * kBucket + m % kBucket; };
+  uint32_t count = 0;
+  for (uint32_t tile = begin + lane; tile < end; tile += 32) count += w.pixels[row(tile)];
+  for (int first = 4 * lane; first < D; first += 256) {
+    float4 sum[2] = {};
+#pragma unroll 2
+    for (uint32_t tile = begin; tile < end; tile++) {
+      const bool any = w.pixels[row(tile)] != 0;  // else the row was not written
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        float4 v = {};
+        if (any && first + 128 * c < D) v = *reinterpret_cast<const float4*>(w.partial + row(tile) * w.pitch + first + 128 * c);
+        sum[c].x += v.x, sum[c].y += v.y, sum[c].z += v.z, sum[c].w += v.w;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      if (first + 128 * c < D) *reinterpret_cast<float4*>(w.sums + m * w.pitch + first + 128 * c) = sum[c];
+    }
+  }
+  __syncwarp();  // lanes read each other's sums from here on
+  return warp_sum(count);
+}
+
 template <class S, Source kSource>
 __global__ void __launch_bounds__(kThreads, 2)
     momentum_ordered_kernel(PixelMap x, const int64_t* __restrict__ cluster, Workspace w, Result result) {
@@ -155,20 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   grid_barrier(w.arrived, target);  // the partial sums are complete
   finish<S>(
-      s, x, cluster, w.M, w.sums, w.pitch,
-      [&](uint32_t m) {
-        const uint32_t bucket = m >> kBucketBits, begin = w.start[bucket], end = w.start[bucket + 1];
-        uint32_t count = 0;
-        float* sum = w.sums + m * w.pitch;
-        for (int d = threadIdx.x % 32; d < int(x.D); d += 32) sum[d] = 0;
-        for (uint32_t tile = begin / w.tile; tile * int64_t(w.tile) < end; tile++) {
-          const uint32_t row = (tile + bucket) * kBucket + m % kBucket;
-          if (w.pixels[row] == 0) continue;
-          count += w.pixels[row];
-          for (int d = threadIdx.x % 32; d < int(x.D); d += 32) sum[d] += w.partial[row * w.pitch + d];
-        }
-        return count;
-      },
+      s, x, cluster, w.M, w.sums, w.pitch, [&](uint32_t m) { return add_rows(w, m, int(x.D)); },
       [&](uint32_t m, uint32_t count, const float* sum, double squared) {
         if (result.centroids != nullptr) {
           if (count > 0) move(result.centroids + m * x.D, sum, squared, result.momentum, int(x.D));
@@ -183,7 +200,7 @@ template <class S, Source kSource>
 Status run(const PixelMap& x, const int64_t* cluster, int64_t M, const Result& result, const Launch& where) {
   using T = Tile<S, kSource>;
   const auto kernel = momentum_ordered_kernel<S, kSource>;
-  const Workspace w = layout(where.workspace, x.N, x.D, M, T::kPixels);
+  const Workspace w = layout(where.workspace, x.N, x.D, M, min(T::kPixels, kTile));
   int processors, resident;
   DNC_CHECK(attribute(&processors, cudaDevAttrMultiProcessorCount));
   DNC_CHECK(resident_blocks(&resident, kernel, kThreads, sizeof(T)));
