@@ -202,10 +202,20 @@ def test_each_group_stops_by_itself():
     check_gradient(s, group, 3, **options)
 
 
-def test_a_loose_tolerance_stops_after_one_step():
-    s, group = problem(50, 6, 3)
-    one = ops.sinkhorn_plan(s, group, 3, iterations=1, **CUDA)
-    assert torch.equal(ops.sinkhorn_plan(s, group, 3, tolerance=1e6, **CUDA), one)
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 9])
+def test_a_loose_tolerance_stops_after_one_step(iterations):
+    s, group = problem(50, 6, 4)
+    group[group == 2] = -1
+    plan, history, steps = op.sinkhorn_plan(s, group, 4, 0.05, iterations, 1e6, "cuda")
+    assert torch.equal(ops.sinkhorn_plan(s, group, 4, iterations=1, **CUDA), plan)
+    assert steps.tolist() == [1, 1, 0, 1] and torch.equal(history[1:], history[1].expand(iterations, 4, 6))
+    assert (history[:, 2] == 0).all() and (history[1, [0, 1, 3]] != 0).all()
+    x = s.clone().requires_grad_()
+    grad = torch.randn(50, 6, device=DEVICE)
+    ops.sinkhorn_plan(x, group, 4, iterations=iterations, tolerance=1e6, **CUDA).backward(grad)
+    y = s.clone().requires_grad_()
+    ops.sinkhorn_plan(y, group, 4, iterations=1, **CUDA).backward(grad)
+    assert torch.equal(x.grad, y.grad)
 
 
 @pytest.mark.parametrize(("epsilon", "iterations"), [(0.01, 2), (0.3, 6)])

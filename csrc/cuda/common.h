@@ -103,8 +103,7 @@ __device__ inline T block_sum(T v, T* of_warp) {
 // the blocks that arrived, over all barriers, and `target` is this thread's count of them (0 at the start). A launch may have
 // 2^32 / blocks barriers.
 __device__ inline void grid_barrier(unsigned* arrived, unsigned& target) {
-  __threadfence();
-  __syncthreads();  // the block's writes are ordered before its arrival
+  __syncthreads();  // one thread's release stands for all that the block has written before this
   target += gridDim.x;
   if (threadIdx.x == 0) {
     if (add_acquire_release(arrived, 1) + 1 != target) {
