@@ -411,7 +411,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(op.cluster_sums, (x, cluster, 6, "cpu"))
     sums, counts = ops.cluster_sums(x, cluster, 6)
     torch.library.opcheck(op.apply_momentum_, (unit(2, 3, 12), sums, counts, 0.9, "cpu"))
-    torch.library.opcheck(op.momentum_update_, (unit(2, 3, 12), x, cluster, 0.9, "cpu"))
+    torch.library.opcheck(op.momentum_update_, (unit(2, 3, 12), x, cluster, 0.9, True, "cpu"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
