@@ -112,7 +112,7 @@ __device__ inline void load_labels(const UpsampleCall& a, const CellPlace& place
 }
 
 template <class S, int K, bool kAdjacent>
-__global__ void __launch_bounds__(kThreads, 5) upsample_loss_kernel(UpsampleCall a, Loss out) {
+__global__ void __launch_bounds__(kThreads, 4) upsample_loss_kernel(UpsampleCall a, Loss out) {
   Shared<K>* shared = shared_memory<Shared<K>>();
   const Axis &rows = a.rows, &columns = a.columns;
   const CellPlace place = place_of(a.scores, rows, columns, out.blocks);

@@ -40,7 +40,7 @@ def upsample_cross_entropy(
         ignore_index: label of pixels to leave out; not a class. Their loss and gradient are exactly 0.
         label_smoothing: share of the target that is spread over all classes, in [0,1].
         reduction: ``mean`` (over the class weights of the pixels that are not ignored), ``sum`` or ``none``.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Returns:
         A scalar, or [B,H,W] for ``none``; float64 for float64 `scores`, else float32. Differentiable once in `scores` (the
@@ -92,7 +92,7 @@ def upsample_argmax(
         scores: [B,C,h,w], any strides; float32, float64, float16 or bfloat16.
         size: (H, W), or one number for both.
         align_corners: whether corner pixels (True) or corners of corner pixels (False) of both grids coincide.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Returns:
         [B,H,W] int64, the lowest class where upsampled scores tie; as in torch, NaN counts as the highest. Not differentiable.
