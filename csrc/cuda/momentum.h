@@ -112,13 +112,6 @@ __device__ void sort_keys(T& s, int pixels) {
   __syncthreads();  // kept is known
 }
 
-// x.offset(n) by 32-bit division, a third of the instructions: there are fewer than 2^32 pixels.
-__device__ inline int64_t offset_of(const PixelMap& x, uint32_t n) {
-  if (x.flat) return int64_t(n) * x.sw;
-  const uint32_t map = uint32_t(x.HW), width = uint32_t(x.W), sample = n / map, in_map = n % map;
-  return int64_t(sample) * x.sb + int64_t(in_map / width) * x.sh + int64_t(in_map % width) * x.sw;
-}
-
 // Keys by cluster and offsets of a tile, then sorted: pixel(i) is the i-th of it.
 template <class T, class Pixel>
 __device__ void load_tile(T& s, const PixelMap& x, const int64_t* __restrict__ cluster, uint32_t M, int pixels, Pixel pixel) {
@@ -126,7 +119,7 @@ __device__ void load_tile(T& s, const PixelMap& x, const int64_t* __restrict__ c
   for (int i = int(threadIdx.x); i < pixels; i += kThreads) {
     const int64_t n = pixel(i), m = cluster[n];
     const bool keep = m >= 0 && m < M;
-    s.offset[i] = keep ? offset_of(x, uint32_t(n)) : -1;
+    s.offset[i] = keep ? x.offset(n) : -1;
     s.key[i] = keep ? uint32_t(m) << kIndexBits | uint32_t(i) : kLeftOut;
   }
   sort_keys(s, pixels);
@@ -298,7 +291,7 @@ __device__ uint32_t sum_finite_pixels(T& s, const PixelMap& x, const int64_t* __
     __syncthreads();  // scan is complete
     int at = __popc(lanes & ((1u << lane) - 1)), all = 0;
     for (int w = 0; w < kWarps; w++) at += w < warp ? s.scan[w] : 0, all += s.scan[w];
-    if (found) s.offset[at] = offset_of(x, uint32_t(first + t));
+    if (found) s.offset[at] = x.offset(first + t);
     __syncthreads();  // the offsets are listed; scan may be written again
     for (int i = warp; i < all; i += kWarps) {
       const S* pixel = data + s.offset[i];

@@ -9,16 +9,20 @@ namespace {
 
 using namespace dnc;
 
+// Of [rows, columns] or [planes, rows, columns].
 TensorMap map_of(const Array<uint16_t>& array, int box_rows) {
   void* found;
   check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, nullptr));
   const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  const cuuint64_t size[2] = {cuuint64_t(array.shape(1)), cuuint64_t(array.shape(0))}, pitch = size[0] * 2;
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
+  const auto rank = cuuint32_t(array.ndim());
+  cuuint64_t size[3], pitch[2];
+  for (cuuint32_t i = 0; i < rank; i++) size[i] = cuuint64_t(array.shape(rank - 1 - i));  // the adjacent one first
+  pitch[0] = size[0] * 2, pitch[1] = pitch[0] * size[1];
+  const cuuint32_t box[3] = {64, cuuint32_t(box_rows), 1}, step[3] = {1, 1, 1};
   TensorMap map;
-  if (encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<uint16_t*>(array.data()),
-             size, &pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+  if (encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<uint16_t*>(array.data()),
+             size, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
     throw std::runtime_error("the tensor map was refused");
   }
   return map;
@@ -28,14 +32,18 @@ struct Box {
   alignas(1024) uint16_t data[16][64];
   PhaseBarrier arrived;
 };
-// The bytes of shared memory under a box [16,64] at (column, row).
-__global__ void box_kernel(const TensorMap map, int column, int row, uint16_t* out) {
+// The bytes of shared memory under a box [16,64] at (column, row), and of a plane where the array has them.
+__global__ void box_kernel(const TensorMap map, int column, int row, bool planes, int plane, uint16_t* out) {
   Box& s = *shared_memory<Box>();
   if (threadIdx.x == 0) {
     barrier_init(&s.arrived, 1);
     barrier_init_fence();
     barrier_arrive_expect(&s.arrived, sizeof s.data);
-    copy_box(s.data, &map, column, row, &s.arrived);
+    if (planes) {
+      copy_box(s.data, &map, column, row, plane, &s.arrived);
+    } else {
+      copy_box(s.data, &map, column, row, &s.arrived);
+    }
   }
   __syncthreads();
   barrier_wait(&s.arrived, 0);
@@ -102,8 +110,8 @@ struct Products {
 __device__ int row_of(int t, int i) { return t / 32 * 16 + t % 32 / 4 + (i % 4 >= 2 ? 8 : 0); }
 __device__ int column_of(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
-// d [64,N] = c + a [64,64] b [N,64]^T, both from shared memory, 16 columns a product.
-template <int N>
+// d [64,N] = c + a [64,64] b [N,64]^T, both from shared memory, 16 columns a product. kColumns: a lies as its transpose.
+template <bool kColumns, int N>
 __global__ void wgmma_kernel(const TensorMap a, const TensorMap b, bool accumulate, float* d) {
   Products<N>& s = *shared_memory<Products<N>>();
   const int t = int(threadIdx.x);
@@ -120,7 +128,8 @@ __global__ void wgmma_kernel(const TensorMap a, const TensorMap b, bool accumula
   for (int i = 0; i < N / 2; i++) sum[i] = d[row_of(t, i) * N + column_of(t, i)];
   products_fence();
   for (int k = 0; k < 64; k += 16) {
-    multiply<BFloat16, false>(sum, matrix_descriptor(&s.a[0][k], 0), matrix_descriptor(&s.b[0][k], 0), accumulate || k > 0);
+    const uint64_t from = matrix_descriptor(kColumns ? s.a[k] : &s.a[0][k], 0);
+    multiply<BFloat16, kColumns>(sum, from, matrix_descriptor(&s.b[0][k], 0), accumulate || k > 0);
   }
   products_commit();
   products_wait<0>();
@@ -155,10 +164,10 @@ __global__ void wgmma_transposed_kernel(const uint16_t* a, const TensorMap b, fl
   for (int i = 0; i < N / 2; i++) d[row_of(t, i) * N + column_of(t, i)] = sum[i];
 }
 
-template <int N>
+template <bool kColumns, int N>
 Array<float> wgmma(Array<uint16_t> a, Array<uint16_t> b, bool accumulate, Array<float> d) {
   const TensorMap ma = map_of(a, 64), mb = map_of(b, N);
-  check(launch(Grid{1, 128, nullptr, sizeof(Products<N>)}, wgmma_kernel<N>, ma, mb, accumulate, d.mutable_data()));
+  check(launch(Grid{1, 128, nullptr, sizeof(Products<N>)}, wgmma_kernel<kColumns, N>, ma, mb, accumulate, d.mutable_data()));
   return d;
 }
 template <int N>
@@ -172,10 +181,10 @@ Array<float> wgmma_transposed(Array<uint16_t> a, Array<uint16_t> b) {
 }  // namespace
 
 void bind_hopper(py::module_& m) {
-  m.def("box", [](Array<uint16_t> in, int column, int row) {
+  m.def("box", [](Array<uint16_t> in, int column, int row, int plane) {
     const TensorMap from = map_of(in, 16);
     Array<uint16_t> out({16, 64});
-    check(launch(Grid{1, 32, nullptr, sizeof(Box)}, box_kernel, from, column, row, out.mutable_data()));
+    check(launch(Grid{1, 32, nullptr, sizeof(Box)}, box_kernel, from, column, row, in.ndim() == 3, plane, out.mutable_data()));
     return out;
   });
   m.def("ring", [](int rounds) {
@@ -189,7 +198,8 @@ void bind_hopper(py::module_& m) {
     check(launch(Grid{4, 32, nullptr, sizeof(Multicast), 2}, multicast_kernel, map, out.mutable_data()));
     return out;
   });
-  m.def("wgmma_80", wgmma<80>);
+  m.def("wgmma_80", wgmma<false, 80>);
+  m.def("wgmma_columns_80", wgmma<true, 80>);
   m.def("wgmma_transposed_64", wgmma_transposed<64>);
 }
 
