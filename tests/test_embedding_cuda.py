@@ -131,11 +131,39 @@ def test_gradient_in_place_of_the_incoming_one(shape, order):
     assert torch.equal(grad, apart[0])
 
 
+def test_a_crop_whose_gradient_is_none(order):
+    # tiles are loaded pixel by pixel and stored in pieces: by other threads
+    x, grad = normal(1, 8, 20, 17)[..., 1:], normal(1, 8, 20, 16)
+    _, *statistics = op.normalize_embedding(x, None, None, EPS, "cuda")
+    grad_x, to_bias, expected = torch.empty_like(grad), *(torch.empty(8, device=DEVICE) for _ in range(2))
+    kernels.normalize_backward(x, None, None, *statistics, grad, None, grad_x, None, to_bias)
+    copy = x.contiguous()
+    whole = torch.empty_like(copy)
+    kernels.normalize_backward(copy, None, None, *statistics, grad, None, whole, None, expected)
+    assert torch.equal(grad_x, whole) and torch.equal(to_bias, expected)
+
+
 @pytest.mark.parametrize("layout", ("rows", "nchw"))
 @pytest.mark.parametrize("d", (64, 600))
 def test_a_large_mean_costs_no_variance(layout, d):
     x = LAYOUTS[layout](torch.float32, d) + 1000
     check(x, *affine(d), normal(*x.shape))
+
+
+# so many channels that one pass of sums would be off by several roundings
+@pytest.mark.parametrize("layout", ("rows", "planes"))
+def test_the_saved_mean_is_rounded_once(layout):
+    x = features(layout, 4, 6200 if layout == "rows" else 7400) + 1000
+    _, mean, *_ = op.normalize_embedding(x, None, None, EPS, "cuda")
+    expected = x.double().mean(1).flatten()
+    assert (mean.double() - expected).abs().max() <= 1000 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("columns", (False, True))
+def test_equal_channels_have_no_negative_variance(columns):
+    x = ((torch.rand(40, 1, device=DEVICE) + 1) * 1e15).expand(40, 600)
+    x = x.T.contiguous().T if columns else x.contiguous()
+    assert ops.normalize_embedding(x, *affine(600), backend="cuda").isfinite().all()
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
@@ -226,8 +254,9 @@ def test_nothing_is_written_beside_the_outputs(dtype, d):
     grad, expected = normal(21, d, dtype=dtype), torch.empty_like(x)
     kernels.normalize_backward(x, None, None, *found, grad, None, expected, None, None)
     frame = torch.full((48, 48), 7.0, device=DEVICE, dtype=dtype)
-    for columns in (False, True):
-        source = x.T.contiguous().T if columns else x
+    padded = x.new_zeros(21, 48)
+    padded[:, :d] = x
+    for source in (x, x.T.contiguous().T, padded[:, :d]):
         for out in (frame[5:26, 3 : 3 + d], frame[5:26, 8 : 8 + d], frame[5:26, 3 : 3 + 2 * d : 2], frame.T[8:29, 8 : 8 + d]):
             for backward in (False, True):
                 if backward:
