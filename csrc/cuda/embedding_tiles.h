@@ -157,7 +157,7 @@ __device__ inline void load_tile(S* tile, int P, const Features& x, int64_t firs
   const bool here = first + p < x.N;
   const S* from = static_cast<const S*>(x.data) + (here ? x.offset(first + p) : 0);
   if (x.wide) {
-    for (int d = d0; d < x.D; d += step) copy16_async(tile + d * P + p, here ? from + d * x.sd : from, here);
+    for (int d = d0; d < x.D; d += step) copy16_async(tile + d * P + p, here ? from + d * x.sd : from, here ? 16 : 0);
     copy_async_commit();
   } else {
 #pragma unroll 4

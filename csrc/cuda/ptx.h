@@ -34,6 +34,8 @@ struct TensorMap {
   alignas(64) unsigned char opaque[128];
 };
 
+void copy16_async(void* to, const void* from, bool all) = delete;  // it takes the number of bytes
+
 }  // namespace dnc
 
 #if defined(DNC_CUDA_ON_CPU)
