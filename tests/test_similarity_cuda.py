@@ -116,6 +116,62 @@ def test_layouts_of_scores_and_pixels():
     assert torch.equal(winner.permute(0, 2, 3, 1).flatten(0, 2), expected.winner)
 
 
+#: B, H, W, C, K, D: tiles of pixels across images and a last one that is not full; the same with maxima in the workspace
+MAPS = [(2, 4, 6, 19, 3, 40), (1, 2, 4, 5, 1, 264), (2, 12, 12, 5, 10, 64), (1, 8, 9, 230, 2, 512)]
+MAPS += [pytest.param((3, 8, 13, 7, 2, 136), marks=pytest.mark.sanitize)]
+
+
+def maps(b, h, w, c, k, d, dtype=torch.bfloat16):
+    """The same problem as rows and as a feature map [B,D,H,W], with labels of either shape."""
+    x, p, labels = problem(b * h * w, c, k, d, dtype)
+    return x, x.view(b, h, w, d).permute(0, 3, 1, 2).contiguous(), p, labels, labels.view(b, h, w)
+
+
+def as_rows(t):
+    return t.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_scores_and_nearest_of_feature_maps(shape, dtype):
+    """NCHW is read in place; what comes out is that of the rows, which are checked against float64 above."""
+    x, image, p, labels, shaped = maps(*shape, dtype)
+    from dnc_kernels import backends
+
+    assert backends.packed(image)
+    made, expected = (ops.class_scores(*given, backend="cuda") for given in ((image, p, shaped), (x, p, labels)))
+    check_scores(x, p, labels)
+    assert torch.equal(as_rows(made.scores), expected.scores) and torch.equal(as_rows(made.winner), expected.winner)
+    assert torch.equal(made.own_similarity, expected.own_similarity)
+    near, expected = (ops.nearest_centroid(given, p, backend="cuda") for given in (image, x))
+    assert all(torch.equal(a.flatten(), b) for a, b in zip(near, expected, strict=True))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_loss_of_feature_maps(shape, metric):
+    """NCHW is read in place and its gradient is NCHW."""
+    x, image, p, labels, _ = maps(*shape)
+    check_loss(x, p, labels, metric, image, reduction="sum", **options_of(shape[3], True, True, 0.0))
+
+
+@pytest.mark.parametrize("shape", [(2, 19, 40, 3, 7), (1, 7, 40, 5, 8)], ids=str)
+def test_feature_maps_that_no_unit_divides_are_copied_or_refused(shape):
+    """21 pixels a plane; a crop of a wider map; one image expanded: never read in place."""
+    from dnc_kernels import backends
+
+    b, c, d, h, w = shape
+    x, p, labels = problem(b * h * w, c, 2, d)
+    whole = torch.full((b, d, h, w + 8), math.nan, device=DEVICE, dtype=x.dtype)
+    crop = whole[..., :w].copy_(x.view(b, h, w, d).permute(0, 3, 1, 2))
+    assert not backends.packed(crop) and not backends.packed(crop[:1].expand(2, -1, -1, -1))
+    with pytest.raises((ValueError, RuntimeError), match="cuda"):
+        ops.class_scores(crop, p, labels.view(b, h, w), backend="cuda")
+    if h * w % 8:
+        with pytest.raises((ValueError, RuntimeError), match="cuda"):
+            ops.class_scores(crop.contiguous(), p, labels.view(b, h, w), backend="cuda")
+
+
 def loss_and_grads(backend, x, p, labels, metric="dot", **options):
     """Loss, prediction, own similarities and every gradient."""
     x = x.detach().requires_grad_()
@@ -130,9 +186,14 @@ def loss_and_grads(backend, x, p, labels, metric="dot", **options):
     return out.loss, out.prediction, out.own_similarity, *torch.autograd.grad(total, [x, *learnable.values()])
 
 
-def check_loss(x, p, labels, metric="dot", **options):
-    """The kernel against float64 on the same values; returns what the kernel made."""
-    actual = loss_and_grads("cuda", x, p, labels, metric, **options)
+def check_loss(x, p, labels, metric="dot", image=None, **options):
+    """The kernel, on `image` if given, against float64 on the same values as rows; returns what the kernel made."""
+    if image is None:
+        actual = loss_and_grads("cuda", x, p, labels, metric, **options)
+    else:
+        loss, prediction, own, dx, *others = loss_and_grads("cuda", image, p, labels.view_as(image[:, 0]), metric, **options)
+        assert dx.stride() == image.stride()
+        actual = loss, prediction.flatten(), own, as_rows(dx), *others
     exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     inside = torch.where((labels >= 0) & (labels < p.shape[0]), labels, -100)  # the CPU reference raises; GPU kernels ignore
     expected = loss_and_grads("reference", *wide(x, p, metric), inside, metric, **exact)

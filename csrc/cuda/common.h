@@ -63,16 +63,11 @@ struct PixelMap {
   }
 };
 
-// Sum and maximum over the lanes of a warp, in a fixed order; every lane gets them.
+// Sum over the lanes of a warp, in a fixed order; every lane gets it.
 template <class T>
 __device__ inline T warp_sum(T v) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(~0u, v, step);
-  return v;
-}
-__device__ inline float warp_max(float v) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, step));
   return v;
 }
 // Inclusive sum over the lanes of a warp.

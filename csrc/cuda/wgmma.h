@@ -7,7 +7,6 @@ namespace dnc {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define DNC_ACCUMULATORS_32 DNC_ACCUMULATORS_8(0), DNC_ACCUMULATORS_8(8), DNC_ACCUMULATORS_8(16), DNC_ACCUMULATORS_8(24)
 #define DNC_ACCUMULATORS_40 DNC_ACCUMULATORS_32, DNC_ACCUMULATORS_8(32)
-#define DNC_ACCUMULATORS_64 DNC_ACCUMULATORS_40, DNC_ACCUMULATORS_8(40), DNC_ACCUMULATORS_8(48), DNC_ACCUMULATORS_8(56)
 #define DNC_NAMES_32                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -15,11 +14,6 @@ namespace dnc {
   DNC_NAMES_32       \
   ", "               \
   "%32, %33, %34, %35, %36, %37, %38, %39"
-#define DNC_NAMES_64                                                                 \
-  DNC_NAMES_40                                                                       \
-  ", "                                                                               \
-  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
-  "%56, %57, %58, %59, %60, %61, %62, %63"
 
 // One case: N columns in R = N / 2 accumulators, `type` twice in the name; A, B and S are the numbers of the operands after
 // them.
@@ -71,10 +65,8 @@ __device__ inline void multiply_transposed(float (&d)[R], const uint32_t (&a)[4]
 #undef DNC_MULTIPLY_TRANSPOSED
 #undef DNC_NAMES_32
 #undef DNC_NAMES_40
-#undef DNC_NAMES_64
 #undef DNC_ACCUMULATORS_8
 #undef DNC_ACCUMULATORS_32
 #undef DNC_ACCUMULATORS_40
-#undef DNC_ACCUMULATORS_64
 
 }  // namespace dnc

@@ -41,8 +41,8 @@ struct SinkhornBackward {
 };
 Status sinkhorn_backward(const SinkhornBackward&);
 
-// On CUDA: K to 64, no float64; a group >= groups is left out like a negative one, and its plan is zero. One cooperative
-// launch.
+// On CUDA: K to 64, groups to 2^21, no float64; a group >= groups is left out like a negative one, and its plan is zero.
+// One cooperative launch.
 namespace cuda {
 size_t sinkhorn_workspace(const Sinkhorn&);
 Status sinkhorn(const Sinkhorn&, const Launch&);

@@ -34,7 +34,7 @@ def sinkhorn_assign(
         epsilon: entropy weight, finite and > 0, in the unit of `similarity`; the plan stays finite however small it is.
         iterations: T >= 0 pairs of marginal steps, sub-centroids first; 0: the nearest sub-centroid.
         tolerance: None, or >= 0: a group stops once max_k |K * column sum - 1| <= tolerance.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Returns:
         [N] int64 in [0,K); -1 where `group` is negative or a similarity of the pixel is not finite (such a pixel does not count
@@ -83,7 +83,7 @@ def sinkhorn_plan(
         iterations: T >= 0; 0: the plan is softmax(similarity/epsilon).
         tolerance: None, or >= 0: a group stops once max_k |K * column sum - 1| <= tolerance, for columns of total mass 1 after
             a pixel step.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
 
     Returns:
         [N,K], float64 for float64 `similarity`, else float32. Rows sum to 1; zero where `group` is negative; NaN where a
