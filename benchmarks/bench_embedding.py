@@ -73,7 +73,7 @@ def _case(layout: str, sizes: dict[str, int], dtype: str, settings: Settings) ->
         inputs=lambda: _inputs(layout, sizes, dtype, settings.device), reference=_reference,
         check=lambda result, want: _check(result, want, torch.finfo(dtype_of(dtype)).eps),
         variants=[
-            *kernels(settings, dtype, ["normalize_embedding"], kernel, sizes, packed=layout != "nchw"),
+            *kernels(settings, dtype, ["normalize_embedding"], kernel, sizes, layout="planes" if layout == "nchw" else "rows"),
             Variant("layer_norm_normalize", timed(_eager)),
             *compiled(settings, "layer_norm_normalize", _eager, timed),
         ],

@@ -125,7 +125,7 @@ def _case(name: str, height: int, width: int, classes: int, dtype: str, settings
     ours = []
     for checkpoint in ("all", "scores", "none"):
         of_backend = lambda b, c=checkpoint: checked(c, "auto" if b == "cpu" else b)  # noqa: E731
-        for v in kernels(settings, dtype, needed, of_backend, {"C": classes, "K": K, "D": CHANNELS}, packed=False):
+        for v in kernels(settings, dtype, needed, of_backend, {"C": classes, "K": K, "D": CHANNELS}, layout="planes"):
             ours.append(Variant(f"{v.name} checkpoint={checkpoint}", v.prepare, baseline=False, backend=v.backend))
     return Case(
         op="head_step", name=name, dtype=dtype, data=_DATA,

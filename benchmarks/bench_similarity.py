@@ -97,7 +97,7 @@ def _loss_case(
         op="centroid_cross_entropy", name=name, shape=sizes, dtype=dtype,
         data="unit pixels near own sub-centroid, uniform labels, none ignored" + (", NCHW" if nchw else ""),
         variants=[
-            *kernels(settings, dtype, ["centroid_cross_entropy"], kernel, sizes, packed=not nchw),
+            *kernels(settings, dtype, ["centroid_cross_entropy"], kernel, sizes, layout="planes" if nchw else "rows"),
             *(Variant(v, timed(f)) for v, f in eager.items()),
             *(v for name, f in eager.items() for v in compiled(settings, name, f, timed)),
         ],

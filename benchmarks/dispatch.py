@@ -21,14 +21,14 @@ from .harness import Row, dtype_of
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def shape_class(row: Row) -> dict[str, int]:
-    """Sizes of a row's case as `backends.pick` calls them, the width of its dtype, and whether pixels are rows."""
+def shape_class(row: Row) -> dict[str, int | str]:
+    """Sizes of a row's case as `backends.pick` calls them, the width of its dtype, and the layout of its pixels."""
     shape = row["shape"]
-    when = {key: shape[key] for key in ("N", "C", "K", "D") if key in shape}
+    when: dict[str, int | str] = {key: shape[key] for key in ("N", "C", "K", "D") if key in shape}
     if "N" not in shape:  # a map; square where it has but a height
         when["N"] = shape["B"] * shape["H"] * shape.get("W", shape["H"])
     if "h" not in shape:  # features, not scores to upsample: in rows or channels_last, unless the name says otherwise
-        when["packed"] = int("nchw" not in row["case"])
+        when["layout"] = "planes" if "nchw" in row["case"] else "rows"
     return when | {"bits": 8 * dtype_of(row["dtype"]).itemsize}
 
 

@@ -111,11 +111,11 @@ def kernels(
     ops: Sequence[str],
     prepare: Callable[[str], Callable[[Any], Call]],
     sizes: Mapping[str, int],
-    packed: bool | None = None,
+    layout: str | None = None,
 ) -> list[Variant]:
     """A variant for every backend that has all of `ops` here for these sizes and layout; the reference where none has.
 
-    `prepare` gets its name. `packed`: whether pixels are rows (`backends.packed`); None: it does not matter.
+    `prepare` gets its name. `layout`: of the pixels (`backends.layout`); None: it does not matter.
     """
     usable = []
     known = {key: size for key, size in sizes.items() if key in ("N", "C", "K", "D")}
@@ -125,7 +125,7 @@ def kernels(
         with suppress(RuntimeError):
             for op in ops:
                 kind = torch.device(settings.device).type
-                backends.resolve(op, kind, dtype_of(dtype), backend, capability=capability, packed=packed, **known)
+                backends.resolve(op, kind, dtype_of(dtype), backend, capability=capability, layout=layout, **known)
             usable.append(backend)
     return [Variant(f"dnc_{b}", prepare(b), baseline=False, backend=b) for b in sorted(usable) or ["reference"]]
 

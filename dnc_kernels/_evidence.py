@@ -32,7 +32,7 @@ class Proof:
 class Measured:
     """The faster backend for a shape class, and the benchmark rows that say so (file:line)."""
 
-    when: Mapping[str, int]
+    when: Mapping[str, int | str]
     backend: str
     rows: str
 
@@ -58,7 +58,7 @@ def read_dispatch(folder: Path = DISPATCH) -> dict[tuple[str, Capability], tuple
     }
 
 
-def nearest(entries: Sequence[Measured], sizes: Mapping[str, int], exact: Mapping[str, int]) -> Measured | None:
+def nearest(entries: Sequence[Measured], sizes: Mapping[str, int], exact: Mapping[str, int | str]) -> Measured | None:
     """The entry whose sizes are nearest: the smallest product of ratios. Those that differ in `exact` are other kernels.
 
     Products of ratios instead of sums of logarithms: torch.compile traces them with symbolic sizes.
@@ -69,7 +69,7 @@ def nearest(entries: Sequence[Measured], sizes: Mapping[str, int], exact: Mappin
         for key, size in entry.when.items():
             if key in exact:
                 same = same and exact[key] == size
-            elif key in sizes:
+            elif isinstance(size, int) and key in sizes:
                 ratio *= (max(sizes[key], size) + 1) / (min(sizes[key], size) + 1)
         if same and (best is None or ratio < least):
             best, least = entry, ratio

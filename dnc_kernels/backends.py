@@ -51,11 +51,11 @@ class Kernel:
     max_channels: int | None = None
     #: The channels come in groups of this many.
     channel_multiple: int = 1
-    #: Pixels must be rows, or channels planes, of 16-byte units (`packed`), as [N,D] and whole feature maps are.
-    packed_pixels: bool = False
+    #: What `layout` may say of the pixels; empty: anything.
+    layouts: tuple[str, ...] = ()
 
     def refuses(
-        self, name: str, dtype: torch.dtype, capability: tuple[int, int] | None, packed: bool | None, sizes: Mapping[str, int]
+        self, name: str, dtype: torch.dtype, capability: tuple[int, int] | None, layout: str | None, sizes: Mapping[str, int]
     ) -> str:
         """Why this kernel of backend `name` does not take a call, or the empty string. What is None or absent is not asked."""
         if dtype not in self.dtypes:
@@ -71,8 +71,8 @@ class Kernel:
             return f"the {name} kernel takes at most {self.max_channels} channels, not {sizes['D']}"
         if self.channel_multiple > 1 and sizes.get("D", 0) % self.channel_multiple:
             return f"the {name} kernel takes channels in groups of {self.channel_multiple}, not {sizes['D']}"
-        if self.packed_pixels and packed is False:
-            return f"the {name} kernel takes pixels as rows, or channels as planes, of 16-byte units"
+        if self.layouts and layout is not None and layout not in self.layouts:
+            return f"the {name} kernel takes pixels as {' or '.join(self.layouts)} of 16-byte units"
         return ""
 
 
@@ -96,7 +96,7 @@ _SINKHORN = {
 
 _CUDA_SIMILARITY = Kernel(
     "cuda", _HALF, proven=False, capability=OLDEST_CAPABILITY, max_subcentroids=20, max_channels=768, channel_multiple=8,
-    packed_pixels=True,
+    layouts=("rows", "planes"),
 )  # fmt: skip
 _SCORES = {**_CPU_AND_TRITON, "cuda": _CUDA_SIMILARITY}
 
@@ -223,7 +223,7 @@ def resolve(
     choice: str = "auto",
     *,
     capability: tuple[int, int] | None = None,
-    packed: bool | None = None,
+    layout: str | None = None,
     **sizes: int,
 ) -> Resolution:
     """Backend for `op`, with the reason. Pure: no environment, no tensor, no side effect.
@@ -234,7 +234,7 @@ def resolve(
         dtype: of the inputs; float64 if any of them is.
         choice: a backend, or ``auto``.
         capability: compute capability of a CUDA device; None: not asked about.
-        packed: whether pixels are rows of 16-byte units (`packed`); None: not asked about.
+        layout: of the pixels, as the function of that name says; None: not asked about.
         sizes: N, C, K and D, as far as they are known: for the limits of kernels and the measured classes.
 
     Raises:
@@ -253,7 +253,7 @@ def resolve(
         interpreted = name == choice == "triton" and INTERPRETED and device == "cpu"
         if kernel.device != device and not interpreted:
             return f"the {name} backend runs on {kernel.device} tensors, not {device}"
-        return kernel.refuses(name, dtype, capability, packed, sizes) or without_code(name, capability) or unusable(name)
+        return kernel.refuses(name, dtype, capability, layout, sizes) or without_code(name, capability) or unusable(name)
 
     if choice != "auto":
         reason = why_not(choice)
@@ -265,7 +265,7 @@ def resolve(
     if not usable:
         return Resolution("reference", "; ".join(reasons.values()) or f"{op} has only its reference")
     if capability is not None and (op, capability) in DISPATCH:
-        exact = {"bits": 8 * dtype.itemsize} | ({} if packed is None else {"packed": int(packed)})
+        exact: dict[str, int | str] = {"bits": 8 * dtype.itemsize} | ({} if layout is None else {"layout": layout})
         found = _evidence.nearest(DISPATCH[op, capability], sizes, exact)
         if found is not None and found.backend in usable:
             return Resolution(found.backend, f"measured faster in {found.rows}")
@@ -304,27 +304,33 @@ def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int)
     """
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in others) else x.dtype
     sizes = {"N": x.shape[0] * x.shape[2:].numel(), "D": x.shape[1], **sizes}
-    return resolve(
-        op, x.device.type, dtype, _choice if backend is None else backend,
-        capability=capability(x.device.index) if x.device.type == "cuda" else None, packed=packed(x), **sizes,
-    ).backend  # fmt: skip
+    kind, gpu = x.device.type, capability(x.device.index) if x.device.type == "cuda" else None
+    # asked where it matters only: a question about strides under torch.compile(dynamic=True) may split a graph in two
+    limited = any(kernel.layouts and kernel.device == kind for kernel in KERNELS[op].values())
+    asked = limited or any("layout" in entry.when for entry in (DISPATCH.get((op, gpu), ()) if gpu is not None else ()))
+    chosen = _choice if backend is None else backend
+    return resolve(op, kind, dtype, chosen, capability=gpu, layout=layout(x) if asked else None, **sizes).backend
 
 
-def packed(x: Tensor) -> bool:
-    """Whether x [N,D] or [B,D,H,W] lies in runs of 16-byte units: channels side by side, or pixels (NCHW), others apart."""
+def layout(x: Tensor) -> str:
+    """How x [N,D] or [B,D,H,W] lies in 16-byte units, pixel after pixel without a gap between the lines or samples of a map:
+    ``rows`` (channels side by side, as [N,D] and channels_last are), ``planes`` (pixels side by side, NCHW), else ``strided``.
+    """
     if x.ndim not in (2, 4):
-        return False
+        return "strided"
     unit = 16 // x.dtype.itemsize
     if x.ndim == 2:
-        return x.stride(1) == 1 and x.stride(0) % unit == 0 and x.stride(0) >= x.shape[1]
+        return "rows" if x.stride(1) == 1 and x.stride(0) % unit == 0 and x.stride(0) >= x.shape[1] else "strided"
     samples, channels, height, width = x.shape
     sample, channel, line, step = x.stride()
     if height != 1 and line != width * step:  # a crop
-        return False
-    if channel == 1:
-        return step % unit == 0 and step >= channels and (samples == 1 or sample == height * width * step)
+        return "strided"
+    if channel == 1 and step % unit == 0 and step >= channels and (samples == 1 or sample == height * width * step):
+        return "rows"
     # where they begin cannot be traced: `_cuda.aligned` sees to it
-    return step == 1 and channel % unit == 0 and channel >= height * width and (samples == 1 or (sample % unit == 0 < sample))
+    if step == 1 and channel % unit == 0 and channel >= height * width and (samples == 1 or (sample % unit == 0 < sample)):
+        return "planes"
+    return "strided"
 
 
 @torch.compiler.assume_constant_result

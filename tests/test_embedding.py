@@ -561,7 +561,8 @@ def test_wrong_backend():
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, triton, cuda; got 'gpu'"):
         ops.normalize_embedding(torch.zeros(2, 3), backend="gpu")
     with pytest.raises(
-        RuntimeError, match="backend 'cuda' was asked for but cannot run: normalize_embedding has no cuda kernel"
+        RuntimeError,
+        match="normalize_embedding: backend 'cuda' was asked for but cannot run: the cuda backend runs on cuda tensors, not cpu",
     ):
         ops.normalize_embedding(torch.zeros(2, 3), backend="cuda")
 

@@ -19,7 +19,7 @@ HALVES = (torch.float16, torch.bfloat16)
 # what the matrix units ask for
 PRODUCT = Kernel(
     "cuda", HALVES, proven=False, capability=(8, 0), max_subcentroids=32, max_channels=768, channel_multiple=8,
-    packed_pixels=True,
+    layouts=("rows",),
 )  # fmt: skip
 SIZES = {"N": 16384, "C": 150, "K": 10, "D": 256}
 PROOF = Proof("similarity", "0" * 64, "NVIDIA H100", (9, 0), 40, "abc", "2026-01-01")
@@ -37,7 +37,7 @@ def gpu(monkeypatch):
 
 
 def scores(**options):
-    return resolve("class_scores", "cuda", torch.bfloat16, **{**HOPPER, **SIZES, "packed": True, **options})
+    return resolve("class_scores", "cuda", torch.bfloat16, **{**HOPPER, **SIZES, "layout": "rows", **options})
 
 
 # limits
@@ -51,14 +51,12 @@ def scores(**options):
         ({"K": 33}, "the cuda kernel takes at most 32 sub-centroids a class, not 33"),
         ({"D": 776}, "the cuda kernel takes at most 768 channels, not 776"),
         ({"D": 252}, "the cuda kernel takes channels in groups of 8, not 252"),
-        (
-            {"packed": False},
-            r"the cuda kernel takes pixels as rows, or channels as planes, of 16-byte units",
-        ),
+        ({"layout": "planes"}, "the cuda kernel takes pixels as rows of 16-byte units"),
+        ({"layout": "strided"}, "the cuda kernel takes pixels as rows of 16-byte units"),
     ],
 )
 def test_a_limit_is_a_reason(gpu, asked, why):
-    call = {"dtype": torch.bfloat16, "packed": True, **HOPPER, **SIZES}
+    call = {"dtype": torch.bfloat16, "layout": "rows", **HOPPER, **SIZES}
     assert resolve("class_scores", "cuda", choice="cuda", **call).backend == "cuda"
     assert scores(choice="cuda", K=32, D=768, capability=(8, 0)).backend == "cuda", "at its limits"
     with pytest.raises(RuntimeError, match=f"class_scores: backend 'cuda' was asked for but cannot run: {why}"):
@@ -76,8 +74,8 @@ def test_a_call_states_its_sizes_and_layout():
     """`pick` gives the resolver what kernels have limits on, for every op."""
     seen = {}
 
-    def look(op, device, dtype, choice, *, capability, packed, **sizes):
-        seen[op] = {"packed": packed, **sizes}
+    def look(op, device, dtype, choice, *, capability, layout, **sizes):
+        seen[op] = {"layout": layout, **sizes}
         return backends.Resolution("reference", "")
 
     x, p = torch.randn(2, 8, 3, 5), torch.randn(4, 6, 8)
@@ -85,6 +83,8 @@ def test_a_call_states_its_sizes_and_layout():
     map_of_labels = label.view(2, 3, 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "resolve", look)
+        for op in backends.KERNELS:
+            patch.setitem(backends.KERNELS, op, {"cuda": replace(PRODUCT, device="cpu")})
         ops.centroid_distance(x, p)
         ops.class_scores(x.contiguous(memory_format=torch.channels_last), p)
         ops.nearest_centroid(x, p)
@@ -99,7 +99,7 @@ def test_a_call_states_its_sizes_and_layout():
         ops.upsample_cross_entropy(x, torch.zeros(2, 9, 10, dtype=torch.int64))
         ops.upsample_argmax(x, (9, 10))
     assert seen.keys() == backends.KERNELS.keys()
-    similarity = {"N": 30, "C": 4, "K": 6, "D": 8, "packed": False}
+    similarity = {"N": 30, "C": 4, "K": 6, "D": 8, "layout": "strided"}
     for op in (
         "centroid_distance",
         "nearest_centroid",
@@ -108,10 +108,10 @@ def test_a_call_states_its_sizes_and_layout():
         "momentum_update_",
     ):
         assert seen[op] == similarity, op
-    assert seen["class_scores"] == {**similarity, "packed": True}
+    assert seen["class_scores"] == {**similarity, "layout": "rows"}
     assert seen["sinkhorn_assign"] == seen["sinkhorn_plan"] == {**similarity, "D": 6}
     assert seen["apply_momentum_"].items() >= {"N": 24, "D": 8}.items()
-    assert seen["cluster_sums"] == seen["normalize_embedding"] == {"N": 30, "D": 8, "packed": False}
+    assert seen["cluster_sums"] == seen["normalize_embedding"] == {"N": 30, "D": 8, "layout": "strided"}
     for op in ("upsample_cross_entropy", "upsample_argmax"):
         assert seen[op].items() >= {"N": 180, "C": 8}.items(), op
 
@@ -122,33 +122,33 @@ def strided(shape, strides, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(
-    ("shape", "strides", "is_packed"),
+    ("shape", "strides", "expected"),
     [
-        ((5, 16), (16, 1), True),
-        ((5, 16), (24, 1), True),  # a slice of wider rows
-        ((5, 16), (20, 1), False),  # rows of 40 bytes
-        ((5, 16), (0, 1), False),  # expanded
-        ((2, 16, 2, 4), (128, 8, 4, 1), True),  # planes
-        ((2, 16, 1, 8), (256, 16, 0, 1), True),  # some lines of them
-        ((5, 16), (32, 2), False),
-        ((5, 16), (1, 5), False),
-        ((2, 16, 3, 4), (192, 1, 64, 16), True),  # channels_last
-        ((2, 16, 3, 4), (192, 12, 4, 1), False),
-        ((2, 16, 3, 4), (320, 1, 80, 16), False),  # a crop
-        ((1, 16, 3, 4), (999, 1, 64, 16), True),  # one sample
-        ((2, 16, 1, 4), (64, 1, 999, 16), True),  # one row
-        ((2, 16, 3, 4), (384, 1, 64, 16), False),  # every other sample
-        ((2, 16, 1, 1), (16, 1, 1, 1), False),  # the stride of a single column says nothing
+        ((5, 16), (16, 1), "rows"),
+        ((5, 16), (24, 1), "rows"),  # a slice of wider rows
+        ((5, 16), (20, 1), "strided"),  # rows of 40 bytes
+        ((5, 16), (0, 1), "strided"),  # expanded
+        ((2, 16, 2, 4), (128, 8, 4, 1), "planes"),  # planes
+        ((2, 16, 1, 8), (256, 16, 0, 1), "planes"),  # some lines of them
+        ((5, 16), (32, 2), "strided"),
+        ((5, 16), (1, 5), "strided"),
+        ((2, 16, 3, 4), (192, 1, 64, 16), "rows"),  # channels_last
+        ((2, 16, 3, 4), (192, 12, 4, 1), "strided"),
+        ((2, 16, 3, 4), (320, 1, 80, 16), "strided"),  # a crop
+        ((1, 16, 3, 4), (999, 1, 64, 16), "rows"),  # one sample
+        ((2, 16, 1, 4), (64, 1, 999, 16), "rows"),  # one row
+        ((2, 16, 3, 4), (384, 1, 64, 16), "strided"),  # every other sample
+        ((2, 16, 1, 1), (16, 1, 1, 1), "strided"),  # the stride of a single column says nothing
     ],
 )
-def test_pixels_are_packed_where_the_kernels_say_so(shape, strides, is_packed):
-    assert backends.packed(strided(shape, strides)) == is_packed
+def test_the_layout_of_pixels(shape, strides, expected):
+    assert backends.layout(strided(shape, strides)) == expected
 
 
-def test_units_of_packed_pixels_count_bytes():
-    assert backends.packed(strided((5, 16), (20, 1), torch.float32))
-    assert not backends.packed(strided((5, 16), (18, 1), torch.float32))
-    assert not backends.packed(torch.zeros(2, 3, 8))
+def test_units_count_bytes():
+    assert backends.layout(strided((5, 16), (20, 1), torch.float32)) == "rows"
+    assert backends.layout(strided((5, 16), (18, 1), torch.float32)) == "strided"
+    assert backends.layout(torch.zeros(2, 3, 8)) == "strided"
 
 
 # proof
@@ -223,7 +223,7 @@ def test_stored_proofs_and_choices_are_whole():
     for (op, _), entries in _evidence.read_dispatch().items():
         assert op in backends.KERNELS
         for entry in entries:
-            assert entry.backend in backends.KERNELS[op] and entry.when.keys() <= {"N", "C", "K", "D", "bits", "packed"}
+            assert entry.backend in backends.KERNELS[op] and entry.when.keys() <= {"N", "C", "K", "D", "bits", "layout"}
             for row in entry.rows.split():
                 file, _, line = row.rpartition(":")
                 assert json.loads((ROOT / file).read_text().splitlines()[int(line) - 1])["op"] == op
@@ -297,8 +297,10 @@ def entries(*choices):
 @pytest.fixture
 def measured(gpu):
     gpu.setattr(backends, "PROOFS", {("similarity", (9, 0)): PROOF})
-    small, large = {"C": 19, "D": 256, "bits": 16, "packed": 1}, {"C": 150, "D": 256, "bits": 16, "packed": 1}
-    found = entries((small, "triton"), (large, "cuda"), ({**large, "bits": 32}, "triton"), ({**large, "packed": 0}, "triton"))
+    small, large = {"C": 19, "D": 256, "bits": 16, "layout": "rows"}, {"C": 150, "D": 256, "bits": 16, "layout": "rows"}
+    found = entries(
+        (small, "triton"), (large, "cuda"), ({**large, "bits": 32}, "triton"), ({**large, "layout": "planes"}, "triton")
+    )
     gpu.setattr(backends, "DISPATCH", {("class_scores", (9, 0)): found})
     return gpu
 
@@ -323,12 +325,12 @@ def test_a_width_or_a_gpu_that_was_not_measured_decides_nothing(measured):
 
 
 def test_layouts_are_measured_apart(measured):
-    measured.setitem(backends.KERNELS["class_scores"], "cuda", replace(PRODUCT, packed_pixels=False))
+    measured.setitem(backends.KERNELS["class_scores"], "cuda", replace(PRODUCT, layouts=()))
     large = {"C": 150, "bits": 16}
-    for packed in (0, 1):
-        found = entries(({**large, "packed": 1 - packed}, "triton"), ({**large, "packed": packed}, "cuda"))
+    for layout, other in (("rows", "planes"), ("planes", "rows")):
+        found = entries(({**large, "layout": other}, "triton"), ({**large, "layout": layout}, "cuda"))
         measured.setattr(backends, "DISPATCH", {("class_scores", (9, 0)): found})
-        assert scores(packed=bool(packed)).backend == "cuda" and scores(packed=not packed).backend == "triton"
+        assert scores(layout=layout).backend == "cuda" and scores(layout=other).backend == "triton"
 
 
 def test_a_measured_backend_still_needs_its_proof_and_its_limits(measured):
@@ -342,7 +344,7 @@ def test_the_choice_traces_with_symbolic_sizes(measured):
     """Under torch.compile(dynamic=True) sizes have no values; crossing a boundary compiles again and chooses anew."""
 
     def step(x, p):
-        found = resolve("class_scores", "cuda", torch.bfloat16, capability=(9, 0), packed=True, N=x.shape[0], C=p.shape[0], K=3, D=x.shape[1])  # fmt: skip
+        found = resolve("class_scores", "cuda", torch.bfloat16, capability=(9, 0), layout="rows", N=x.shape[0], C=p.shape[0], K=3, D=x.shape[1])  # fmt: skip
         return x * (2 if found.backend == "cuda" else 1)
 
     traced = torch.compile(step, backend="eager", fullgraph=True, dynamic=True)
@@ -379,8 +381,8 @@ def test_rows_become_choices(tmp_path, capsys):
     found = _evidence.read_dispatch(folder)
     assert found.keys() == {("nearest_centroid", (9, 0)), ("normalize_embedding", (9, 0))}
     (nearest,), (embedding,) = found["nearest_centroid", (9, 0)], found["normalize_embedding", (9, 0)]
-    assert nearest == Measured({**SIZES, "packed": 1, "bits": 16}, "cuda", f"{file}:1 {file}:2")
-    assert embedding.when == {"N": 30, "D": 64, "packed": 0, "bits": 16} and embedding.backend == "triton"
+    assert nearest == Measured({**SIZES, "layout": "rows", "bits": 16}, "cuda", f"{file}:1 {file}:2")
+    assert embedding.when == {"N": 30, "D": 64, "layout": "planes", "bits": 16} and embedding.backend == "triton"
 
     again = dispatch.faster([("a:1", row("triton", 0.1)), ("a:2", row("cuda", 0.2)), ("a:3", row("triton", 1.0, dtype="float32")), ("a:4", row("cuda", 2.0, dtype="float32"))])  # fmt: skip
     dispatch.update(again, folder)

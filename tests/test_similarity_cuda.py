@@ -138,7 +138,7 @@ def test_scores_and_nearest_of_feature_maps(shape, dtype):
     x, image, p, labels, shaped = maps(*shape, dtype)
     from dnc_kernels import backends
 
-    assert backends.packed(image)
+    assert backends.layout(image) == "planes"
     made, expected = (ops.class_scores(*given, backend="cuda") for given in ((image, p, shaped), (x, p, labels)))
     check_scores(x, p, labels)
     assert torch.equal(as_rows(made.scores), expected.scores) and torch.equal(as_rows(made.winner), expected.winner)
@@ -164,7 +164,7 @@ def test_feature_maps_that_no_unit_divides_are_copied_or_refused(shape):
     x, p, labels = problem(b * h * w, c, 2, d)
     whole = torch.full((b, d, h, w + 8), math.nan, device=DEVICE, dtype=x.dtype)
     crop = whole[..., :w].copy_(x.view(b, h, w, d).permute(0, 3, 1, 2))
-    assert not backends.packed(crop) and not backends.packed(crop[:1].expand(2, -1, -1, -1))
+    assert backends.layout(crop) == backends.layout(crop[:1].expand(2, -1, -1, -1)) == "strided"
     with pytest.raises((ValueError, RuntimeError), match="cuda"):
         ops.class_scores(crop, p, labels.view(b, h, w), backend="cuda")
     if h * w % 8:

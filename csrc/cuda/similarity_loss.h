@@ -245,8 +245,10 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     total[h] = quad_sum(total[h]);
+    finish.a[h] = finish.b[h] = 0;
+    if (rows.label[h] < 0) continue;
     // the factor comes last: times a loss scale, dr may exceed what float16 holds
-    finish.a[h] = rows.label[h] >= 0 ? factor[h] : 0.f, finish.b[h] = 0;
+    finish.a[h] = factor[h];
     // cosine: (u - x/|x| sum_c dr r) / |x|; sqeuclidean: rows hold 2 p, so u - 2 x sum_c dr
     if (p.metric == Metric::cosine) {
       finish.a[h] *= rows.alpha[h], finish.b[h] = -total[h] * rows.alpha[h] * rows.alpha[h] * factor[h];
