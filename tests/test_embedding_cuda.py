@@ -25,6 +25,7 @@ def features(layout, n, d, dtype=torch.float32):
 
 
 # 13 channels are accessed one by one, 16 in pieces of 16 bytes
+@pytest.mark.sanitize
 @pytest.mark.parametrize("d", (13, 16))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,6 +43,7 @@ def test_rows_of_any_length(d, dtype):
 
 
 # tiles of 128, 64 and 32 bytes a channel, of one array and of two; pixels where they are
+@pytest.mark.sanitize
 @pytest.mark.parametrize("d", (40, 200, 700, 3400, 7400))
 @pytest.mark.parametrize(("dtype", "n"), ((torch.float32, 40), (torch.float32, 34), (torch.bfloat16, 80), (torch.float16, 30)))
 def test_planes_of_any_depth(d, dtype, n):

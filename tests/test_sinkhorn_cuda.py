@@ -69,11 +69,13 @@ def check_gradient(s, group, groups, **options):
 WIDTHS = [1, 2, 7, 10, 12, 13, 24, 25, 33, 48, 49, 64]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(("width", "dtype"), [(k, torch.float32) for k in WIDTHS] + [(10, d) for d in HALVES])
 def test_plan_and_assignment_match_the_float64_reference(width, dtype):
     check(*problem(150, width, 5, dtype=dtype), 5)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("width", "dtype"), [(1, torch.float32), (7, torch.float32), (10, torch.bfloat16), (33, torch.float16), (64, torch.float32)]
 )
@@ -90,6 +92,7 @@ def test_in_any_order_of_threads(order, width):
 
 # one multiprocessor has all tiles: of 1024 rows, which stay; of 512, which do not all stay in the backward pass; of 256, where
 # none stays in the backward pass; the same where a tile of 1024 threads does not fit
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("pixels", "width", "groups", "capability"), [(2100, 10, 40, 90), (1700, 20, 600, 90), (1100, 48, 3, 90), (500, 48, 3, 86)]
 )

@@ -93,6 +93,7 @@ def test_the_order_of_threads_does_not_matter(order):
     check(normal(1, 40, 4, 3), random_labels(1, 40, (15, 11)), align_corners=True, label_smoothing=0.1, reduction="sum")
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", (3, 8, 37))
 @pytest.mark.parametrize("target", ((3, 35), (5, 70), (9, 140)), ids=str)
@@ -122,6 +123,7 @@ def test_channels_last_of_several_blocks_of_classes(order):
     assert torch.equal(grads[0], expected)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ("mean", "sum"))
 def test_dtypes(dtype, reduction):
@@ -130,6 +132,7 @@ def test_dtypes(dtype, reduction):
     check(normal(2, 4, 3, 4, dtype=dtype), random_labels(2, 4, (3, 4)), reduction=reduction)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("weighted", "smoothing", "reduction"),
     ((True, 0.0, "mean"), (True, 0.1, "mean"), (True, 0.1, "none"), (False, 0.1, "mean"), (False, 1.0, "none")),
@@ -155,6 +158,7 @@ def test_label_dtypes(dtype):
     assert torch.equal(*losses) and torch.equal(*grads)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("view", ("channels_last", "crop", "expanded", "transposed"))
 def test_strided_scores_and_labels(view):
     base = normal(2, 3, 2, 3)
@@ -458,6 +462,7 @@ def test_argmax_up_and_down(sizes, align_corners):
     assert_close(chosen.float(), logits.amax(1), "interpolated_loss", terms=4, scale=float(scores.abs().max()))
 
 
+@pytest.mark.sanitize
 def test_argmax_of_several_blocks(order):
     scores = normal(2, 7, 6, 35)
     label = ops.upsample_argmax(scores, (23, 140), backend="cuda")
