@@ -22,7 +22,7 @@
 // 1/K, so no row of it exceeds 1, and dividing by the rows' sums shrinks no column). A segment's part is rounded to float32 and
 // to 2^-q, q = 62 - bits(N): what the latter loses is at most N^2 K 2^-62 of the sum, 4e-8 for ADE20K. Deterministic: integer
 // sums and maxima; float sums inside a tile have a fixed order. Tiles depend on N, K and the GPU.
-#include "sinkhorn_tile.h"
+#include "sinkhorn_segments.h"
 
 namespace dnc {
 namespace cuda {

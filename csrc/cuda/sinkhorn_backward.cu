@@ -18,7 +18,7 @@
 // terms of at most 2 P each are summed; then the sum over k of |du[t]|, which bounds the sum over pixels and k of |d S|, since
 // c = sum_n S. A NaN or an Inf in G spreads to its group alone.
 // Deterministic: integer sums; float sums inside a tile have a fixed order. Tiles depend on N, K and the GPU.
-#include "sinkhorn_tile.h"
+#include "sinkhorn_segments.h"
 
 namespace dnc {
 namespace cuda {
