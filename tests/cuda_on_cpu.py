@@ -28,7 +28,7 @@ ORDERS = ("forward", "backward", "shuffled")
 
 
 def cmake(name: str) -> str:
-    """cmake or ninja: the one beside this Python, else the one on PATH."""
+    """cmake, ctest or ninja: the one beside this Python, else the one on PATH."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else (shutil.which(name) or name)
 
