@@ -24,7 +24,7 @@ from dnc_kernels.ops import _cuda
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = os.environ.get("DNC_KERNELS_TEST_SANITIZE") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ORDERS = ("forward", "backward", "shuffled")
+ORDERS = ("forward", "backward", "shuffled", "drifting")
 
 
 def cmake(name: str) -> str:

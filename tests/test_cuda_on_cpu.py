@@ -152,6 +152,7 @@ def test_wgmma_from_registers(checks):
         ("missing_arrival", "is spinning while 32 threads"),
         ("missing_block", "of block [02] is (spinning|waiting at __syncthreads) while 64 threads"),
         ("missing_warp", "is waiting at a named barrier while 32 threads"),
+        ("mixed_barrier", "is waiting at a named barrier while (32|64) threads"),
     ],
 )
 def test_a_wait_that_never_ends_is_reported(checks, fault, text):

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       consumer.release_pixels();
     }
-    if (a.parameters) barrier(1, kConsumers);  // all warps of the block have stored their sums
+    if (a.parameters) barrier(1 + kGroups, kConsumers);  // all warps have stored their sums; 1 and 2 are the groups' own
     add_warps(a, kConsumers / 32, thread, kConsumers);
   }
   cluster_barrier();  // no block leaves while another may still copy into it or arrive at its barriers

@@ -6,9 +6,6 @@ PYBIND11_MODULE(_checks, m) {
   checks::bind_hopper(m);
   checks::bind_faults(m);
   m.def("configure", [](const std::string& order) {
-    using cuda_on_cpu::Order;
-    cuda_on_cpu::settings.order = order == "backward"   ? Order::backward
-                                  : order == "shuffled" ? Order::shuffled
-                                                        : Order::forward;
+    cuda_on_cpu::settings.order = cuda_on_cpu::order_of(order);
   });
 }

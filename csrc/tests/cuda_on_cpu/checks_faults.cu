@@ -56,6 +56,11 @@ __global__ void missing_warp_kernel(int* out) {
   if (threadIdx.x < 32) barrier(1, 64);
   out[0] = 1;
 }
+// One warp has the barrier to itself, as it thinks; the other waits for it there.
+__global__ void mixed_barrier_kernel(int* out) {
+  barrier(1, threadIdx.x < 32 ? 32 : 64);
+  out[0] = 1;
+}
 // Results are read before the copy was waited for.
 __global__ void early_read_kernel(const int* in, int* out) {
   Shared& s = *shared_memory<Shared>();
@@ -98,6 +103,10 @@ void bind_faults(py::module_& m) {
   m.def("missing_warp", [] {
     int out;
     check(launch(Grid{1, 64, nullptr}, missing_warp_kernel, &out));
+  });
+  m.def("mixed_barrier", [] {
+    int out;
+    check(launch(Grid{1, 64, nullptr}, mixed_barrier_kernel, &out));
   });
   m.def("early_read", [] {
     alignas(16) const int in[4] = {7, 7, 7, 7};

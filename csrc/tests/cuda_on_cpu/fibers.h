@@ -27,7 +27,14 @@
 
 namespace cuda_on_cpu {
 
-enum class Order { forward, backward, shuffled };
+// drifting: forward, while some warps, or groups of four, stand still for a while and the others run ahead
+enum class Order { forward, backward, shuffled, drifting };
+inline Order order_of(const std::string& name) {
+  return name == "backward"   ? Order::backward
+         : name == "shuffled" ? Order::shuffled
+         : name == "drifting" ? Order::drifting
+                              : Order::forward;
+}
 
 // What tests choose, and what went wrong.
 struct Settings {
@@ -199,15 +206,20 @@ inline void block_barrier() {
   }
   wait_here();
 }
+// Threads that meet at one barrier with other ideas of their number wait for ever: on a GPU anything may happen.
 inline void named_barrier(int id, int threads) {
   Fiber& f = self();
   f.wait = Wait::named, f.barrier_id = id, f.barrier_threads = threads;
-  int here = 0;
-  for (Fiber& other : f.block->fibers) here += !other.done && other.wait == Wait::named && other.barrier_id == id;
-  if (here == threads) {
-    for (Fiber& other : f.block->fibers) {
-      if (!other.done && other.wait == Wait::named && other.barrier_id == id) release(other);
-    }
+  int here = 0, agreed = 0;
+  for (Fiber& other : f.block->fibers) {
+    if (other.done || other.wait != Wait::named || other.barrier_id != id) continue;
+    here++, agreed += other.barrier_threads == threads;
+  }
+  const bool all = here == threads && agreed == threads;
+  for (Fiber& other : f.block->fibers) {
+    if (other.done || other.wait != Wait::named || other.barrier_id != id) continue;
+    if (all) release(other);
+    if (here != agreed) other.barrier_threads = 0;
   }
   wait_here();
 }
@@ -271,17 +283,22 @@ inline bool run_gang(Gang& gang) {
   }
   if (settings.order == Order::backward) std::reverse(order.begin(), order.end());
   unsigned seed = 12345;
+  const auto draw = [&] { return (seed = seed * 1664525u + 1013904223u) >> 8; };
+  unsigned still = 0;  // which ones stand still, by a hash; 0: none
+  int rounds = 0;      // for how long
+  const auto stands = [&](const Fiber& f) {
+    const unsigned unit = f.block->rank * 1024u + unsigned(f.linear) / (still % 2 == 0 ? 32 : 128);
+    return still != 0 && ((unit ^ still) * 2654435761u >> 28) % 2 == 0;
+  };
   for (int idle = 0; gang.alive > 0;) {
     if (settings.order == Order::shuffled) {
-      for (size_t i = order.size() - 1; i > 0; i--) {
-        seed = seed * 1664525u + 1013904223u;
-        std::swap(order[i], order[(seed >> 8) % (i + 1)]);
-      }
+      for (size_t i = order.size() - 1; i > 0; i--) std::swap(order[i], order[draw() % (i + 1)]);
     }
+    if (settings.order == Order::drifting && --rounds <= 0) still = draw(), rounds = int(1 + draw() % 100);
     state.progress = false;
     const int before = gang.alive;
     for (Fiber* f : order) {
-      if (!f->done && f->wait == Wait::none) {
+      if (!f->done && f->wait == Wait::none && !stands(*f)) {
         state.progress |= !f->started;
         resume(*f);
         if (!f->done) state.progress |= f->wait != Wait::none;
@@ -296,7 +313,9 @@ inline bool run_gang(Gang& gang) {
         }
       }
     }
-    idle = state.progress || gang.alive != before ? 0 : idle + 1;
+    const bool stuck = !state.progress && gang.alive == before;
+    idle = !stuck ? 0 : still == 0 ? idle + 1 : idle;
+    if (stuck) still = 0, rounds = 2;  // a round of all of them
     if (idle > 1000) {
       for (Fiber* f : order) {
         if (f->done) continue;

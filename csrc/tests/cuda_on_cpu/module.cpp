@@ -8,9 +8,8 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   bind_view(m);
   bind_cuda(m);
   m.def("configure", [](const std::string& order, int processors, int capability) {
-    using cuda_on_cpu::Order;
     auto& s = cuda_on_cpu::settings;
-    s.order = order == "backward" ? Order::backward : order == "shuffled" ? Order::shuffled : Order::forward;
+    s.order = cuda_on_cpu::order_of(order);
     s.processors = processors, s.capability = capability;
   });
   m.def("launches", [] { return cuda_on_cpu::settings.launches; });
