@@ -47,7 +47,7 @@ def run(*arguments):
 
 def test_kernels_are_clean():
     files = sorted(str(path) for path in HERE.glob("test_*_cuda.py"))
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "cuda and sanitize", *files)
+    done = run("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "cuda and sanitize", *files)
     assert done.returncode == 0, done.stdout[-6000:]
     # a family without a marked test would not be looked at
     for file in HERE.glob("test_*_cuda.py"):

@@ -266,6 +266,17 @@ def test_a_gpu_with_many_processors_and_one_with_a_single_one(engine):
     assert all(torch.equal(results[0][3], other[3]) for other in results[1:])  # dX of a pixel depends on nothing else
 
 
+@pytest.mark.sanitize
+def test_many_small_images_on_many_processors(engine):
+    """A tile never crosses images: more blocks than the pixels alone would fill. The workspace has room for all of them."""
+    if DEVICE == "cpu":
+        configure(processors=16, capability=engine)
+    x, image, p, labels, _ = maps(40, 2, 4, 7, 2, 72)
+    check_loss(x, p, labels, "dot", image, reduction="sum", **options_of(7, True, False, 0.0))
+    x, image, p, labels, _ = maps(20, 2, 4, 150, 3, 648)  # maxima in the workspace
+    check_loss(x, p, labels, "dot", image, reduction="sum", **options_of(150, True, False, 0.0))
+
+
 def test_pixels_that_are_not_finite():
     x, p, labels = problem(c=37)
     x[3, 7], x[4, 0], x[5, 39] = math.nan, math.inf, -math.inf

@@ -78,7 +78,8 @@ struct Workspace {
 Workspace layout(void* base, const CentroidCrossEntropy& a) {
   Parts parts(base);
   Workspace w{Packed(parts, a.centroids, a.metric), nullptr, nullptr, nullptr, nullptr, nullptr, true, 0};
-  const int64_t tiles = divide_up(Pixels(a.x).N(), 64), blocks = tiles < kMaxBlocks ? tiles : kMaxBlocks;
+  // a block has a pixel at least: how many more depends on the GPU, and on where images end
+  const int64_t N = Pixels(a.x).N(), blocks = N < kMaxBlocks ? N : kMaxBlocks;
   const int slots = int(divide_up(a.centroids.size[0], 4));
   w.weight = parts.take<double>(1 + kMaxBlocks);
   w.sums = parts.take<WarpSums>(blocks * 8);
