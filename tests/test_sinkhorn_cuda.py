@@ -104,6 +104,16 @@ def test_several_tiles_a_block(pixels, width, groups, capability):
     check_gradient(s, group, groups, iterations=2)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("width", WIDTHS)
+def test_more_processors_than_tiles(width):
+    """Tiles are as small as they get: of 16 rows, half a warp, where K is 49 or more."""
+    if DEVICE == "cpu":
+        configure(processors=132)
+    check(*problem(150, width, 5), 5)
+    check_gradient(*problem(90, width, 3), 3)
+
+
 @pytest.mark.parametrize(("epsilon", "high"), [(1e-4, 100.0), (0.01, 1.0), (20.0, 100.0), (1e30, 1.0)])
 def test_any_epsilon_matches_the_reference(epsilon, high):
     check(*problem(60, 6, 3, high=high), 3, epsilon=epsilon)

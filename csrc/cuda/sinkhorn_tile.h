@@ -192,7 +192,7 @@ __device__ void put(const Block<L>& b, float* area, const float (&v)[kColumns]) 
   }
 }
 
-// Sorts the keys of the first `count` threads, 32 or a larger power of two; all threads call it. `exchange`: [2,count].
+// Sorts the keys of the first `count` threads, a power of two; all threads call it. `exchange`: [2,count].
 __device__ inline uint32_t sort_keys(int i, uint32_t key, int count, uint32_t* exchange) {
   int turn = 0;
   for (int size = 2; size <= count; size *= 2) {
@@ -207,7 +207,7 @@ __device__ inline uint32_t sort_keys(int i, uint32_t key, int count, uint32_t* e
       }
       turn ^= 1;
     }
-    if (i >= count) continue;
+    if (i >= max(count, 32)) continue;  // fewer than a warp: its other lanes sort among themselves
 #pragma unroll
     for (int stride = 16; stride > 0; stride /= 2) {
       if (stride >= size) continue;
