@@ -44,12 +44,16 @@ def tests_of(family: str, root: Path = ROOT) -> list[Path]:
     return sorted({p for s in _STEMS.get(family, (family,)) for p in (root / "tests").glob(f"test_{s}*_cuda.py")})
 
 
-def passed(tests: Sequence[Path]) -> tuple[int, int]:
-    """Exit status of pytest on files, and how many tests passed."""
+def passed(tests: Sequence[Path], timeout_s: float = 300) -> tuple[int, int]:
+    """Exit status of pytest on files, and how many tests passed. A kernel that hangs ends with its family's time."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *map(str, tests), f"--junitxml={report}"]
-        status = subprocess.run(command, cwd=ROOT).returncode
+        try:
+            status = subprocess.run(command, cwd=ROOT, timeout=timeout_s).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{tests[0].name}: stopped after {timeout_s:g} s")
+            return 1, 0
         if not report.exists():
             return status or 1, 0
         found = list(ElementTree.parse(report).iter("testcase"))

@@ -12,9 +12,13 @@ from cuda_on_cpu import DEVICE, SANITIZE, build
 HERE = Path(__file__).resolve().parent
 
 
-def libasan():
-    found = subprocess.run([shutil.which("g++") or "true", "-print-file-name=libasan.so"], capture_output=True, text=True)
-    return found.stdout.strip() if Path(found.stdout.strip()).is_absolute() else None
+def libraries():
+    """AddressSanitizer, and the C++ library whose exceptions it must know from the start; None where the compiler has none."""
+    names = ("libasan.so", "libstdc++.so")
+    found = [
+        subprocess.check_output([shutil.which("g++") or "echo", f"-print-file-name={n}"], text=True).strip() for n in names
+    ]
+    return " ".join(found) if all(Path(path).is_absolute() for path in found) else None
 
 
 pytestmark = [
@@ -23,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="kernels run as host C++ only where there is no GPU"),
     pytest.mark.skipif(SANITIZE, reason="this process runs under the sanitizer already"),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA toolkit's headers (nvcc on PATH)"),
-    pytest.mark.skipif(libasan() is None, reason="needs libasan"),
+    pytest.mark.skipif(libraries() is None, reason="needs libasan"),
 ]
 
 
@@ -31,7 +35,7 @@ def run(*arguments):
     """This Python under the sanitizer, which must be loaded before everything else."""
     build(sanitize=True)
     environment = {
-        **os.environ, "LD_PRELOAD": libasan(), "DNC_KERNELS_TEST_SANITIZE": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}",
+        **os.environ, "LD_PRELOAD": libraries(), "DNC_KERNELS_TEST_SANITIZE": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}",
         # Python's own memory is never freed; one OpenMP thread, as kernels run on one
         "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1",
     }  # fmt: skip

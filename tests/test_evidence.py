@@ -267,6 +267,13 @@ def test_only_tests_that_passed_prove(tmp_path, monkeypatch, capsys, body, count
     assert "built from other source" in capsys.readouterr().out
 
 
+def test_tests_that_hang_prove_nothing(tmp_path, capsys):
+    hanging = tmp_path / "test_hanging.py"
+    hanging.write_text("import time\n\n\ndef test_it():\n    time.sleep(60)\n")
+    assert prove.passed([hanging], timeout_s=0.5) == (1, 0)
+    assert "test_hanging.py: stopped after 0.5 s" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_without_a_gpu_nothing_is_proven(capsys):
     assert prove.main([]) == 1
