@@ -30,6 +30,9 @@ _LOSS: dict[str, tuple[dict[str, int], float, dict[str, Any]]] = {
     "cityscapes": ({"N": 32768, "C": 19, "K": 10, "D": 256}, 3.0, {}),
     "imagenet": ({"N": 1024, "C": 1000, "K": 4, "D": 2048}, 1.5, {}),
 }
+# On a GPU a batch of whole crops, whose arrays L2 does not hold, and one case that no CPU should do.
+_GPU_PIXELS = {"ade20k": 131072, "ade20k_nchw": 131072, "ade20k_grad_scale": 131072, "cityscapes": 262144, "imagenet": 4096}
+_COCO = {"N": 131072, "C": 171, "K": 10, "D": 512}
 _QUICK = {"N": 64, "C": 5, "K": 3, "D": 16}
 # Allowed error in units of the dtype's epsilon, relative to the largest gradient. The LayerNorm over C multiplies the rounding
 # of a score by 1/std of the scores (about 16 at D = 256), gradients of the norm are float32 sums over N rows, and torch rounds
@@ -40,12 +43,16 @@ _GRADIENT = 200.0
 def cases(settings: Settings) -> list[Case]:
     """Every case at these settings."""
     found = []
+    sizes = {name: _QUICK if settings.quick else known for name, (known, _, _) in _LOSS.items()}
+    if settings.cuda and not settings.quick:
+        sizes = {name: {**known, "N": _GPU_PIXELS[name]} for name, known in sizes.items()} | {"coco": _COCO}
     for dtype in settings.dtypes:
-        for name, (sizes, goal, options) in _LOSS.items():
-            found.append(_loss_case(name, _QUICK if settings.quick else sizes, dtype, goal, settings, **options))
-        found.append(_nearest_case("ade20k", _QUICK if settings.quick else _ADE20K, dtype, settings))
+        for name, size in sizes.items():
+            _, goal, options = _LOSS.get(name, (size, 1.0, {}))
+            found.append(_loss_case(name, size, dtype, goal, settings, **options))
+        found.append(_nearest_case("ade20k", sizes["ade20k"], dtype, settings))
         for name in ("ade20k", "cityscapes"):
-            found.append(_contrast_case(name, _QUICK if settings.quick else _LOSS[name][0], dtype, settings))
+            found.append(_contrast_case(name, sizes[name], dtype, settings))
     return found
 
 

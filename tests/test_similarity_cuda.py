@@ -329,6 +329,29 @@ def test_ties_go_to_the_lowest_index():
     assert ops.centroid_cross_entropy(x, p, labels, backend="cuda").prediction.eq(0).all()
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (1, 4), (3, 8), (2, 6), (5, 18), (6, 7)])
+def test_two_classes_that_tie(low, high):
+    """Classes lie in different lanes, and at different slots of a lane."""
+    x = torch.ones(20, 24, device=DEVICE).bfloat16()
+    p = torch.zeros(19, 3, 24, device=DEVICE).bfloat16()
+    p[low, 1], p[high, 0] = 1, 1
+    near = ops.nearest_centroid(x, p, backend="cuda")
+    assert near.label.eq(low).all() and near.sub.eq(1).all()
+    labels = torch.zeros(20, dtype=torch.int64, device=DEVICE)
+    assert ops.centroid_cross_entropy(x, p, labels, backend="cuda").prediction.eq(low).all()
+
+
+@pytest.mark.sanitize
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has the shared memory it has")
+@pytest.mark.parametrize("planes", (False, True))
+@pytest.mark.parametrize(("c", "d"), [(19, 256), (150, 256), (150, 384), (40, 512), (150, 512)])
+def test_a_gpu_with_less_shared_memory(c, d, planes, engine):
+    """Fewer warps a block, and fewer than four: then a tile has fewer than 64 pixels."""
+    configure(capability=86)
+    x, image, p, labels, _ = maps(1, 8, 10, c, 2, d)
+    check_loss(x, p, labels, "dot", image if planes else None, reduction="sum", **options_of(c, True, False, 0.0))
+
+
 def test_nothing_to_count():
     x, p, labels = problem(c=21)
     x.requires_grad_()
