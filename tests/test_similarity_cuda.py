@@ -247,6 +247,15 @@ def test_loss_in_every_order(order, engine):
     check_loss(x, p, labels, **options_of(21, True, True, 0.1))
 
 
+def test_the_ring_goes_round_many_times(order, engine):
+    """A pair of blocks that shares more boxes of sub-centroids than its ring holds."""
+    if DEVICE == "cpu":
+        configure(order, processors=2, capability=engine)
+    x, p, labels = problem(600, 41, 4, 264)
+    check_loss(x, p, labels, reduction="sum", **options_of(41, True, False, 0.0))
+    check_scores(x, p, labels)
+
+
 def test_the_slab_spills_to_the_workspace():
     """Where class maxima do not fit shared memory."""
     x, p, labels = problem(70, 230, 2, 512)
