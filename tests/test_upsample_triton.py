@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import upsample_check
+from cuda_on_cpu import DEVICE
 from tolerances import assert_close
+from upsample_check import IGNORE, SIZES, normal, random_labels, upsampled
 
 from dnc_kernels import ops
 from dnc_kernels.ops._triton import configured
@@ -12,71 +15,11 @@ from dnc_kernels.ops.upsample import triton as kernels
 
 pytestmark = pytest.mark.triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IGNORE = -100
 
 
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def random_labels(b, c, size, ignored=0.2):
-    labels = torch.randint(c, (b, *size))
-    return labels.masked_fill(torch.rand(labels.shape) < ignored, IGNORE).to(DEVICE)
-
-
-def interpolation(source, target, align_corners):
-    """[target,source] weights of linear interpolation, from its definition; positions are ratios of integers."""
-    at = torch.arange(target)
-    if align_corners:
-        at, unit = at * (source - 1), max(target - 1, 1)
-    else:
-        at, unit = ((2 * at + 1) * source - target).clamp_min(0), 2 * target
-    low, share = at // unit, (at % unit).double() / unit
-    matrix = torch.zeros(target, source, dtype=torch.float64)
-    index = torch.arange(target)
-    matrix[index, low] += 1 - share
-    matrix[index, (low + 1).clamp_max(source - 1)] += share
-    return matrix.to(DEVICE)
-
-
-def upsampled(scores, size, align_corners):
-    rows = interpolation(scores.shape[2], size[0], align_corners)
-    columns = interpolation(scores.shape[3], size[1], align_corners)
-    return torch.einsum("Hh,bchw,Ww->bcHW", rows, scores.double(), columns)
-
-
-def check(scores, labels, align_corners=False, class_weight=None, **options):
-    leaf = scores.detach().requires_grad_()
-    loss = ops.upsample_cross_entropy(
-        leaf, labels, align_corners=align_corners, class_weight=class_weight, backend="triton", **options
-    )
-    wide = scores.detach().double().requires_grad_()
-    logits = upsampled(wide, labels.shape[1:], align_corners)
-    weight = None if class_weight is None else class_weight.double()
-    expected = F.cross_entropy(logits, labels.long(), weight, **options)
-    grad = normal(*loss.shape)
-    (actual_grad,) = torch.autograd.grad(loss, leaf, grad)
-    (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())
-    size = 1 + float(scores.abs().max())
-    largest = max(float(expected_grad.abs().max()), 1e-30)  # one class: all gradients are 0
-    assert_close(loss.detach(), expected.detach(), "interpolated_loss", terms=scores.shape[1], scale=size)
-    assert actual_grad.dtype == scores.dtype
-    assert_close(actual_grad, expected_grad, "interpolated_loss", terms=scores.shape[1], scale=size * largest)
-
-
-SIZES = [
-    ((2, 2), (7, 5)),
-    ((3, 4), (4, 7)),
-    ((5, 6), (2, 4)),
-    ((1, 5), (3, 5)),
-    ((3, 1), (1, 5)),
-    ((1, 1), (3, 2)),
-    ((3, 4), (1, 1)),
-    ((3, 4), (3, 8)),
-    ((3, 4), (3, 4)),
-]
+def check(*args, **options):
+    upsample_check.check("triton", *args, **options)
 
 
 @pytest.mark.parametrize("align_corners", (False, True))
