@@ -305,11 +305,15 @@ def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in others) else x.dtype
     sizes = {"N": x.shape[0] * x.shape[2:].numel(), "D": x.shape[1], **sizes}
     kind, gpu = x.device.type, capability(x.device.index) if x.device.type == "cuda" else None
-    # asked where it matters only: a question about strides under torch.compile(dynamic=True) may split a graph in two
-    limited = any(kernel.layouts and kernel.device == kind for kernel in KERNELS[op].values())
-    asked = limited or any("layout" in entry.when for entry in (DISPATCH.get((op, gpu), ()) if gpu is not None else ()))
-    chosen = _choice if backend is None else backend
-    return resolve(op, kind, dtype, chosen, capability=gpu, layout=layout(x) if asked else None, **sizes).backend
+    choice = _choice if backend is None else backend
+    # asked where it decides only: a question about strides under torch.compile(dynamic=True) may split a graph in two
+    possible = {
+        name: k for name, k in KERNELS[op].items()
+        if choice == name or (choice == "auto" and k.device == kind and not unproven(op, name, gpu))
+    }  # fmt: skip
+    measured = DISPATCH.get((op, gpu), ()) if gpu is not None and len(possible) > 1 else ()
+    asked = any(k.layouts for k in possible.values()) or any("layout" in entry.when for entry in measured)
+    return resolve(op, kind, dtype, choice, capability=gpu, layout=layout(x) if asked else None, **sizes).backend
 
 
 def layout(x: Tensor) -> str:
