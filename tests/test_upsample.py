@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_close
+from upsample_check import upsampled
 
 from dnc_kernels import backends, ops
 
@@ -30,26 +31,10 @@ def random_labels(b, c, size, ignored=0.2):
 
 
 def expected_loss(scores, labels, align_corners, weight=None, **options):
-    """Float64: the interpolation matrix written out, then F.cross_entropy."""
-    rows = interpolation(scores.shape[2], labels.shape[1], align_corners)
-    columns = interpolation(scores.shape[3], labels.shape[2], align_corners)
-    logits = torch.einsum("Hh,bchw,Ww->bcHW", rows, scores, columns)
-    return F.cross_entropy(logits, labels, None if weight is None else weight.double(), **options)
-
-
-def interpolation(source, target, align_corners):
-    """[target,source] weights of linear interpolation, from its definition; positions are ratios of integers."""
-    at = torch.arange(target)
-    if align_corners:
-        at, unit = at * (source - 1), max(target - 1, 1)
-    else:
-        at, unit = ((2 * at + 1) * source - target).clamp_min(0), 2 * target
-    low, share = at // unit, (at % unit).double() / unit
-    matrix = torch.zeros(target, source, dtype=torch.float64)
-    index = torch.arange(target)
-    matrix[index, low] += 1 - share
-    matrix[index, (low + 1).clamp_max(source - 1)] += share
-    return matrix
+    """Float64: upsampled, then F.cross_entropy."""
+    return F.cross_entropy(
+        upsampled(scores, labels.shape[1:], align_corners), labels, None if weight is None else weight.double(), **options
+    )
 
 
 def check(scores, labels, align_corners=False, class_weight=None, **options):
@@ -249,12 +234,11 @@ def test_argmax_up_and_down(sizes, align_corners):
     (h, w), size = sizes
     scores = normal(2, 5, h, w)
     label = ops.upsample_argmax(scores, size, align_corners=align_corners)
-    rows, columns = interpolation(h, size[0], align_corners), interpolation(w, size[1], align_corners)
-    upsampled = torch.einsum("Hh,bchw,Ww->bcHW", rows, scores.double(), columns)
+    logits = upsampled(scores, size, align_corners)
     assert label.dtype == torch.int64 and label.shape == (2, *size)
-    chosen = upsampled.gather(1, label[:, None])[:, 0]
+    chosen = logits.gather(1, label[:, None])[:, 0]
     # the winner may differ only where two classes are nearer than rounding
-    assert_close(chosen.float(), upsampled.amax(1), "interpolated_loss", terms=5, scale=float(scores.abs().max()))
+    assert_close(chosen.float(), logits.amax(1), "interpolated_loss", terms=5, scale=float(scores.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from test_upsample import DTYPES, IGNORE, expected_loss, interpolation, normal, random_labels
+from test_upsample import DTYPES, IGNORE, expected_loss, normal, random_labels
 from tolerances import assert_close
+from upsample_check import interpolation, upsampled
 
 from dnc_kernels import ops
 from dnc_kernels.ops.upsample import op, reference
@@ -304,22 +305,16 @@ def test_a_window_without_the_rows_it_needs(window):
 # argmax
 
 
-def torch_argmax(scores, size, align_corners):
-    rows = interpolation(scores.shape[2], size[0], align_corners)
-    columns = interpolation(scores.shape[3], size[1], align_corners)
-    return torch.einsum("Hh,bchw,Ww->bcHW", rows, scores.double(), columns)
-
-
 @pytest.mark.parametrize("align_corners", (False, True))
 @pytest.mark.parametrize("c", (1, 2, 16, 17, 40))
 @pytest.mark.parametrize("size", ((40, 61), (11, 19), (5, 40)), ids=str)
 def test_argmax_on_every_instruction_set(isa, c, size, align_corners):
     scores = normal(2, c, 11, 19)
     label = ops.upsample_argmax(scores, size, align_corners=align_corners, backend="cpu")
-    upsampled = torch_argmax(scores, size, align_corners)
+    logits = upsampled(scores, size, align_corners)
     assert_close(
-        upsampled.gather(1, label[:, None])[:, 0].float(),
-        upsampled.amax(1),
+        logits.gather(1, label[:, None])[:, 0].float(),
+        logits.amax(1),
         "upsampled_loss",
         terms=1,
         scale=float(scores.abs().max()),

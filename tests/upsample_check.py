@@ -1,4 +1,4 @@
-"""What the GPU tests of upsampling share: inputs, interpolation from its definition, and a comparison with torch in float64."""
+"""Interpolation from its definition; and what the GPU tests share: inputs, and a comparison with torch in float64."""
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +43,13 @@ def interpolation(source, target, align_corners):
     index = torch.arange(target)
     matrix[index, low] += 1 - share
     matrix[index, (low + 1).clamp_max(source - 1)] += share
-    return matrix.to(DEVICE)
+    return matrix
 
 
 def upsampled(scores, size, align_corners):
-    rows = interpolation(scores.shape[2], size[0], align_corners)
-    columns = interpolation(scores.shape[3], size[1], align_corners)
+    """Float64: the interpolation matrices written out."""
+    rows = interpolation(scores.shape[2], size[0], align_corners).to(scores.device)
+    columns = interpolation(scores.shape[3], size[1], align_corners).to(scores.device)
     return torch.einsum("Hh,bchw,Ww->bcHW", rows, scores.double(), columns)
 
 
