@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cuda_on_cpu import DEVICE, configure
 from tolerances import assert_close, bound
 
-from dnc_kernels import ops
+from dnc_kernels import backends, ops
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("engine")]
 METRICS = ("dot", "cosine", "sqeuclidean")
@@ -25,6 +25,11 @@ def engine(request, cuda):
     elif (torch.cuda.get_device_capability()[0] == 9) != (request.param == 90):
         pytest.skip("kernels of another GPU")
     return request.param
+
+
+def as_rows(t):
+    """[N,C] of a map [B,C,H,W]."""
+    return t.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def unit(*shape, dtype=torch.float32):
@@ -104,7 +109,7 @@ def test_layouts_of_scores_and_pixels():
     assert image.is_contiguous(memory_format=torch.channels_last)
     for given, shaped in ((padded[:, :40], labels), (image, labels.view(2, 3, 7))):
         made = ops.class_scores(given, p, shaped, backend="cuda")
-        flat = [t if t.ndim == 2 else t.permute(0, 2, 3, 1).flatten(0, 2) for t in (made.scores, made.winner)]
+        flat = [t if t.ndim == 2 else as_rows(t) for t in (made.scores, made.winner)]
         assert torch.equal(flat[0], expected.scores) and torch.equal(flat[1], expected.winner)
         assert torch.equal(made.own_similarity, expected.own_similarity)
     from dnc_kernels.ops.similarity import op
@@ -112,8 +117,8 @@ def test_layouts_of_scores_and_pixels():
     planes = torch.empty(2, 19, 3, 7, device=DEVICE)
     winner, own = torch.empty(2, 19, 3, 7, dtype=torch.uint8, device=DEVICE), torch.empty(42, 3, device=DEVICE)
     op.scores_into(image, p, labels, planes, winner, own, "cuda")
-    assert torch.equal(planes.permute(0, 2, 3, 1).flatten(0, 2), expected.scores)
-    assert torch.equal(winner.permute(0, 2, 3, 1).flatten(0, 2), expected.winner)
+    assert torch.equal(as_rows(planes), expected.scores)
+    assert torch.equal(as_rows(winner), expected.winner)
 
 
 #: B, H, W, C, K, D: tiles of pixels across images and a last one that is not full; the same with maxima in the workspace
@@ -127,17 +132,11 @@ def maps(b, h, w, c, k, d, dtype=torch.bfloat16):
     return x, x.view(b, h, w, d).permute(0, 3, 1, 2).contiguous(), p, labels, labels.view(b, h, w)
 
 
-def as_rows(t):
-    return t.permute(0, 2, 3, 1).flatten(0, 2)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 def test_scores_and_nearest_of_feature_maps(shape, dtype):
     """NCHW is read in place; what comes out is that of the rows, which are checked against float64 above."""
     x, image, p, labels, shaped = maps(*shape, dtype)
-    from dnc_kernels import backends
-
     assert backends.layout(image) == "planes"
     made, expected = (ops.class_scores(*given, backend="cuda") for given in ((image, p, shaped), (x, p, labels)))
     check_scores(x, p, labels)
@@ -156,10 +155,8 @@ def test_loss_of_feature_maps(shape, metric):
 
 
 @pytest.mark.parametrize("shape", [(2, 19, 40, 3, 7), (1, 7, 40, 5, 8)], ids=str)
-def test_feature_maps_that_no_unit_divides_are_copied_or_refused(shape):
-    """21 pixels a plane; a crop of a wider map; one image expanded: never read in place."""
-    from dnc_kernels import backends
-
+def test_feature_maps_that_no_unit_divides_are_refused(shape):
+    """21 pixels a plane, or a crop of a wider map."""
     b, c, d, h, w = shape
     x, p, labels = problem(b * h * w, c, 2, d)
     whole = torch.full((b, d, h, w + 8), math.nan, device=DEVICE, dtype=x.dtype)
