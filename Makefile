@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help install demo test bench lint gpu-build gpu-check gpu-sanitize clean
+.PHONY: help install demo test bench lint gpu-build gpu-run clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1: /'
 
@@ -36,30 +36,23 @@ lint: install ## ruff, clang-format and mypy; changes nothing
 	find csrc examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
-# For a GPU machine without network: no venv, no download. PYTHON must have torch, numpy, pytest, pybind11, cmake and ninja.
+# For a GPU machine without network: no venv, no download. PYTHON must have torch, triton, numpy, pytest with xdist and timeout,
+# and where the extension is not brought along (gpu-wheel) pybind11, cmake and ninja.
 GPU_ARCH = $(shell $(PYTHON) -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9) + "-real")')
-GPU_NAME = $(shell $(PYTHON) -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
-GPU_ROWS = benchmarks/results/$(GPU_NAME)/$(shell date -u +%Y-%m-%dT%H%M%S).jsonl
-GPU_BENCH ?= --dtype float32 --dtype bfloat16
 gpu-build:
 	test -n "$(GPU_ARCH)"
 	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
 
-# Every step runs, whatever became of those before it: time on a GPU is dear. The tests of the CUDA C++ kernels run within prove.
-gpu-check: gpu-build ## build in place for this GPU alone with PYTHON, prove the CUDA C++ kernels, test and measure; keeps proofs, rows and choices
-	rows=$(GPU_ROWS); status=0; \
-	$(PYTHON) -m dnc_kernels doctor || status=1; \
-	$(PYTHON) -m benchmarks.prove || status=1; \
-	$(PYTHON) -m pytest -m "gpu or triton or cuda" --ignore-glob='*_cuda.py' $(ARGS) || status=1; \
-	mkdir -p $$(dirname $$rows); \
-	$(PYTHON) -m benchmarks run --device cuda $(GPU_BENCH) --out $$rows || status=1; \
-	$(PYTHON) -m benchmarks.dispatch $$rows || status=1; \
-	exit $$status
-
-gpu-sanitize: gpu-build ## run the small tests of the CUDA C++ kernels on this GPU under compute-sanitizer
-	$(PYTHON) -m benchmarks.sanitize $(ARGS)
+PHASE ?= works
+OUT ?= gpu-out
+ifdef DRY
+gpu-run: PYTHON := $(BIN)/python
+gpu-run: install
+endif
+gpu-run: ## make the most of MINUTES on a GPU: PHASE=works|numbers|tune OUT=DIR; DRY=1 goes the same way without one
+	$(PYTHON) -m benchmarks.gpu_run $(PHASE) --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DRY),--dry) $(if $(PLANT),--plant)
 
 clean: ## remove builds, caches and .venv
-	rm -rf build dist *.egg-info $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out gpu-out
 	find dnc_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	rm -f dnc_kernels/_C*.so

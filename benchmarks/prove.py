@@ -9,21 +9,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from xml.etree import ElementTree
 
 import torch
 
 from dnc_kernels import _evidence, backends
 from dnc_kernels._evidence import Proof
 
+from . import processes, pytest_record
 from .harness import surroundings
+from .processes import Ended, Step
+from .record import Line, read
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = tuple(sorted(set(backends.FAMILY.values())))
@@ -44,37 +45,38 @@ def tests_of(family: str, root: Path = ROOT) -> list[Path]:
     return sorted({p for s in _STEMS.get(family, (family,)) for p in (root / "tests").glob(f"test_{s}*_cuda.py")})
 
 
-def passed(tests: Sequence[Path], timeout_s: float = 300) -> tuple[int, int]:
-    """Exit status of pytest on files, and how many tests passed. A kernel that hangs ends with its family's time."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *map(str, tests), f"--junitxml={report}"]
-        try:
-            status = subprocess.run(command, cwd=ROOT, timeout=timeout_s).returncode
-        except subprocess.TimeoutExpired:
-            print(f"{tests[0].name}: stopped after {timeout_s:g} s")
-            return 1, 0
-        if not report.exists():
-            return status or 1, 0
-        found = list(ElementTree.parse(report).iter("testcase"))
-    return status, sum(not any(case.find(tag) is not None for tag in ("skipped", "failure", "error")) for case in found)
+def step(family: str, record: Path, seconds: float = 300, select: str = "not large") -> Step:
+    """The run of a family's tests; those of gigabytes stand apart, and prove nothing."""
+    return pytest_record.step(f"cuda {family}", tests_of(family), record, seconds=seconds, select=select)
 
 
-def prove(family: str, sources: Mapping[str, str], device: str, capability: tuple[int, int]) -> Proof | None:
-    """The row of proof of a family, or None with the reason printed."""
-    tests, reason = tests_of(family), ""
-    if not tests:
-        reason = "it has no tests"
-    elif sources.get(family) != source(family):
-        reason = "the extension was built from other source; run `python setup.py build_ext --inplace`"
-    else:
-        status, count = passed(tests)
-        if status == 0 and count:
-            commit, date = surroundings("cuda")["git_commit"], time.strftime("%Y-%m-%d", time.gmtime())
-            return Proof(family, sources[family], device, capability, count, commit, date)
-        reason = "its tests failed" if status else "no test ran"
-    print(f"{family}: not proven: {reason}")
-    return None
+def verdict(
+    family: str, ended: Ended, lines: Iterable[Line], sources: Mapping[str, str], device: str, capability: tuple[int, int]
+) -> Proof | str:
+    """The row of proof of a family, or why there is none.
+
+    Args:
+        family: of the kernels.
+        ended: what became of the step that ran its tests.
+        lines: what steps recorded of their tests, other steps' among them.
+        sources: hashes of what the extension was built from (``_C.cuda.sources``).
+        device: name of the GPU.
+        capability: of the GPU.
+    """
+    outcomes = [line["outcome"] for line in lines if line["step"] == ended.step.name]
+    count = outcomes.count("passed")
+    if not tests_of(family):
+        return "it has no tests"
+    if sources.get(family) != source(family):
+        return "the extension was built from other source; run `python setup.py build_ext --inplace`"
+    if wrong := len(outcomes) - count - outcomes.count("skipped"):
+        return f"{wrong} of its {len(outcomes)} tests failed"
+    if ended.status != "ok":
+        return f"its tests did not end: {ended.status} after {len(outcomes)}"
+    if not count:
+        return "no test ran"
+    commit, date = surroundings("cuda")["git_commit"], time.strftime("%Y-%m-%d", time.gmtime())
+    return Proof(family, sources[family], device, capability, count, commit, date)
 
 
 def add(rows: Sequence[Proof], path: Path = _evidence.PROOFS) -> None:
@@ -86,7 +88,7 @@ def add(rows: Sequence[Proof], path: Path = _evidence.PROOFS) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prove the families that have CUDA C++ kernels; 1 where one is not proven."""
+    """Prove the families that have CUDA C++ kernels, side by side; 1 where one is not proven."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prove", description=__doc__)
     parser.add_argument("--family", action="append", choices=FAMILIES, help="all with CUDA C++ kernels; may be repeated")
     options = parser.parse_args(arguments)
@@ -95,13 +97,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     with_kernels = {backends.FAMILY[op] for op, kernels in backends.KERNELS.items() if "cuda" in kernels}
     families = options.family or sorted(with_kernels)
+    return int(not all(prove(families, backends.native().cuda.sources)))
+
+
+def prove(families: Sequence[str], sources: Mapping[str, str], seconds: float = 300) -> list[bool]:
+    """Run the tests of families side by side on this GPU, write the rows of those that pass, and say of each what it is."""
     device, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    found = [prove(family, backends.native().cuda.sources, device, capability) for family in families]
-    rows = [row for row in found if row is not None]
-    add(rows)
-    for row in rows:
-        print(f"{row.family}: proven by {row.tests} tests on {row.device} ({'.'.join(map(str, row.capability))})")
-    return int(len(rows) < len(families))
+    proven = []
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "tests.jsonl"
+        steps = [step(family, record, seconds) for family in families]
+        for ended in processes.run(steps, time.monotonic() + seconds, Path(folder), ROOT):
+            family = families[steps.index(ended.step)]
+            row = verdict(family, ended, [x for x in read(record) if x.get("event") == "test"], sources, device, capability)
+            proven.append(isinstance(row, Proof))
+            if isinstance(row, Proof):
+                add([row])
+                print(f"{family}: proven by {row.tests} tests on {device} ({'.'.join(map(str, capability))})")
+            else:
+                print(f"{family}: not proven: {row}\n{ended.output[-3000:]}")
+    return proven
 
 
 if __name__ == "__main__":

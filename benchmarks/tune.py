@@ -2,7 +2,7 @@
 
 What a family's kernels are tried on are the shape classes of the architecture's own configurations. The result is a file named
 after the GPU in the family's `configs` folder, which the launchers prefer to the architecture's from then on. Results of a
-launch do not depend on its configuration beyond rounding; `make gpu-check` afterwards tests the new ones.
+launch do not depend on its configuration beyond rounding; `make gpu-run PHASE=tune` tests and times the new ones.
 """
 
 from __future__ import annotations

@@ -1,20 +1,32 @@
-"""`make gpu-sanitize`, without a GPU: what would run, and what is said where it cannot."""
+"""compute-sanitizer, without a GPU: which tool looks at what, and what is said where it cannot run."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import sanitize
+from benchmarks import prove, sanitize
 
 
 @pytest.mark.parametrize("option", ["--kernel-name ", "--kernel-regex ", ""])
-def test_the_sanitizer_looks_at_small_tests_and_our_kernels(option):
-    made = sanitize.command("compute-sanitizer", f"  {option} arg", "racecheck", [Path("a.py")], ["-k", "x"])
-    assert made[:3] == ["compute-sanitizer", "--tool", "racecheck"] and made[-1] == "a.py"
-    assert made[made.index("pytest") + 1 :][:2] == ["-m", "cuda and not gpu"]
-    assert ("kns=dnc" in made) == bool(option) and (not option or option.strip() in made)
+def test_the_sanitizer_looks_at_our_kernels(option, monkeypatch):
+    monkeypatch.setattr(sanitize, "_help", lambda sanitizer: f"  {option} arg")
+    command = sanitize.under("compute-sanitizer", "racecheck")
+    assert command[:3] == ["compute-sanitizer", "--tool", "racecheck"]
+    assert ("kns=dnc" in command) == bool(option) and (not option or option.strip() in command)
+    assert "kns=dnc" not in sanitize.under("compute-sanitizer", "memcheck", ours=False), "Triton's kernels have other names"
+
+
+def test_memory_that_torch_wrote_is_not_called_unwritten(monkeypatch):
+    """initcheck follows the writes of the kernels that it looks at alone."""
+    monkeypatch.setattr(sanitize, "_help", lambda sanitizer: " --kernel-name arg")
+    assert "kns=dnc" not in sanitize.under("compute-sanitizer", "initcheck")
+    assert "kns=dnc" in sanitize.under("compute-sanitizer", "memcheck")
+
+
+def test_races_are_looked_for_where_the_tool_knows_the_barriers():
+    assert [f for f in prove.FAMILIES if sanitize.applies("racecheck", f)] == ["embedding", "momentum", "sinkhorn"]
+    assert all(sanitize.applies(tool, f) for tool in sanitize.TOOLS[:3] for f in prove.FAMILIES)
 
 
 def test_the_sanitizer_is_found_in_a_toolkit(tmp_path, monkeypatch):
@@ -40,12 +52,16 @@ def test_a_complaint_is_a_failure_and_the_rest_runs(status, result, monkeypatch,
     ran = []
 
     def run(command, **options):
-        ran.append((command, options.get("env", {}).get("PYTORCH_NO_CUDA_MEMORY_CACHING")))
+        ran.append((command, options["env"]["PYTORCH_NO_CUDA_MEMORY_CACHING"]))
         return SimpleNamespace(stdout="", returncode=status)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sanitize, "find", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitize, "_help", lambda sanitizer: "")
     monkeypatch.setattr(sanitize.subprocess, "run", run)
     assert sanitize.main(["--family", "momentum", "--tool", "memcheck", "--tool", "racecheck"]) == result
-    assert [command[2] for command, _ in ran[1:]] == ["memcheck", "racecheck"] and {c for _, c in ran[1:]} == {"1"}
+    assert [command[2] for command, _ in ran] == ["memcheck", "racecheck"] and {c for _, c in ran} == {"1"}
+    assert all("cuda and not gpu and not large" in command for command, _ in ran)
     assert ("complains about momentum memcheck, momentum racecheck" in capsys.readouterr().out) == bool(status)
+    ran.clear()
+    assert sanitize.main(["--family", "similarity", "--tool", "racecheck"]) == 0 and not ran

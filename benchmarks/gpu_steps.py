@@ -1,0 +1,233 @@
+"""What a run on a GPU (gpu_run.py) measures, and its child processes: ``python -m benchmarks.gpu_steps WHAT REQUEST``.
+
+A child of its own for everything that touches the GPU: the run itself never does, so nothing there can take it along.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .record import Line, append
+
+#: op, case and dtype of a benchmark; the name of a case may end in *.
+Chosen = tuple[str, str, str]
+
+#: What the first run times: the floors are in docs/performance.md's terms, operations over rate and bytes over bandwidth.
+TIMES: tuple[Chosen, ...] = tuple(
+    (op, case, "bfloat16")
+    for op, case in (
+        ("centroid_cross_entropy", "ade20k"), ("nearest_centroid", "ade20k"), ("class_scores", "ade20k"),
+        ("sinkhorn_assign", "ade20k"), ("momentum_update_", "ade20k"), ("normalize_embedding", "ade20k"),
+        ("upsample_cross_entropy", "ade20k"), ("upsample_argmax", "ade20k"), ("centroid_cross_entropy", "cityscapes"),
+        ("subcentroid_cross_entropy", "ade20k"), ("centroid_cross_entropy", "imagenet"), ("head_step", "512x1024 C=19"),
+    )
+)  # fmt: skip
+_OPS = (
+    "centroid_cross_entropy", "nearest_centroid", "class_scores", "sinkhorn_assign", "momentum_update_",
+    "upsample_cross_entropy", "normalize_embedding", "upsample_argmax", "subcentroid_cross_entropy",
+    "sinkhorn_plan", "cluster_sums", "apply_momentum_", "centroid_distance",
+)  # fmt: skip
+ROWS: tuple[Chosen, ...] = tuple((op, "*", "bfloat16") for op in _OPS)
+HEAD: tuple[Chosen, ...] = (("head_step", "*", "bfloat16"),)
+OTHER_DTYPES: tuple[Chosen, ...] = tuple((op, "*", dtype) for dtype in ("float16", "float32") for op in _OPS[:6])
+#: op, case, backend and the kernel (a regular expression) that ncu looks at.
+PROFILES = (
+    ("centroid_cross_entropy", "ade20k", "cuda", "loss_sm90"),
+    ("centroid_cross_entropy", "ade20k", "triton", "centroid_loss"),
+)
+#: op -> family and name of the Triton kernel that its configurations are of.
+KERNELS = {
+    "centroid_cross_entropy": ("similarity", "centroid_loss"), "class_scores": ("similarity", "class_scores"),
+    "nearest_centroid": ("similarity", "nearest_centroid"),
+    "subcentroid_cross_entropy": ("similarity", "subcentroid_cross_entropy"),
+    "upsample_cross_entropy": ("upsample", "log_sum_exp"), "upsample_argmax": ("upsample", "argmax"),
+}  # fmt: skip
+
+
+def environment(request: Line) -> int:
+    """A line on the machine: versions, the GPU, the extension, and why that has to be built (`build`; empty: it need not)."""
+    import torch
+
+    line: Line = {
+        "event": "environment", "python": platform.python_version(), "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout")},
+        "cores": len(os.sched_getaffinity(0)), "gpu": "", "build": "",
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        from .gpu_take import folder_of
+
+        gpu = torch.cuda.get_device_properties(0)
+        line |= {
+            "gpu": gpu.name, "folder": folder_of(gpu.name), "capability": (gpu.major, gpu.minor), "cuda": torch.version.cuda,
+            "memory_gb": round(gpu.total_memory / 1e9), "multiprocessors": gpu.multi_processor_count,
+        }  # fmt: skip
+    line["build"] = reason = _build(line.get("capability"))
+    if not reason:
+        from dnc_kernels import backends
+
+        line |= {"sources": backends.native().cuda.sources, "archs": backends.native().cuda_archs}
+    append(Path(request["record"]), line)
+    print(json.dumps(line, indent=1))
+    return 0
+
+
+def _build(capability: tuple[int, int] | None) -> str:
+    """Why the extension cannot serve on this GPU as it is, or the empty string."""
+    from dnc_kernels import backends
+
+    from .prove import FAMILIES, source
+
+    if backends._native is None:
+        return backends.NATIVE_ERROR
+    if backends._native.cuda_archs is None:
+        return "the extension has no CUDA kernels"
+    if old := [family for family in FAMILIES if backends.native().cuda.sources.get(family) != source(family)]:
+        return f"the extension was built from other source ({', '.join(old)})"
+    return backends.without_code("cuda", capability)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def rows(request: Line) -> int:
+    """Rows of the chosen cases, each as soon as it is known; ends by itself once its seconds are over."""
+    import torch
+
+    from . import harness
+    from .__main__ import select
+
+    end, record = time.monotonic() + request["seconds"], Path(request["record"])
+    chosen = [tuple(case) for case in request["cases"]]
+    settings = _settings(request, tuple(dict.fromkeys(dtype for _, _, dtype in chosen)), **request["settings"])
+    cases = select(settings)
+    for op, name, dtype in chosen:
+        for case in cases:
+            this = [op, case.name, dtype]
+            if (
+                case.op != op
+                or case.dtype != dtype
+                or this in request["skip"]
+                or not (name in ("*", case.name) or request["dry"])
+            ):
+                continue
+            append(record, {"event": "begin", "step": request["step"], "case": this})
+            if time.monotonic() > end:
+                append(record, {"event": "dropped", "step": f"{op} {case.name} {dtype}", "reason": "its time was over"})
+                continue
+            print(op, case.name, dtype, flush=True)
+            try:
+                for row in harness.run_case(case, settings):
+                    append(record, row)
+            except harness.GpuLost:
+                raise
+            except Exception as error:
+                append(record, harness.failed(case, settings, error))
+                harness.demand_gpu(settings, f"{op} {case.name}")
+            if settings.cuda:
+                torch.cuda.empty_cache()
+    return 0
+
+
+def _settings(request: Line, dtypes: tuple[str, ...], **more: Any) -> Any:
+    from .harness import Settings
+
+    dry = request["dry"]
+    return Settings(
+        device="cpu" if dry else "cuda", threads=1 if dry else 8, rounds=2 if dry else 100, budget_s=1.5, quick=dry,
+        memory=not dry, dtypes=dtypes, **({"baselines": "none"} | more),
+    )  # fmt: skip
+
+
+def _prepared(request: Line, case: Chosen, backend: str | None = None) -> Callable[[], Any]:
+    """The call of a case's kernel, of a backend where one is named."""
+    from .__main__ import select
+
+    op, name, dtype = case
+    (found, *_) = [c for c in select(_settings(request, (dtype,)), [op]) if request["dry"] or c.name == name]
+    variants = [v for v in found.variants if not v.baseline]
+    variant = next((v for v in variants if v.backend == backend), variants[0])
+    inputs = found.inputs()
+
+    def call() -> None:
+        if found.reset:
+            found.reset(inputs)
+        run()
+
+    run = variant.prepare(inputs)
+    return call
+
+
+def call(request: Line) -> int:
+    """Call one case four times, for a profiler that looks at one launch."""
+    import torch
+
+    run = _prepared(request, tuple(request["case"]), request["backend"])
+    for _ in range(4):
+        run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 0
+
+
+def trace(request: Line) -> int:
+    """A Chrome trace of one training step of the head, after three that warm it up."""
+    from torch import profiler
+
+    run = _prepared(request, HEAD_TRACED)
+    for _ in range(3):
+        run()
+    with profiler.profile(record_shapes=True) as steps:
+        run()
+    steps.export_chrome_trace(request["to"])
+    device = "self_device_time_total"
+    print(steps.key_averages().table(sort_by=device if not request["dry"] else "self_cpu_time_total", row_limit=40))
+    return 0
+
+
+HEAD_TRACED: Chosen = ("head_step", "512x1024 C=19", "bfloat16")
+
+
+def metrics(output: str) -> dict[str, dict[str, str]]:
+    """Kernel -> metric -> value and unit, from what ``ncu --csv --page details`` prints after the program's own output."""
+    lines = output.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    found: dict[str, dict[str, str]] = {}
+    for row in csv.DictReader(lines[start:]):
+        if row.get("Metric Name"):
+            value = f"{row.get('Metric Value')} {row.get('Metric Unit') or ''}".strip()
+            found.setdefault((row.get("Kernel Name") or "").partition("(")[0], {})[row["Metric Name"]] = value
+    return found
+
+
+def worst(rows: Iterable[Line], count: int = 2) -> list[tuple[str, str, str]]:
+    """Family, kernel and op of the Triton kernels that lose most time against their limit, by the probes of their rows."""
+    lost: dict[str, float] = {}
+    for row in rows:
+        if row.get("backend") == "triton" and row["op"] in KERNELS and row.get("p50_ms"):
+            share = max(row.get("pct_gemm_probe") or 0, row.get("pct_copy_probe") or 0) / 100
+            lost[row["op"]] = max(lost.get(row["op"], 0.0), row["p50_ms"] * (1 - share))
+    order = sorted(lost, key=lost.__getitem__, reverse=True) or list(KERNELS)
+    return [(*KERNELS[op], op) for op in order[:count]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the child that is named; its request is a JSON object."""
+    what, request = arguments or sys.argv[1:]
+    return {"environment": environment, "rows": rows, "call": call, "trace": trace}[what](json.loads(request))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
