@@ -1,19 +1,20 @@
 # Everything a developer runs. A fresh machine needs python3 (3.10 or later, with venv), make and a C++20 compiler; the rest,
 # CMake and Ninja included, comes from the package index into .venv.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help install demo test bench lint gpu-build gpu-check gpu-sanitize clean
+.PHONY: help install demo test test-gpu-versions bench lint gpu-build gpu-check gpu-sanitize clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1: /'
 
 # Installed anew when what is installed, or how, has changed.
-$(STAMP): pyproject.toml constraints.txt setup.py
+$(STAMP): pyproject.toml $(CONSTRAINTS) setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 install: $(STAMP) ## set up .venv with the package (editable) and everything a developer needs
@@ -26,6 +27,13 @@ demo: install ## train a DNC head on scenes of real digits, beside a softmax hea
 WORKERS ?= 2
 test: install ## run the whole test suite (marked gpu: skipped without a GPU)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# The Python of GPU machines: the first 3.12 that runs (a shim of pyenv need not), on PATH or of pyenv.
+PYTHON312 = $(shell for p in python3.12 $$(pyenv root 2>/dev/null)/versions/3.12*/bin/python3.12; do $$p -c "" 2>/dev/null && echo $$p && break; done)
+GPU_VENV ?= .venv-3.12
+test-gpu-versions: ## the same with Python 3.12 and the versions of GPU machines, in .venv-3.12 (5 GB)
+	@test -n "$(PYTHON312)" || { echo "make $@: no Python 3.12 was found on PATH or in pyenv; try pyenv install 3.12, or PYTHON312=..." >&2; exit 1; }
+	$(MAKE) test PYTHON=$(PYTHON312) VENV=$(GPU_VENV) CONSTRAINTS=constraints-gpu.txt
 
 bench: install ## compare the kernels with their baselines on this machine
 	$(BIN)/python -m benchmarks run
@@ -59,7 +67,7 @@ gpu-check: gpu-build ## build in place for this GPU alone with PYTHON, prove the
 gpu-sanitize: gpu-build ## run the small tests of the CUDA C++ kernels on this GPU under compute-sanitizer
 	$(PYTHON) -m benchmarks.sanitize $(ARGS)
 
-clean: ## remove builds, caches and .venv
-	rm -rf build dist *.egg-info $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out
+clean: ## remove builds, caches and venvs
+	rm -rf build dist *.egg-info $(VENV) $(GPU_VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out
 	find dnc_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	rm -f dnc_kernels/_C*.so
