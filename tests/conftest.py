@@ -25,6 +25,16 @@ else:
     settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests marked large would starve others of memory: they run where they are asked for."""
+    if "large" in config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    large = [item for item in items if item.get_closest_marker("large")]
+    if large:
+        config.hook.pytest_deselected(items=large)
+        items[:] = [item for item in items if item not in large]
+
+
 @pytest.fixture(params=backends.usable_isas())
 def isa(request):
     """Every instruction set that this processor can run, forced in turn."""

@@ -321,6 +321,7 @@ def test_the_call_does_not_synchronise():
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @needs_gpu
 @pytest.mark.parametrize("shape", ((2**23 + 5, 264), (2, 264, 1024, 4100)))
 def test_more_elements_than_int32_counts(shape):

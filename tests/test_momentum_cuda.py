@@ -289,6 +289,7 @@ class TestOnAGpu:
         runs = [ops.cluster_sums(x, cluster, 1500, backend="cuda").sums for _ in range(20)]
         assert all(torch.equal(run, runs[0]) for run in runs)
 
+    @pytest.mark.large
     def test_offsets_beyond_int32(self):
         x = torch.zeros(2**31 // 256 + 9, 256, dtype=torch.bfloat16, device=DEVICE)
         x[-5:] = 1

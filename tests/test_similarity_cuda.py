@@ -472,6 +472,7 @@ def test_capture_in_a_cuda_graph_and_no_synchronisation():
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_more_numbers_than_an_int_holds():
     n, d = 2**31 // 256 + 4096, 256

@@ -312,7 +312,7 @@ def test_no_wait_and_capture():
 # tiles of the ADE20K shape, one a multiprocessor; then many, some of which do not stay
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("pixels", [131_072, 3_000_000])
+@pytest.mark.parametrize("pixels", [131_072, pytest.param(3_000_000, marks=pytest.mark.large)])
 def test_large_problems(pixels):
     s, group = problem(pixels, 10, 150)
     check(s, group, 150)
@@ -320,6 +320,7 @@ def test_large_problems(pixels):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @needs_gpu
 def test_more_than_2_to_the_31_elements_apart():
     wide = torch.zeros(40_000, 65_536, dtype=torch.float16, device=DEVICE)

@@ -250,6 +250,7 @@ def test_a_step_of_the_head_equals_float64(size, checkpoint):
 
 
 @pytest.mark.triton
+@pytest.mark.large
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device with 16 GB free")
 @pytest.mark.parametrize("layout", ["rows", "planes"])
 def test_more_elements_than_an_int32_counts(layout):

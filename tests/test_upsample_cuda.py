@@ -523,6 +523,7 @@ def test_the_call_does_not_synchronise():
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_4_gb():
     if torch.cuda.get_device_properties(0).total_memory < 16 << 30:

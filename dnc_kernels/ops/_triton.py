@@ -23,6 +23,15 @@ from torch import Tensor
 from ..backends import INTERPRETED, capability
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    # its interpreter takes a bound of a loop by int() of an array of one element, which numpy refuses from 2.4 on
+    from triton.runtime import interpreter
+
+    def _patch_lang_tensor(tensor: Any, scope: Any, patch: Callable[[Any, Any], None] = interpreter._patch_lang_tensor) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 #: Called instead of a launch, with (kernel, grid, arguments, options), while kernels are compiled ahead of time.
 _recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None] | None = None
