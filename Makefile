@@ -37,13 +37,11 @@ lint: install ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/mypy
 
 # For a GPU machine without network: no venv, no download. PYTHON must have torch, numpy, pytest, pybind11, cmake and ninja.
-GPU_ARCH = $(shell $(PYTHON) -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9) + "-real")')
 GPU_NAME = $(shell $(PYTHON) -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
 GPU_ROWS = benchmarks/results/$(GPU_NAME)/$(shell date -u +%Y-%m-%dT%H%M%S).jsonl
 GPU_BENCH ?= --dtype float32 --dtype bfloat16
 gpu-build:
-	test -n "$(GPU_ARCH)"
-	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
+	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=native $(PYTHON) setup.py --quiet build_ext --inplace
 
 # Every step runs, whatever became of those before it: time on a GPU is dear. The tests of the CUDA C++ kernels run within prove.
 gpu-check: gpu-build ## build in place for this GPU alone with PYTHON, prove the CUDA C++ kernels, test and measure; keeps proofs, rows and choices
