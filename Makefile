@@ -46,10 +46,8 @@ lint: install ## ruff, clang-format and mypy; changes nothing
 
 # For a GPU machine without network: no venv, no download. PYTHON must have torch, triton, numpy, pytest with xdist and timeout,
 # and where the extension is not brought along (gpu-wheel) pybind11, cmake and ninja.
-GPU_ARCH = $(shell $(PYTHON) -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9) + "-real")')
 gpu-build:
-	test -n "$(GPU_ARCH)"
-	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py --quiet build_ext --inplace
+	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=native $(PYTHON) setup.py --quiet build_ext --inplace
 
 PHASE ?= works
 OUT ?= gpu-out

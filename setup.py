@@ -1,6 +1,7 @@
 """Drives CMake (the only build description) for `pip install .`, `build_ext --inplace` and editable installs.
 
-Environment: DNC_KERNELS_BUILD=cpu|cuda|auto, DNC_KERNELS_CUDA_ARCHS="80-real;90a-real", DNC_KERNELS_JOBS. torch is not needed.
+Environment: DNC_KERNELS_BUILD=cpu|cuda|auto, DNC_KERNELS_CUDA_ARCHS="80-real;90a-real" or native, DNC_KERNELS_JOBS.
+torch is not needed.
 """
 
 import importlib
@@ -39,11 +40,14 @@ def _mode() -> str:
 
 
 def _cuda_archs() -> str:
-    """Architectures as CMake writes them: 90a-real is SASS alone, 90a-virtual PTX alone, 90a both. Empty: its default."""
+    """Architectures as CMake writes them: 90a-real is SASS alone, 90a-virtual PTX alone, 90a both. Empty: its default.
+
+    CMake makes 90a of 90, and of native what this machine's GPUs are (cmake/architectures.cmake).
+    """
     archs = [arch for arch in re.split(r"[;,\s]+", os.environ.get("DNC_KERNELS_CUDA_ARCHS", "")) if arch]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?|native", arch):
-            raise SystemExit(f"DNC_KERNELS_CUDA_ARCHS must be like '80-real;90a-real;100'; got {arch!r}")
+            raise SystemExit(f"DNC_KERNELS_CUDA_ARCHS must be like '80-real;90a-real;100', or native; got {arch!r}")
     return ";".join(archs)
 
 

@@ -70,6 +70,7 @@ class Row:
     threads: int
     ptx_features: list[str]
     backend: str = "triton"
+    fences: int = 0  # of the whole device, between matrix products
 
 
 class _Driver:
@@ -185,6 +186,8 @@ def faults(row: Row) -> list[str]:
     if row.shared_bytes > SHARED_LIMIT[arch]:
         found.append(f"needs {row.shared_bytes} bytes of shared memory; a block may have {SHARED_LIMIT[arch]}")
     found += [f"has {name}" for name in ("ld.local", "st.local") if name in row.ptx_features]
+    if row.fences:
+        found.append(f"has {row.fences} device-wide fences between products")
     needed = _needed(row, arch)
     if needed and needed not in row.ptx_features:
         found.append(f"has no {needed}")
@@ -192,13 +195,15 @@ def faults(row: Row) -> list[str]:
 
 
 def _needed(row: Row, arch: int) -> str | None:
-    """The instruction for products that a kernel must have."""
+    """The instruction that a kernel must have: for its products, or in place of a body."""
     if row.backend == "triton":
         return TENSOR_CORE[arch] if PRODUCTS.search(row.kernel) and row.when.get("bits") == 16 else None
-    # a CUDA C++ kernel says in its name whose tensor cores it is for; wgmma is on 9.0 alone
+    # a CUDA C++ kernel says in its name whose tensor cores it is for; wgmma is on 9.0 alone, and one without a body must fail
     if "_sm90_kernel" in row.kernel:
-        return "wgmma" if arch == 90 else None
-    return "mma.sync" if "_sm80_kernel" in row.kernel and arch == 80 else None
+        return "wgmma" if arch == 90 else "trap"
+    if "_sm80_kernel" in row.kernel:
+        return "mma.sync" if arch != 90 else "trap"
+    return None
 
 
 def _compile(job: tuple[Any, ...]) -> list[Row]:

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -26,8 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 _INSTRUCTIONS = {
     "wgmma": "HGMMA", "tcgen05.mma": r"UT\w*MMA", "mma.sync": "HMMA", "cp.async": "(LDGSTS|UBLKCP|UTMALDG)",
     "mbarrier": "SYNCS", "redux": "C?REDUX", "atom": "ATOM[GS]?", "red": "RED[GS]?", "ld.local": "LDL", "st.local": "STL",
+    "trap": r"BPT\.TRAP",
 }  # fmt: skip
 _FEATURES = {name: re.compile(rf"\*/ +(@!?U?P\w+ )?{code}\b") for name, code in _INSTRUCTIONS.items()}
+#: An instruction of machine code: address, predicate, operation, operands.
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;\n]*);", re.MULTILINE)
+_PRODUCT = re.compile(r"HGMMA|HMMA|UT\w*MMA")
+#: Orders memory for the whole device, or empties the first-level cache for that.
+_DEVICE_FENCE = re.compile(r"MEMBAR\.\w+\.(GPU|SYS)|CCTL\.IVALL")
 
 
 def missing() -> str:
@@ -88,9 +94,67 @@ def _rows_of(file: Path) -> list[Row]:
                 when={"bits": 16} if "Float16" in kernel or "BFloat16" in kernel else {}, arch=arch, registers=used["REG"],
                 spills=used["STACK"] + used["LOCAL"], shared_bytes=used["SHARED"], threads=0,
                 ptx_features=[f for f, code in _FEATURES.items() if code.search(instructions[arch, name])], backend="cuda",
+                fences=fences_between_products(instructions[arch, name]),
             )
         )  # fmt: skip
     return found
+
+
+def fences_between_products(code: str) -> int:
+    """Device-wide fences that a kernel can meet on the way from one matrix product to another, in cuobjdump's machine code.
+
+    The way is that of control flow, not of addresses: nvcc puts much of a waiting loop behind the end of a kernel. A fence
+    before the first product or after the last, as of a cluster's start or of the last block, is not counted.
+    """
+    instructions = [(int(m[1], 16), m[2], m[3], m[4].strip()) for m in _INSTRUCTION.finditer(code)]
+    products = {i for i, (_, _, operation, _) in enumerate(instructions) if _PRODUCT.match(operation)}
+    fences = {i for i, (_, _, operation, _) in enumerate(instructions) if _DEVICE_FENCE.match(operation)}
+    if not products or not fences:
+        return 0
+    following = _control_flow(instructions)
+    after = _reached(following, products)
+    return sum(1 for fence in fences & after if not products.isdisjoint(_reached(following, {fence})))
+
+
+def _control_flow(instructions: Sequence[tuple[int, str | None, str, str]]) -> list[set[int]]:
+    """Numbers of the instructions that may follow each one.
+
+    A call is followed by the subroutine and by what comes after it, a return by nothing: subroutines divide and take roots.
+    """
+    at = {address: i for i, (address, _, _, _) in enumerate(instructions)}
+    following: list[set[int]] = []
+    scopes: list[tuple[int, str, int]] = []  # where threads part, the barrier where they meet, and where they go on then
+    ends: dict[str, set[int]] = {}  # of a scope: its barrier is waited for, or set anew
+    for i, (_, predicate, operation, operands) in enumerate(instructions):
+        name, target = operation.partition(".")[0], re.search(r"\b0x([0-9a-f]+)$", operands)
+        to = at.get(int(target[1], 16)) if target else None
+        # a branch depends on a predicate before it (@P0 BRA X) or among its operands (BRA P0, X; BRA.U UP0, X)
+        always = name in ("EXIT", "RET", "BSYNC") or (operation == "BRA" and operands.startswith("0x"))
+        following.append({i + 1} if (predicate or not always) and i + 1 < len(instructions) else set())
+        if name in ("BRA", "CALL") and to is not None:
+            following[i].add(to)
+        if name in ("BSSY", "BSYNC"):
+            barrier = operands.partition(",")[0]
+            ends.setdefault(barrier, set()).add(i)
+            if to is not None:
+                scopes.append((i, barrier, to))
+    for i, barrier, to in scopes:
+        for end in _reached(following, {i}, ends[barrier]) & ends[barrier]:
+            if instructions[end][2].startswith("BSYNC"):
+                following[end].add(to)
+    return following
+
+
+def _reached(following: Sequence[set[int]], start: set[int], until: Set[int] = frozenset()) -> set[int]:
+    """Instructions on any way from `start` on, which goes no further than those of `until`."""
+    reached: set[int] = set()
+    ahead = {j for i in start for j in following[i]}
+    while ahead:
+        i = ahead.pop()
+        reached.add(i)
+        if i not in until:
+            ahead |= following[i] - reached
+    return reached
 
 
 def _functions(text: str, pattern: str) -> Iterator[tuple[str, str, str, str]]:

@@ -8,6 +8,7 @@ The choice comes from an op's ``backend=`` argument, else the innermost `use_bac
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -200,18 +201,16 @@ def without_code(name: str, capability: tuple[int, int] | None) -> str:
 def runs_on(archs: str, major: int, minor: int) -> bool:
     """Whether a binary for `archs` (as CMake writes them, separated by spaces) has code for compute capability `major.minor`.
 
-    SASS runs on its own major version from its own minor on, with suffix a on exactly its own capability; PTX runs on anything
-    newer.
+    SASS runs on its own major version from its own minor on, and PTX on anything newer; with suffix a either runs on exactly
+    its own capability, with f on its own major version.
     """
     for arch in archs.split():
-        number, _, kind = arch.partition("-")
-        digits, suffix = number.rstrip("af"), number[len(number.rstrip("af")) :]
-        if not digits.isdigit():  # native: built here, for what is here
-            return True
-        built = divmod(int(digits), 10)
-        if built == (major, minor):
-            return True
-        if not suffix and built <= (major, minor) and (kind != "real" or built[0] == major):
+        parts = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch)
+        if parts is None:
+            continue
+        built = int(parts[1]), int(parts[2])
+        within = parts[3] == "f" or parts[4] == "-real"
+        if built == (major, minor) or (parts[3] != "a" and built < (major, minor) and (built[0] == major or not within)):
             return True
     return False
 

@@ -88,8 +88,11 @@ def test_what_must_not_ship_is_a_fault():
     assert aot.faults(ROW) == []
     assert aot.faults(replace(ROW, spills=8)) == ["spills 8 bytes"]
     assert aot.faults(replace(ROW, ptx_features=["ld.local", "st.local"])) == ["has ld.local", "has st.local"]
+    assert aot.faults(replace(ROW, fences=3)) == ["has 3 device-wide fences between products"]
     assert aot.faults(replace(ROW, kernel="scores_sm90_kernel<T>")) == ["has no wgmma"]
-    assert aot.faults(replace(ROW, kernel="scores_sm90_kernel<T>", arch="sm_80")) == []
+    assert aot.faults(replace(ROW, kernel="scores_sm90_kernel<T>", arch="sm_80")) == ["has no trap"]
+    assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>")) == ["has no trap"]
+    assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>", ptx_features=["trap"])) == []
     assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>", arch="sm_80")) == ["has no mma.sync"]
     assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>", arch="sm_80", ptx_features=["mma.sync"])) == []
 
@@ -120,6 +123,56 @@ identifier = /x/csrc/cuda/momentum.cu
         /*0030*/                   ATOMG.E.ADD.STRONG.GPU PT, R3 ;  /* 0x0 */
         /*0040*/                   REDUX.OR R4, R3 ;                /* 0x0 */
 """
+
+
+def machine_code(*lines) -> str:
+    """As cuobjdump prints instructions: a name stands for the address of the line that begins with it."""
+    at = {line.partition(":")[0]: f"0x{16 * i:x}" for i, line in enumerate(lines) if ":" in line}
+    text = ""
+    for i, line in enumerate(lines):
+        guard, _, rest = line.rpartition(":")[2].strip().rpartition(") ")
+        rest = re.sub(r"\b[a-z]+\b", lambda found: at.get(found[0], found[0]), rest)
+        text += f"        /*{16 * i:04x}*/  {guard.strip('('):>12s} {rest} ;   /* 0x000fe20000000800 */\n    /* 0x001fea0003800000 */\n"
+    return text
+
+
+FENCE = ("MEMBAR.ALL.GPU", "CCTL.IVALL")
+PRODUCT = "HGMMA.64x80x16.F32.BF16 R24, gdesc[UR4], R24, gsb0"
+
+
+@pytest.mark.parametrize(
+    ("lines", "fences"),
+    [
+        pytest.param([*FENCE, PRODUCT, PRODUCT, *FENCE, "EXIT"], 0, id="at the start and at the end"),
+        pytest.param([PRODUCT, *FENCE, PRODUCT, "EXIT"], 2, id="between two"),
+        pytest.param([PRODUCT, "MEMBAR.ALL.CTA", PRODUCT, "EXIT"], 0, id="of the block alone"),
+        pytest.param(["HMMA.16816.F32 R4, R8, R12, R4", FENCE[0], "HMMA.16816.F32 R4, R8, R12, R4"], 1, id="of mma.sync"),
+        pytest.param(["MEMBAR.ALL.GPU", "EXIT"], 0, id="without products"),
+        pytest.param(["a: " + PRODUCT, FENCE[0], "(@P0) BRA a", *FENCE, "EXIT"], 1, id="in the loop of one product"),
+        pytest.param(
+            [PRODUCT, "(@!P0) BRA slow", "a: " + PRODUCT, "EXIT", "slow: MEMBAR.SC.SYS", "BRA a"], 1, id="behind the end, on the way"
+        ),
+        pytest.param(
+            [PRODUCT, "b: CCTL.IVALL", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3", "(@!P0) BRA b", "EXIT", PRODUCT], 0,
+            id="in a loop of the last block",
+        ),
+        pytest.param(  # a scope's barrier has the same name before the products as between them
+            [
+                "BSSY B0, first", "(@P1) BRA skip", "skip: BSYNC B0", "first: MEMBAR.ALL.GPU", "again: " + PRODUCT,
+                "BSSY B0, second", "BSYNC B0", "second: BRA P0, again", "EXIT",
+            ], 0, id="before the products, under a barrier's name that comes again",
+        ),
+        pytest.param(
+            [PRODUCT, "BSSY.RECONVERGENT B0, met", "BSYNC.RECONVERGENT B0", "EXIT", "met: CCTL.IVALL", PRODUCT], 1,
+            id="where parted threads meet",
+        ),
+        pytest.param(
+            [PRODUCT, "CALL.REL.NOINC f", FENCE[0], PRODUCT, "EXIT", "f: RET.REL.NODEC R2", *FENCE], 1, id="after a subroutine"
+        ),
+    ],
+)  # fmt: skip
+def test_device_wide_fences_between_products_are_counted(lines, fences):
+    assert aot_cuda.fences_between_products(machine_code(*lines)) == fences
 
 
 def test_machine_code_is_read(monkeypatch):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -23,11 +24,7 @@ from dnc_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
-CUDA_ARCH = (
-    "{}{}{}-real".format(*torch.cuda.get_device_capability(), "a" * (torch.cuda.get_device_capability() >= (9,)))
-    if GPU
-    else "80-real"
-)
+CUDA_ARCH = "native" if GPU else "80-real"
 X86 = platform.machine() in ("x86_64", "AMD64")
 VERSION = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 
@@ -276,6 +273,52 @@ def test_a_malformed_architecture_is_refused(setup, monkeypatch, value):
     monkeypatch.setenv("DNC_KERNELS_CUDA_ARCHS", value)
     with pytest.raises(SystemExit, match="DNC_KERNELS_CUDA_ARCHS must be like"):
         setup._cuda_archs()
+
+
+def architectures(*names, native=""):
+    """What CMake makes of DNC_CUDA_ARCHS, on a machine whose GPUs have the compute capabilities `native`."""
+    script = f"include({ROOT / 'cmake' / 'architectures.cmake'})\nset(DNC_NATIVE_CAPABILITIES {native})\n"
+    script += f'dnc_architectures(archs {" ".join(names)})\nmessage("${{archs}}")\n'
+    with tempfile.NamedTemporaryFile("w", suffix=".cmake") as file:
+        file.write(script)
+        file.flush()
+        return subprocess.run([cmake("cmake"), "-P", file.name], stderr=subprocess.PIPE, text=True).stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("names", "native", "archs"),
+    [
+        (["80-real", "90a-real", "100"], "", "80-real;90a-real;100"),
+        (["90"], "", "90a"),  # the Hopper kernels have no body in code for 90
+        (["90-real", "90-virtual", "90f"], "", "90a-real;90a-virtual;90a"),
+        (["90", "90a"], "", "90a"),
+        (["120f-real"], "", "120f-real"),
+        (["native"], "90", "90a-real"),
+        (["native", "100"], "80 90 120", "80-real;90a-real;120a-real;100"),
+    ],
+)
+def test_cmake_compiles_for_what_the_kernels_need(names, native, archs):
+    assert architectures(*names, native=native) == archs
+    if native == "90":
+        assert backends.runs_on(archs, 9, 0) and not backends.runs_on(archs, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("75", "need compute capability 8.0"), ("all", "must be like 80-real;90a-real;100")]
+)
+def test_cmake_refuses_what_no_kernel_is_for(name, text):
+    assert text in architectures(name)
+
+
+@pytest.mark.skipif(GPU, reason="for a machine without a GPU")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_native_without_a_gpu_fails_and_says_so(tmp_path):
+    command = [cmake("cmake"), "-S", ROOT, "-B", tmp_path, "-DDNC_BUILD=cuda", "-DDNC_CUDA_ARCHS=native"]
+    result = subprocess.run(list(map(str, command)), text=True, capture_output=True)
+    assert result.returncode != 0
+    text = " ".join(result.stderr.split())
+    assert "DNC_KERNELS_CUDA_ARCHS=native, but this machine has no GPU that CUDA can use" in text
+    assert "name the architecture of the GPU that is to run the kernels, such as 80-real or 90a-real" in text
 
 
 @pytest.mark.slow

@@ -152,7 +152,9 @@ def test_a_slower_instruction_set_is_a_note_and_no_illness():
         ("90a", (10, 0), False),  # PTX of 90a runs on 9.0 alone
         ("86-real", (8, 0), False),
         ("80-virtual", (9, 0), True),
-        ("native", (7, 5), True),
+        ("120f-real", (12, 1), True),
+        ("100f", (12, 0), False),  # of a family
+        ("native", (9, 0), False),  # a build knows what it was made for
     ],
 )
 def test_which_gpus_a_binary_serves(archs, capability, runs):

@@ -157,6 +157,14 @@ inline cudaError_t attribute(int* value, cudaDeviceAttr which) {
   return error == cudaSuccess ? cudaDeviceGetAttribute(value, which, device) : error;
 }
 
+// Whether kernels for Hopper run on the current device; if not, those for any GPU from sm_80 on do, from their PTX perhaps.
+inline cudaError_t on_hopper(bool* yes) {
+  int major = 0;
+  const cudaError_t error = attribute(&major, cudaDevAttrComputeCapabilityMajor);
+  *yes = major == 9 && built_for_hopper();
+  return error;
+}
+
 // Returns from a launcher with the status of a CUDA call that failed.
 #define DNC_CHECK(call)                                                  \
   do {                                                                   \

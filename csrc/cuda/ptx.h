@@ -43,7 +43,8 @@ void copy16_async(void* to, const void* from, bool all) = delete;  // it takes t
 #else
 namespace dnc {
 
-// Compiled for the Hopper of wgmma and setmaxnreg (sm_90a, and no other).
+// Compiled for the Hopper of wgmma and setmaxnreg (sm_90a, and no other). A kernel of one of these two has no body elsewhere:
+// it calls trap() there.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define DNC_HOPPER 1
 #else
@@ -55,6 +56,19 @@ namespace dnc {
 #else
 #define DNC_AMPERE 0
 #endif
+
+// On the host: whether this binary has code for Hopper. CMake turns 90 into 90a.
+constexpr bool built_for_hopper() {
+#if defined(__CUDA_ARCH_LIST__)
+  for (int arch : {__CUDA_ARCH_LIST__}) {
+    if (arch == 900) return true;
+  }
+#endif
+  return false;
+}
+
+// In place of what this architecture has no code for: the launch fails, where an empty kernel would leave garbage.
+__device__ inline void trap() { __trap(); }
 
 // The kernel's dynamic shared memory, 1024-byte aligned.
 template <class T>
@@ -237,17 +251,24 @@ __device__ inline void barrier_arrive_expect(PhaseBarrier* b, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
 // Arrives at the same barrier of block `rank` of the cluster.
+//
+// Arrivals and waits order memory within the block alone (the default, .cta), as CUTLASS's ClusterBarrier does
+// (include/cutlass/arch/barrier.h). More is not needed: another block's data comes through the asynchronous proxy, whose
+// complete_tx releases it to the cluster (PTX ISA, cp.async.bulk.tensor), and what another block is told is that products have
+// read a box: they have, since they were waited for. Nothing that one block writes by ordinary stores is read by another. At
+// .cluster scope the compiler makes a fence of the whole device (MEMBAR.ALL.GPU, CCTL.IVALL) of each of them: `python -m
+// benchmarks.aot` refuses one between products.
 __device__ inline void barrier_arrive(PhaseBarrier* b, unsigned rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(b)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(b)),
       "r"(rank)
       : "memory");
 }
 // Waits until the phase of this parity (0 for the first) has ended.
 __device__ inline void barrier_wait(PhaseBarrier* b, unsigned parity) {
   asm volatile(
-      "{\n.reg .pred done;\nwaiting:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "{\n.reg .pred done;\nwaiting:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra finished;\nbra waiting;\nfinished:\n}" ::"r"(shared_address(b)),
       "r"(parity)
       : "memory");

@@ -101,6 +101,8 @@ __global__ void __launch_bounds__(sm90::kThreads, 1)
     }
   }
   cluster_barrier();  // no block leaves while another may still copy into it or arrive at its barriers
+#else
+  trap();
 #endif
 }
 
@@ -121,15 +123,17 @@ __global__ void __launch_bounds__(sm80::kMaxWarps * 32, 1)
     }
     sink.finish(rows);
   }
+#else
+  trap();
 #endif
 }
 
 template <class T, bool kPlanes, class Out>
 Status run_as(const Problem& p, const Out& out, DType dtype, cudaStream_t stream) {
-  int capability = 0;
-  DNC_CHECK(attribute(&capability, cudaDevAttrComputeCapabilityMajor));
+  bool hopper = false;
+  DNC_CHECK(on_hopper(&hopper));
   const Status small = bad_argument("x does not fit this GPU's shared memory");
-  if (capability == 9) {
+  if (hopper) {
     sm90::Shape shape;
     DNC_CHECK(sm90::shape_of(&shape, p, 0));
     if (shape.stages == 0) return small;

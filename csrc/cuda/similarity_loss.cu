@@ -108,8 +108,8 @@ Status centroid_cross_entropy(const CentroidCrossEntropy& a, const Launch& where
   if (!enough(where, centroid_cross_entropy_workspace(a))) return too_small();
   const OnDevice device(where);
   DNC_CHECK(device.error());
-  int capability = 0;
-  DNC_CHECK(attribute(&capability, cudaDevAttrComputeCapabilityMajor));
+  bool hopper = false;
+  DNC_CHECK(on_hopper(&hopper));
   const cudaStream_t stream = static_cast<cudaStream_t>(where.stream);
   const Workspace w = layout(where.workspace, a);
   const bool mean = a.reduction == Reduction::mean, each = a.reduction == Reduction::none;
@@ -140,7 +140,7 @@ Status centroid_cross_entropy(const CentroidCrossEntropy& a, const Launch& where
   Launched launched;
   if (l.p.N > 0) {
     DNC_CHECK(w.packed.pack(a.centroids, a.metric, a.x.dtype, stream));
-    const auto run = capability == 9 ? run_loss_sm90 : run_loss_sm80;
+    const auto run = hopper ? run_loss_sm90 : run_loss_sm80;
     const Status s = run(l, a.x.dtype, w.in_shared, stream, &launched);
     if (!s.ok()) return s;
   }

@@ -80,6 +80,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     add_warps(a, kConsumers / 32, thread, kConsumers);
   }
   cluster_barrier();  // no block leaves while another may still copy into it or arrive at its barriers
+#else
+  trap();
 #endif
 }
 

@@ -117,6 +117,7 @@ struct State {
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
   bool progress = false;  // something other than spinning happened
+  bool trapped = false;
 };
 inline State state;
 inline std::vector<char*> free_stacks;
@@ -238,6 +239,11 @@ inline void gang_barrier() {
   wait_here();
 }
 inline void spin_once() { to_scheduler(false); }
+// Ends the launch.
+inline void trap() {
+  state.trapped = true;
+  to_scheduler(false);
+}
 
 // Every lane of `mask` gives `size` bytes; all of them get what all gave, at [lane].
 inline void exchange(unsigned mask, const void* give, size_t size, unsigned char (*gather)[kPayload]) {
@@ -275,7 +281,7 @@ inline const char* describe(const Fiber& f) {
   return "";
 }
 
-// Runs the blocks of a gang to their end; false: they wait for something that never comes.
+// Runs the blocks of a gang to their end; false: one trapped, or they wait for something that never comes.
 inline bool run_gang(Gang& gang) {
   std::vector<Fiber*> order;
   for (auto& b : gang.blocks) {
@@ -301,6 +307,10 @@ inline bool run_gang(Gang& gang) {
       if (!f->done && f->wait == Wait::none && !stands(*f)) {
         state.progress |= !f->started;
         resume(*f);
+        if (state.trapped) {
+          settings.error = "trap: thread " + std::to_string(f->linear) + " of block " + std::to_string(f->block->index.x);
+          return false;
+        }
         if (!f->done) state.progress |= f->wait != Wait::none;
       }
     }
@@ -347,7 +357,7 @@ inline cudaError_t launch(dim3 grid, unsigned threads, size_t shared, unsigned c
     settings.error = "cooperative launch of more blocks than run together";
     return cudaErrorCooperativeLaunchTooLarge;
   }
-  state.grid = grid, state.dim = dim3(threads), state.cluster = cluster, state.body = std::move(body);
+  state.grid = grid, state.dim = dim3(threads), state.cluster = cluster, state.body = std::move(body), state.trapped = false;
   const size_t gang_size = cooperative ? blocks : cluster;
   bool good = true;
   for (size_t first = 0; first < blocks && good; first += gang_size) {

@@ -32,6 +32,10 @@
 #define warpSize 32
 #define DNC_HOPPER 1
 #define DNC_AMPERE 1
+namespace dnc {
+constexpr bool built_for_hopper() { return true; }
+inline void trap() { cuda_on_cpu::trap(); }
+}  // namespace dnc
 
 // ---- CUDA's own functions
 
