@@ -1,26 +1,30 @@
-"""`python -m benchmarks run` measures, `report` prints rows as tables; `peak` is what `run` starts for memory."""
+"""`python -m benchmarks run` measures, `report` prints rows as tables; `peak` is what `run` starts for memory on the CPU."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import bench_embedding, bench_head, bench_momentum, bench_similarity, bench_sinkhorn, bench_upsample
-from .harness import Case, Row, Settings, peak, run_case
+from .harness import BASELINES, Case, GpuLost, Row, Settings, chosen, demand_gpu, failed, run_case
+from .memory import on_cpu
 
 BENCHES: dict[str, Any] = {
     "similarity": bench_similarity, "sinkhorn": bench_sinkhorn, "momentum": bench_momentum, "embedding": bench_embedding,
     "upsample": bench_upsample, "head": bench_head,
 }  # fmt: skip
 _TABLE = (
-    "variant", "p50_ms", "p20_ms", "p80_ms", "ratio_to_best_baseline", "pct_gemm_probe", "pct_copy_probe", "peak_delta_mb",
-    "allowed_peak_delta_mb", "error_over_allowed", "status",
+    "variant", "p50_ms", "p20_ms", "p80_ms", "host_us", "pct_queued", "ratio_to_best_baseline", "pct_gemm_probe",
+    "pct_copy_probe", "peak_delta_mb", "allowed_peak_delta_mb", "error_over_allowed", "status",
 )  # fmt: skip
 
 
@@ -31,15 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="measure, print tables and write rows to --out")
     run.add_argument("--op", action="append", help=f"a benchmark file ({', '.join(BENCHES)}) or an op; may be repeated")
     run.add_argument("--case", action="append", help="only cases of this name; may be repeated")
-    run.add_argument("--out", type=Path, help="write rows here as JSON lines")
+    run.add_argument("--out", type=Path, help="add rows to this file as JSON lines, each as soon as it is known")
+    run.add_argument("--list", action="store_true", help="print what would be measured, and measure nothing; needs no GPU")
     run.add_argument("--device", default="cpu")
     run.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"], help="float32; may be repeated")
     run.add_argument("--threads", type=int, default=2)
     run.add_argument("--rounds", type=int, help="at most this many rounds a case (100; --quick: 3)")
-    run.add_argument("--budget-s", type=float, default=20.0, help="seconds of rounds a case; at least 5 rounds are made (20)")
+    run.add_argument("--budget-s", type=float, help="seconds of rounds a case; at least 5 rounds are made (20; on CUDA 2)")
     run.add_argument("--quick", action="store_true", help="tiny shapes, no torch.compile, no memory: does it work?")
-    run.add_argument("--no-compile", action="store_true", help="leave the torch.compile baselines out")
-    run.add_argument("--no-memory", action="store_true", help="do not measure peak memory, which takes a process a variant")
+    run.add_argument("--large", action="store_true", help="CUDA: also the cases that take seconds and tens of GB")
+    run.add_argument(
+        "--baselines", choices=BASELINES, default="all",
+        help="eager: none of torch.compile; headline: torch.compile for the five headline cases alone; none: our kernels only",
+    )  # fmt: skip
+    run.add_argument("--autotuned", action="store_true", help="CUDA: also baselines that torch.compile tunes, for minutes")
+    run.add_argument("--no-memory", action="store_true", help="no peak memory, which takes a process a variant on the CPU")
     run.add_argument("--warm", action="store_true", help="CUDA: do not flush the L2 cache between calls")
     commands.add_parser("report", help="print the rows of files as tables").add_argument("files", nargs="+", type=Path)
     commands.add_parser("peak").add_argument("request")
@@ -50,27 +60,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "peak":
         print(json.dumps(_peak(json.loads(options.request))))
         return 0
-    settings = Settings(
-        device=options.device, threads=options.threads, rounds=options.rounds or (3 if options.quick else 100),
-        budget_s=options.budget_s, quick=options.quick, compile=not (options.no_compile or options.quick),
-        memory=not (options.no_memory or options.quick), cold=not options.warm, dtypes=tuple(options.dtype or ["float32"]),
-    )  # fmt: skip
-    chosen, rows = select(settings, options.op, options.case), []
-    if not chosen:
+    settings = settings_of(options)
+    cases = select(settings, options.op, options.case)
+    if not cases:
         parser.error("no case matches --op and --case")
-    for number, case in enumerate(chosen, 1):
-        print(f"[{number}/{len(chosen)}] {case.op} {case.name} {case.dtype}", file=sys.stderr, flush=True)
-        rows += run_case(case, settings)
-        if options.out:  # after every case: a run that is cut off keeps what it has
-            options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print_rows(rows)
+    if options.list:
+        print_list(cases, settings)
+        return 0
+    if settings.listed:
+        parser.error("torch sees no CUDA device; without one cases can only be listed (--list)")
+    return _measure(cases, settings, options.out)
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Settings from the options of `run`."""
+    cuda = options.device.startswith("cuda")
+    return Settings(
+        device=options.device, threads=options.threads, rounds=options.rounds or (3 if options.quick else 100),
+        budget_s=options.budget_s if options.budget_s is not None else 2.0 if cuda else 20.0,
+        quick=options.quick, large=options.large, autotuned=options.autotuned, cold=not options.warm,
+        baselines="eager" if options.quick and options.baselines != "none" else options.baselines,
+        memory=not (options.no_memory or options.quick), dtypes=tuple(options.dtype or ["float32"]),
+    )  # fmt: skip
+
+
+def _measure(cases: Sequence[Case], settings: Settings, out: Path | None) -> int:
+    """Measure, write each row at once, and print tables at the end, however it comes."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    try:
+        with out.open("a") if out else nullcontext() as file:
+            for row in _rows(cases, settings):
+                rows.append(row)
+                if file:
+                    print(json.dumps(row), file=file, flush=True)
+    finally:
+        print_rows(rows)
     return int(any(r["status"] == "wrong" or (r["status"] == "failed" and r["kind"] == "kernel") for r in rows))
+
+
+def _rows(cases: Sequence[Case], settings: Settings) -> Iterator[Row]:
+    """Rows of all cases. A case that cannot be set up is a row with the reason too."""
+    for number, case in enumerate(cases, 1):
+        print(f"[{number}/{len(cases)}] {case.op} {case.name} {case.dtype}", file=sys.stderr, flush=True)
+        try:
+            yield from run_case(case, settings)
+        except GpuLost:
+            raise
+        except Exception as error:
+            yield failed(case, settings, error)
+            demand_gpu(settings, f"{case.op} {case.name}")
+        if settings.cuda:
+            torch.cuda.empty_cache()
 
 
 def select(settings: Settings, ops: Sequence[str] | None = None, names: Sequence[str] | None = None) -> list[Case]:
     """Cases of the chosen benchmarks or ops with the chosen names; None chooses all."""
     cases = [(bench, case) for bench, module in BENCHES.items() for case in module.cases(settings)]
     return [c for bench, c in cases if (not ops or bench in ops or c.op in ops) and (not names or c.name in names)]
+
+
+def print_list(cases: Sequence[Case], settings: Settings) -> None:
+    """A line a case with its variants, and how many rows they are."""
+    count = 0
+    for case in cases:
+        names = [v.name for v, skipped in chosen(case, settings) if not skipped]
+        sizes = " ".join(f"{k}={v}" for k, v in case.shape.items())
+        print(f"{case.op} {case.name} {case.dtype}: {sizes}: {', '.join(names)}")
+        count += len(names)
+    print(f"{len(cases)} cases, {count} variants")
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -109,7 +168,7 @@ def _print_table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
 def _peak(request: dict[str, Any]) -> Row:
     settings = Settings(**request["settings"] | {"dtypes": (request["dtype"],)})
     big, tiny = (select(s, [request["op"]], [request["case"]])[0] for s in (settings, replace(settings, quick=True)))
-    return peak(big, tiny, request["variant"], settings)
+    return on_cpu(big, tiny, request["variant"], settings)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,17 @@ _ALLOWED, _PARAMETERS = 64, 1024
 def cases(settings: Settings) -> list[Case]:
     """Every case at these settings."""
     sizes = {"B": 2, "D": 24, "H": 5, "W": 7} if settings.quick else {"B": 4, "D": 256, "H": 64, "W": 64}
+    if settings.cuda and not settings.quick:
+        sizes |= {"B": 8, "H": 128, "W": 128}
     return [_case(layout, sizes, dtype, settings) for dtype in settings.dtypes for layout in ("nchw", "channels_last")]
 
 
-def _inputs(layout: str, sizes: dict[str, int], dtype: str, device: str) -> Any:
-    seed = torch.Generator().manual_seed(0)
+def _inputs(layout: str, sizes: dict[str, int], dtype: str, settings: Settings) -> Any:
+    seed = settings.generator()
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=seed).to(device, dtype_of(dtype))
+        return torch.randn(shape, generator=seed, device=settings.device).to(dtype_of(dtype))
 
     x, grad = (normal(*sizes.values()).contiguous(memory_format=memory_format) for _ in range(2))
     weight, bias = (1 + 0.1 * normal(sizes["D"])).float(), (0.1 * normal(sizes["D"])).float()
@@ -70,7 +72,7 @@ def _case(layout: str, sizes: dict[str, int], dtype: str, settings: Settings) ->
     size = b * d * h * w * dtype_of(dtype).itemsize
     return Case(
         op="normalize_embedding", name=layout, shape=sizes, dtype=dtype, data="normal features",
-        inputs=lambda: _inputs(layout, sizes, dtype, settings.device), reference=_reference,
+        inputs=lambda: _inputs(layout, sizes, dtype, settings), reference=_reference,
         check=lambda result, want: _check(result, want, torch.finfo(dtype_of(dtype)).eps),
         variants=[
             *kernels(settings, dtype, ["normalize_embedding"], kernel, sizes, layout="planes" if layout == "nchw" else "rows"),

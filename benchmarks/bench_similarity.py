@@ -1,4 +1,4 @@
-"""`centroid_cross_entropy` forward + backward and `nearest_centroid`, against torch eager and compiled, and faiss.
+"""The fused ops of similarity, against torch eager and compiled, and faiss.
 
 Forward + backward is one unit: loss, and gradients of x and of the LayerNorm over classes. Baselines hold [N,C,K]; mm and
 einsum differ in speed, amax and max in the backward pass, so all are run. Useful operations: 2*N*C*K*D for the similarities and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,10 +30,14 @@ _LOSS: dict[str, tuple[dict[str, int], float, dict[str, Any]]] = {
     "cityscapes": ({"N": 32768, "C": 19, "K": 10, "D": 256}, 3.0, {}),
     "imagenet": ({"N": 1024, "C": 1000, "K": 4, "D": 2048}, 1.5, {}),
 }
-# On a GPU a batch of whole crops, whose arrays L2 does not hold, and one case that no CPU should do.
+# On a GPU a batch of whole crops, whose arrays L2 does not hold, and cases that no CPU should do: labels of 8 full images of
+# Cityscapes; and with --large a batch of COCO-Stuff, 4 GB of bfloat16 pixels, at which baselines run out of memory.
 _GPU_PIXELS = {"ade20k": 131072, "ade20k_nchw": 131072, "ade20k_grad_scale": 131072, "cityscapes": 262144, "imagenet": 4096}
-_COCO = {"N": 131072, "C": 171, "K": 10, "D": 512}
+_CITYSCAPES_FULL = {"N": 2**21, "C": 19, "K": 10, "D": 256}
+_COCO = {"N": 2**22, "C": 171, "K": 10, "D": 512}
 _QUICK = {"N": 64, "C": 5, "K": 3, "D": 16}
+#: Elements of a float64 dX that are kept to compare with: a gigabyte.
+HELD = 2**27
 # Allowed error in units of the dtype's epsilon, relative to the largest gradient. The LayerNorm over C multiplies the rounding
 # of a score by 1/std of the scores (about 16 at D = 256), gradients of the norm are float32 sums over N rows, and torch rounds
 # the scores themselves to bfloat16. torch itself reached 70 units (ade20k_nchw, float32).
@@ -45,36 +49,46 @@ def cases(settings: Settings) -> list[Case]:
     found = []
     sizes = {name: _QUICK if settings.quick else known for name, (known, _, _) in _LOSS.items()}
     if settings.cuda and not settings.quick:
-        sizes = {name: {**known, "N": _GPU_PIXELS[name]} for name, known in sizes.items()} | {"coco": _COCO}
+        sizes = {name: {**known, "N": _GPU_PIXELS[name]} for name, known in sizes.items()}
+        sizes |= {"cityscapes_full": _CITYSCAPES_FULL} | ({"coco": _COCO} if settings.large else {})
     for dtype in settings.dtypes:
         for name, size in sizes.items():
             _, goal, options = _LOSS.get(name, (size, 1.0, {}))
             found.append(_loss_case(name, size, dtype, goal, settings, **options))
-        found.append(_nearest_case("ade20k", sizes["ade20k"], dtype, settings))
-        for name in ("ade20k", "cityscapes"):
-            found.append(_contrast_case(name, sizes[name], dtype, settings))
-    return found
+        for name in ("ade20k", "ade20k_nchw"):
+            found.append(_nearest_case(name, sizes[name], dtype, settings, nchw=name != "ade20k"))
+            for train in (False, True):
+                found.append(_scores_case(name, sizes[name], dtype, settings, nchw=name != "ade20k", train=train))
+        for name in ("ade20k", "ade20k_nchw", "cityscapes"):
+            found.append(_contrast_case(name, sizes[name], dtype, settings, nchw=name == "ade20k_nchw"))
+    return sorted(found, key=lambda case: case.name == "coco")  # last
 
 
-def _inputs(sizes: dict[str, int], dtype: str, device: str, nchw: bool = False) -> Any:
+def _inputs(sizes: dict[str, int], dtype: str, settings: Settings, nchw: bool = False) -> Any:
     """Unit pixels around the sub-centroids of their labels; every class and every sub-centroid alike."""
     n, c, k, d = sizes.values()
-    seed = torch.Generator().manual_seed(0)
-    centroids = F.normalize(torch.randn(c, k, d, generator=seed), dim=2)
-    labels = torch.randint(c, (n,), generator=seed)
-    own = centroids[labels, torch.randint(k, (n,), generator=seed)]
-    # own similarity four standard deviations above the others: losses and gradients of every size, few of them vanishing
-    x = F.normalize((4 * own + torch.randn(n, d, generator=seed)) / math.sqrt(d), dim=1)
+    seed, device = settings.generator(), settings.device
+    centroids = F.normalize(torch.randn(c, k, d, generator=seed, device=device), dim=2)
+    labels = torch.randint(c, (n,), generator=seed, device=device)
+    x = torch.empty(n, d, dtype=dtype_of(dtype), device=device)
+    for rows, label in zip(x.split(2**17), labels.split(2**17), strict=True):  # float32 of all pixels might not fit
+        own = centroids[label, torch.randint(k, label.shape, generator=seed, device=device)]
+        # own similarity four standard deviations above the others: losses and gradients of every size, few of them vanishing
+        rows.copy_(F.normalize((4 * own + torch.randn(rows.shape, generator=seed, device=device)) / math.sqrt(d), dim=1))
     if nchw:
         x, labels = x.view(4, n // 64, 16, d).permute(0, 3, 1, 2).contiguous(), labels.view(4, n // 64, 16)
     return SimpleNamespace(
-        x=x.to(device, dtype_of(dtype)).requires_grad_(),
-        centroids=centroids.to(device, dtype_of(dtype)), labels=labels.to(device),
+        x=x.requires_grad_(), centroids=centroids.to(dtype_of(dtype)), labels=labels,
         weight=torch.linspace(0.5, 1.5, c, device=device).requires_grad_(),
         bias=torch.linspace(-0.1, 0.1, c, device=device).requires_grad_(),
         # two scores closer than this may change places: sums of D products in float32, or scores rounded to 16 bits
         margin=torch.finfo(dtype_of(dtype)).eps * (math.sqrt(d) if dtype == "float32" else 1),
     )  # fmt: skip
+
+
+def _rows(n: int, m: int, device: torch.device) -> Iterator[Tensor]:
+    """Numbers of n pixels in parts whose float64 similarities to m sub-centroids fit into a cache, or 256 MB of a GPU."""
+    yield from torch.arange(n, device=device).split(1024 if device.type == "cpu" else max(1024, 2**25 // m))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -108,7 +122,7 @@ def _loss_case(
             *(Variant(v, timed(f)) for v, f in eager.items()),
             *(v for name, f in eager.items() for v in compiled(settings, name, f, timed)),
         ],
-        inputs=lambda: _inputs(sizes, dtype, settings.device, nchw),
+        inputs=lambda: _inputs(sizes, dtype, settings, nchw), headline=name == "ade20k",
         reference=lambda i: _reference(i, grad_scale),
         check=lambda result, want: _check(result, want, torch.finfo(dtype_of(dtype)).eps),
         flops=2.0 * n * c * k * d + 2.0 * n * c * d,
@@ -134,29 +148,44 @@ def _einsum_amax(x: Tensor, p: Tensor, *rest: Tensor) -> Tensor:
     return _cross_entropy(torch.einsum("nd,ckd->nck", _flat(x), p).amax(2), *rest)
 
 
+def _winners(similarity: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Score and number of the best of the last dimension, and whether the second is so near that it may win as well."""
+    best, index = similarity.max(-1)
+    second = similarity.scatter(-1, index[..., None], -math.inf).amax(-1)
+    return best, index, best - second <= margin
+
+
 def _reference(i: Any, grad_scale: float) -> Any:
-    """Loss and gradients in float64, in chunks, and by how much a permitted flip of a winner may change a row of dX."""
-    x, p = _flat(i.x.detach()).double(), i.centroids.double()
+    """Loss and gradients in float64, in chunks, and by how much a permitted flip of a winner may change a row of dX.
+
+    Of more than HELD elements of dX every so many-th row is kept (an odd number, so that every row of a tile has its turn):
+    at COCO-Stuff a gigabyte instead of 17. Its 15 T operations take an H100 about half a second (67 TF/s), all others less.
+    """
+    x, p = _flat(i.x.detach()), i.centroids.double()
     weight, bias = (t.detach().double().requires_grad_() for t in (i.weight, i.bias))
-    loss, dx, slack = x.new_zeros(()), torch.empty_like(x), x.new_empty(len(x))
-    for rows in torch.arange(len(x), device=x.device).split(1024):
-        best, index = (x[rows] @ p.flatten(0, 1).T).view(-1, *p.shape[:2]).topk(min(2, p.shape[1]), dim=2)
-        scores = best[..., 0].clone().requires_grad_()
+    every = math.ceil(x.numel() / HELD) | 1
+    loss, dw, db, parts = p.new_zeros(()), torch.zeros_like(weight), torch.zeros_like(bias), []
+    for rows in _rows(len(x), p.shape[0] * p.shape[1], x.device):
+        best, index, close = _winners((x[rows].double() @ p.flatten(0, 1).T).view(-1, *p.shape[:2]), i.margin)
+        scores = best.requires_grad_()
         norm = F.layer_norm(scores, weight.shape, weight, bias)
         part = F.cross_entropy(norm, i.labels.flatten()[rows], reduction="sum") / len(x)
-        ds, dw, db = torch.autograd.grad(grad_scale * part, (scores, weight, bias))
-        dx[rows] = p.new_zeros(len(rows), *p.shape[:2]).scatter_(2, index[..., :1], ds[..., None]).flatten(1) @ p.flatten(0, 1)
-        close = (best[..., 0] - best[..., -1] <= i.margin) & (p.shape[1] > 1)
-        slack[rows] = 2 * (ds.abs() * close).sum(1)  # two unit sub-centroids are at most 2 apart
-        loss += part.detach()
-        weight.grad, bias.grad = (g if t.grad is None else t.grad + g for t, g in ((weight, dw), (bias, db)))
-    return SimpleNamespace(loss=loss, dx=dx, dw=weight.grad, db=bias.grad, slack=slack)
+        ds, *to_norm = torch.autograd.grad(grad_scale * part, (scores, weight, bias))
+        loss, dw, db = loss + part.detach(), dw + to_norm[0], db + to_norm[1]
+        held = rows % every == 0
+        ds, index, close = ds[held], index[held], close[held]
+        dx = ds.new_zeros(len(ds), *p.shape[:2]).scatter_(2, index[..., None], ds[..., None]).flatten(1) @ p.flatten(0, 1)
+        parts.append((rows[held], dx, 2 * (ds.abs() * close).sum(1)))  # two unit sub-centroids are at most 2 apart
+    of, dx, slack = map(torch.cat, zip(*parts, strict=True))
+    return SimpleNamespace(loss=loss, rows=of, dx=dx, dw=dw, db=db, slack=slack)
 
 
 def _check(result: Any, want: Any, eps: float) -> float:
     """Loss and the gradients of the norm relative to their largest element; dX by rows, flips allowed inside the margin."""
     loss, dx, dw, db = result
-    rows = (_flat(dx).double() - want.dx).norm(dim=1)
+    if not bool(dx.isfinite().all()):
+        return math.inf
+    rows = (_flat(dx)[want.rows].double() - want.dx).norm(dim=1)
     return max(
         error_ratio(loss, want.loss, 8 * eps * (1 + want.loss.item())),
         error_ratio(rows, torch.zeros_like(rows), _GRADIENT * eps * want.dx.norm(dim=1).max() + want.slack),
@@ -165,7 +194,85 @@ def _check(result: Any, want: Any, eps: float) -> float:
     )
 
 
-def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
+def _scores_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings, nchw: bool, train: bool) -> Case:
+    """Scores, winners and own similarities; with `train` also the gradient of x from random ones of scores and similarities."""
+
+    def inputs() -> Any:
+        i = _inputs(sizes, dtype, settings, nchw)
+        seed = settings.generator()
+        i.to_scores, i.to_own = (
+            torch.randn(sizes["N"], size, generator=seed, device=settings.device) for size in (sizes["C"], sizes["K"])
+        )
+        return i
+
+    def timed(f: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> Callable[[Any], Call]:
+        def call(i: Any) -> tuple[Tensor, ...]:
+            scores, winner, own = f(i.x if train else i.x.detach(), i.centroids, i.labels)
+            if not train:
+                return scores, winner, own
+            grads = [g.to(t.dtype) for g, t in ((i.to_scores, scores), (i.to_own, own))]
+            if scores.ndim == 4:
+                grads[0] = grads[0].view(*i.labels.shape, -1).permute(0, 3, 1, 2)
+            return scores.detach(), winner, own.detach(), *torch.autograd.grad((scores, own), i.x, grads)
+
+        return lambda i: lambda: call(i)
+
+    def kernel(backend: str) -> Callable[[Any], Call]:
+        def scores(x: Tensor, p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            found = ops.class_scores(x, p, labels, backend=backend)
+            assert found.own_similarity is not None
+            return found.scores, found.winner, found.own_similarity
+
+        return timed(scores)
+
+    def mm_max(x: Tensor, p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        every = (_flat(x) @ p.flatten(0, 1).T).view(-1, *p.shape[:2])
+        best = every.max(2)
+        own = every.gather(1, labels.reshape(-1, 1, 1).expand(-1, 1, p.shape[1]))[:, 0]
+        return best.values, best.indices, own
+
+    def reference(i: Any) -> Any:
+        x, p, parts = _flat(i.x.detach()), i.centroids.double(), []
+        for rows in _rows(len(x), p.shape[0] * p.shape[1], x.device):
+            every = (x[rows].double() @ p.flatten(0, 1).T).view(-1, *p.shape[:2])
+            best, index, close = _winners(every, i.margin)
+            to_scores, to_own = i.to_scores[rows].double(), i.to_own[rows].double()
+            grad = every.new_zeros(every.shape).scatter_(2, index[..., None], to_scores[..., None])
+            one = torch.arange(len(rows), device=x.device)
+            label = i.labels.flatten()[rows]
+            grad[one, label] += to_own
+            slack = 2 * (to_scores.abs() * close).sum(1)
+            parts.append((best, index, close, every[one, label], grad.flatten(1) @ p.flatten(0, 1), slack))
+        names = ("scores", "winner", "close", "own", "dx", "slack")
+        tensors = map(torch.cat, zip(*parts, strict=True))
+        return SimpleNamespace(**dict(zip(names, tensors, strict=True)), margin=i.margin, k=p.shape[1])
+
+    def check(result: tuple[Tensor, ...], want: Any) -> float:
+        scores, winner, own, *grads = result
+        scores, winner = _flat(scores), _flat(winner)
+        if not bool(((winner == want.winner) | (want.close & (winner < want.k))).all()):
+            return math.inf
+        worst = [error_ratio(scores, want.scores, want.margin), error_ratio(own, want.own, want.margin)]
+        for dx in grads:
+            off = (_flat(dx).double() - want.dx).norm(dim=1)
+            allowed = _GRADIENT * torch.finfo(dtype_of(dtype)).eps * want.dx.norm(dim=1).max() + want.slack
+            worst.append(error_ratio(off, torch.zeros_like(off), allowed))
+        return max(worst)
+
+    n, c, k, d = sizes.values()
+    return Case(
+        op="class_scores", name=name + "_train" * train, shape=sizes, dtype=dtype,
+        data="unit pixels near own sub-centroid, uniform labels" + (", NCHW" if nchw else ""),
+        variants=[
+            *kernels(settings, dtype, ["class_scores"], kernel, sizes, layout="planes" if nchw else "rows"),
+            Variant("mm_max", timed(mm_max)),
+            *compiled(settings, "mm_max", mm_max, timed),
+        ],
+        inputs=inputs, reference=reference, check=check, flops=2.0 * n * c * k * d + train * 2.0 * n * c * d,
+    )  # fmt: skip
+
+
+def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings, nchw: bool) -> Case:
     def timed(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], Call]:
         return lambda i: lambda: f(i.x.detach(), i.centroids)
 
@@ -177,7 +284,7 @@ def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settin
         return timed(nearest)
 
     def mm_argmax(x: Tensor, p: Tensor) -> Tensor:
-        return (x @ p.flatten(0, 1).T).argmax(1)
+        return (_flat(x) @ p.flatten(0, 1).T).argmax(1)
 
     def faiss_call(i: Any) -> Call:
         import faiss
@@ -187,24 +294,25 @@ def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settin
         index.add(i.centroids.flatten(0, 1).numpy())  # filled once, outside the timing
         return lambda: torch.from_numpy(index.search(x, 1)[1][:, 0])
 
-    on_cpu = not settings.cuda and dtype == "float32"
+    on_cpu = not settings.cuda and dtype == "float32" and not nchw
     n, c, k, d = sizes.values()
     return Case(
-        op="nearest_centroid", name=name, shape=sizes, dtype=dtype, data="unit pixels near own sub-centroid",
+        op="nearest_centroid", name=name, shape=sizes, dtype=dtype, headline=name == "ade20k",
+        data="unit pixels near own sub-centroid" + (", NCHW" if nchw else ""),
         variants=[
-            *kernels(settings, dtype, ["nearest_centroid"], kernel, sizes),
+            *kernels(settings, dtype, ["nearest_centroid"], kernel, sizes, layout="planes" if nchw else "rows"),
             Variant("mm_argmax", timed(mm_argmax)),
             *compiled(settings, "mm_argmax", mm_argmax, timed),
             *([Variant("faiss_flat_ip", faiss_call, backend="faiss")] if on_cpu and importlib.util.find_spec("faiss") else []),
         ],
-        inputs=lambda: _inputs(sizes, dtype, settings.device),
-        reference=lambda i: (i.x.detach().double() @ i.centroids.flatten(0, 1).double().T, i.margin),
-        check=lambda result, expected: choice_ratio(result, *expected),
+        inputs=lambda: _inputs(sizes, dtype, settings, nchw),
+        reference=lambda i: (_flat(i.x.detach()).double() @ i.centroids.flatten(0, 1).double().T, i.margin),
+        check=lambda result, expected: choice_ratio(result.flatten(), *expected),
         flops=2.0 * n * c * k * d, goals=settings.goals(dtype, {"faiss_flat_ip": 1.1}),
     )  # fmt: skip
 
 
-def _contrast_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
+def _contrast_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings, nchw: bool) -> Case:
     """Loss and the gradient of x, together."""
     k = sizes["K"]
 
@@ -219,12 +327,15 @@ def _contrast_case(name: str, sizes: dict[str, int], dtype: str, settings: Setti
         return timed(lambda x, p, target: ops.subcentroid_cross_entropy(x, p, target, backend=backend))
 
     def mm(x: Tensor, p: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy((x @ p.flatten(0, 1).T).float(), target)
+        return F.cross_entropy((_flat(x) @ p.flatten(0, 1).T).float(), target.flatten())
+
+    def linear(x: Tensor, p: Tensor, target: Tensor) -> Tensor:
+        return F.linear_cross_entropy(_flat(x), p.flatten(0, 1), target.flatten())
 
     def reference(i: Any) -> Any:
-        x, p, target = i.x.detach().double(), i.centroids.flatten(0, 1).double(), i.labels * k
+        x, p, target = _flat(i.x.detach()).double(), i.centroids.flatten(0, 1).double(), i.labels.flatten() * k
         loss, dx = x.new_zeros(()), torch.empty_like(x)
-        for rows in torch.arange(len(x), device=x.device).split(1024):
+        for rows in _rows(len(x), len(p), x.device):
             log_p = (x[rows] @ p.T).log_softmax(1)
             loss -= log_p.gather(1, target[rows, None]).sum() / len(x)
             dx[rows] = (log_p.exp() @ p - p[target[rows]]) / len(x)
@@ -234,18 +345,20 @@ def _contrast_case(name: str, sizes: dict[str, int], dtype: str, settings: Setti
         loss, dx, eps = want
         return max(
             error_ratio(result[0], loss, 8 * eps * (1 + loss.item())),
-            error_ratio(result[1], dx, _GRADIENT * eps * dx.abs().max()),
+            error_ratio(_flat(result[1]), dx, _GRADIENT * eps * dx.abs().max()),
         )
 
     variants = [Variant("mm", timed(mm)), *compiled(settings, "mm", mm, timed)]
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13: chunked
-        variants.append(
-            Variant("linear_cross_entropy", timed(lambda x, p, target: F.linear_cross_entropy(x, p.flatten(0, 1), target)))
-        )
+        variants.append(Variant("linear_cross_entropy", timed(linear)))
     n, c, _, d = sizes.values()
     return Case(
-        op="subcentroid_cross_entropy", name=name, shape=sizes, dtype=dtype, data="unit pixels near own sub-centroid",
-        variants=[*kernels(settings, dtype, ["subcentroid_cross_entropy"], kernel, sizes), *variants],
-        inputs=lambda: _inputs(sizes, dtype, settings.device), reference=reference, check=check,
+        op="subcentroid_cross_entropy", name=name, shape=sizes, dtype=dtype,
+        data="unit pixels near own sub-centroid" + (", NCHW" if nchw else ""),
+        variants=[
+            *kernels(settings, dtype, ["subcentroid_cross_entropy"], kernel, sizes, layout="planes" if nchw else "rows"),
+            *variants,
+        ],
+        inputs=lambda: _inputs(sizes, dtype, settings, nchw), reference=reference, check=check,
         flops=4.0 * n * c * k * d, goals=settings.goals(dtype, {"best": 1.5}),
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Derive which backend `auto` takes on a GPU from benchmark rows: the faster one of each case.
+"""Derive which backend `auto` takes on a GPU from benchmark rows: the faster one of each shape class.
 
 Writes dnc_kernels/dispatch/sm_<capability>.json: op -> [{"when": shape class, "backend": ..., "rows": "file:line ...",
-"ms": {backend: median}}]. A class that was measured again is replaced.
+"ms": {backend: median, summed over its cases}}]. A shape class is what the op said of its very call (the column
+`shape_class`), so that calls find it. A class that was measured again is replaced.
 """
 
 from __future__ import annotations
@@ -16,37 +17,34 @@ from typing import Any
 
 from dnc_kernels import _evidence, backends
 
-from .harness import Row, dtype_of
+from .harness import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def shape_class(row: Row) -> dict[str, int | str]:
-    """Sizes of a row's case as `backends.pick` calls them, the width of its dtype, and the layout of its pixels."""
-    shape = row["shape"]
-    when: dict[str, int | str] = {key: shape[key] for key in ("N", "C", "K", "D") if key in shape}
-    if "N" not in shape:  # a map; square where it has but a height
-        when["N"] = shape["B"] * shape["H"] * shape.get("W", shape["H"])
-    if "h" not in shape:  # features, not scores to upsample: in rows or channels_last, unless the name says otherwise
-        when["layout"] = "planes" if "nchw" in row["case"] else "rows"
-    return when | {"bits": 8 * dtype_of(row["dtype"]).itemsize}
-
-
 def faster(rows: Iterable[tuple[str, Row]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Capability -> op -> entries, from (file:line, row): cases that two or more backends solved on a GPU."""
-    times: dict[tuple[str, str, str], dict[str, tuple[float, str]]] = defaultdict(dict)
+    """Capability -> op -> entries, from (file:line, row): what two or more backends solved on a GPU.
+
+    Times of one case are compared, the last one of each backend. Cases of one class (forward alone, and with the backward pass,
+    say) decide together, by the sum of their times.
+    """
+    classes: dict[tuple[str, str, str], dict[str, dict[str, tuple[float, str]]]] = defaultdict(lambda: defaultdict(dict))
     for place, row in rows:
-        if row.get("capability") and row["op"] in backends.KERNELS and row["kind"] == "kernel" and row["status"] == "ok":
-            key = (row["capability"], row["op"], json.dumps(shape_class(row), sort_keys=True))
-            times[key][row["backend"]] = (row["p50_ms"], place)
+        if row.get("capability") and row.get("shape_class") and row["kind"] == "kernel" and row["status"] == "ok":
+            case = f"{row['case']} {row['dtype']} {row['cache']}"
+            when = json.dumps(row["shape_class"], sort_keys=True)
+            classes[row["capability"], row["op"], when][case][row["backend"]] = (row["p50_ms"], place)
     found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for (capability, op, when), measured in times.items():
-        if len(measured) > 1:
+    for (capability, op, when), cases in classes.items():
+        compared = [measured for measured in cases.values() if len(measured) > 1]
+        everywhere = [b for b in backends.BACKENDS if compared and all(b in measured for measured in compared)]
+        if len(everywhere) > 1:
+            ms = {b: sum(measured[b][0] for measured in compared) for b in everywhere}
             entry = {
                 "when": json.loads(when),
-                "backend": min(measured, key=measured.__getitem__),
-                "rows": " ".join(place for _, place in measured.values()),
-                "ms": {name: round(ms, 5) for name, (ms, _) in measured.items()},
+                "backend": min(ms, key=ms.__getitem__),
+                "rows": " ".join(measured[b][1] for measured in compared for b in everywhere),
+                "ms": {name: round(t, 5) for name, t in ms.items()},
             }
             found[capability][op].append(entry)
     return found

@@ -5,19 +5,16 @@ A variant whose result fails its check against a float64 reference gets a row wi
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import json
 import math
 import os
 import platform
 import random
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,19 +26,28 @@ from torch import Tensor
 import dnc_kernels
 from dnc_kernels import backends
 
+from . import memory
+from .clock import Call, CudaClock, Timing, cpu_clock
+
 Row = dict[str, Any]
-Call = Callable[[], Any]
 Times = dict[str, list[float]]
 
 #: Every column of a row, in order; docs/benchmarks.md says what each one means.
 COLUMNS = (
-    "op", "case", "variant", "kind", "backend", "status", "reason", "data", "shape", "dtype", "threads", "device", "capability",
-    "cache", "rounds", "p50_ms", "p20_ms", "p80_ms", "ratio_to_best_baseline", "ratio_p20", "ratio_p80", "best_baseline",
-    "ratio_to_baselines", "gflops", "pct_gemm_probe", "gemm_probe_gflops", "gb_per_s", "pct_copy_probe", "copy_probe_gb_per_s",
-    "error_over_allowed", "peak_delta_mb", "allowed_peak_delta_mb", "goal_ratios", "goals_met", "cpu_isa", "machine_load_1min",
-    "package_version", "torch_version", "python_version", "git_commit", "unix_time_s",
+    "op", "case", "variant", "kind", "backend", "status", "reason", "data", "shape", "shape_class", "dtype", "threads",
+    "device", "capability", "cache", "rounds", "p50_ms", "p20_ms", "p80_ms", "host_us", "pct_queued",
+    "ratio_to_best_baseline", "ratio_p20", "ratio_p80", "best_baseline", "ratio_to_baselines", "gflops", "pct_gemm_probe",
+    "gemm_probe_gflops", "gb_per_s", "pct_copy_probe", "copy_probe_gb_per_s", "error_over_allowed", "peak_delta_mb",
+    "allowed_peak_delta_mb", "goal_ratios", "goals_met", "cpu_isa", "machine_load_1min", "package_version", "torch_version",
+    "python_version", "git_commit", "unix_time_s",
 )  # fmt: skip
+#: Which baselines run: all, all but compiled ones, compiled ones for headline cases only, or none.
+BASELINES = ("all", "eager", "headline", "none")
 _GEMM, _COPY = "gemm probe", "copy probe"
+
+
+class GpuLost(RuntimeError):
+    """A call has ruined the GPU's context (by an illegal address, say): nothing more can run in this process."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class Settings:
     rounds: int = 100
     budget_s: float = 20.0  # for the rounds of one case, once 5 of them are made
     quick: bool = False  # tiny shapes
-    compile: bool = True
+    large: bool = False  # CUDA: the cases that take seconds and tens of GB, too
+    baselines: str = "all"  # one of BASELINES
+    autotuned: bool = False  # CUDA: also baselines that torch.compile has tuned, for minutes
     memory: bool = True
     cold: bool = True  # CUDA: flush the L2 cache before each call
     dtypes: tuple[str, ...] = ("float32",)
@@ -63,9 +71,23 @@ class Settings:
         """Whether the device is a GPU."""
         return self.device.startswith("cuda")
 
+    @property
+    def listed(self) -> bool:
+        """Whether cases can only be listed here: they are for a GPU, and there is none."""
+        return self.cuda and not torch.cuda.is_available()
+
+    @property
+    def score_dtypes(self) -> tuple[str, ...]:
+        """Dtypes of cases on scores and similarities, which our ops return in float32 whatever the features are."""
+        return tuple(dict.fromkeys(("float32", *self.dtypes)))
+
     def goals(self, dtype: str, least: dict[str, float]) -> dict[str, float]:
         """The goals that apply: they are set for float32 on the CPU at full size."""
         return {} if self.cuda or self.quick or dtype != "float32" else least
+
+    def generator(self) -> torch.Generator:
+        """Seeded source of a case's inputs, which are drawn where they are used."""
+        return torch.Generator(self.device).manual_seed(0)
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,7 @@ class Case:
     bytes: float = 0.0  # read and written at least
     allowed_extra_bytes: float | None = None
     goals: Mapping[str, float] = field(default_factory=dict)  # baseline, or "best" -> least ratio
+    headline: bool = False  # one of the few whose compiled baselines a short run can afford
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -119,12 +142,17 @@ def kernels(
     """
     usable = []
     known = {key: size for key, size in sizes.items() if key in ("N", "C", "K", "D")}
-    capability = backends.capability(None) if settings.cuda else None
+    kind = torch.device(settings.device).type
     # Triton's interpreter, which runs on CPU tensors, is no way to measure
     for backend in set(backends.BACKENDS) - {"auto", "reference", *(() if settings.cuda else ("triton",))}:
+        if settings.listed:
+            written = [backends.KERNELS[op].get(backend) for op in ops]
+            if all(k and k.device == kind and not k.refuses(backend, dtype_of(dtype), None, layout, known) for k in written):
+                usable.append(backend)
+            continue
+        capability = backends.capability(None) if settings.cuda else None
         with suppress(RuntimeError):
             for op in ops:
-                kind = torch.device(settings.device).type
                 backends.resolve(op, kind, dtype_of(dtype), backend, capability=capability, layout=layout, **known)
             usable.append(backend)
     return [Variant(f"dnc_{b}", prepare(b), baseline=False, backend=b) for b in sorted(usable) or ["reference"]]
@@ -133,9 +161,9 @@ def kernels(
 def compiled(
     settings: Settings, name: str, function: Callable[..., Any], prepare: Callable[[Callable[..., Any]], Callable[[Any], Call]]
 ) -> list[Variant]:
-    """`function` under torch.compile, on CUDA also tuned by it. `prepare` gets the compiled function."""
+    """`function` under torch.compile; where the settings say so also tuned. `prepare` gets the compiled function."""
     made = [Variant(f"{name}_compiled", prepare(torch.compile(function, dynamic=False)), compiled=True)]
-    if settings.cuda:
+    if settings.cuda and settings.autotuned:
         tuned = torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
         made.append(Variant(f"{name}_autotuned", prepare(tuned), compiled=True))
     return made
@@ -175,87 +203,103 @@ def summarize(times: Times, baselines: Sequence[str]) -> dict[str, Row]:
     return rows
 
 
-def run_case(case: Case, settings: Settings) -> list[Row]:
-    """Check and time the variants of `case`, a row each."""
+def chosen(case: Case, settings: Settings) -> Iterator[tuple[Variant, str]]:
+    """The variants of a case, each with the reason why it does not run, or the empty string."""
+    compiles = settings.baselines == "all" or (settings.baselines == "headline" and case.headline)
+    for v in case.variants:
+        if not v.baseline or settings.baselines != "none":
+            yield v, "torch.compile is left out of this run" if v.compiled and not compiles else ""
+
+
+def run_case(case: Case, settings: Settings) -> Iterator[Row]:
+    """Check and time the variants of `case`. A row each: of what cannot be timed at once, of the others after the last round.
+
+    Raises:
+        GpuLost: after a variant's row.
+    """
     torch.set_num_threads(settings.threads)
     torch._dynamo.reset()  # or a second shape would compile the dynamic, slower code
-    rows = {v.name: _row(case, v, settings) for v in case.variants}
-    times = _check_and_time(case, settings, rows)
-    for name, columns in summarize(times, [v.name for v in case.variants if v.baseline]).items():
-        if name in rows:
-            rows[name] |= columns | _rates(case, times, name, settings)
-    for v in case.variants:
-        if settings.memory and v.name in times:
-            rows[v.name] |= _memory(case, v, settings)
-        _judge(rows[v.name], v, case)
-    return list(rows.values())
-
-
-def _check_and_time(case: Case, settings: Settings, rows: dict[str, Row]) -> Times:
-    """Times of the probes and of the variants that are right before and after the rounds; verdicts go into `rows`."""
     inputs = case.inputs()
     reference = case.reference(inputs)
+    rows: dict[str, Row] = {}
+    calls: dict[str, Call] = {}
 
     def reset() -> None:
         if case.reset:
             case.reset(inputs)
 
-    def attempt(name: str, prepare: Callable[[Any], Call]) -> Call | None:
+    def attempt(row: Row, prepare: Callable[[Any], Call]) -> Call | None:
         try:
             reset()
             call = prepare(inputs)
-            rows[name]["error_over_allowed"] = worst = case.check(call(), reference)
+            with backends.recorded_calls() as asked:
+                result = call()
+            row["shape_class"] = next((when for op, when in asked if op == case.op and row["kind"] == "kernel"), None)
+            row["error_over_allowed"] = worst = case.check(result, reference)
         except Exception as error:  # a baseline that cannot run here keeps its row
-            rows[name] |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".partition("\n")[0][:300]}
+            row |= {"status": "failed", "reason": _first_line(error)}
             return None
         if not worst <= 1:
-            rows[name] |= {"status": "wrong", "reason": f"error is {worst:.3g} times what is allowed against float64"}
+            row |= {"status": "wrong", "reason": f"error is {worst:.3g} times what is allowed against float64"}
             return None
         return call
 
-    calls: dict[str, Call] = {}
+    for v, skipped in chosen(case, settings):
+        row = _row(case, v, settings)
+        if skipped:
+            row |= {"status": "skipped", "reason": skipped}
+        elif call := attempt(row, v.prepare):
+            rows[v.name], calls[v.name] = row, call
+            continue
+        yield row
+        demand_gpu(settings, f"{case.op} {case.name} {v.name}")
+    timings = _interleave(calls | _probes(case, settings), reset, settings)
+    for name, call in calls.items():
+        if settings.cuda and settings.memory:
+            reset()
+            rows[name] |= memory.on_cuda(call)
+        if not attempt(rows[name], lambda _: call):  # noqa: B023  # called at once
+            del timings[name]
+    times = {name: [t.ms for t in taken] for name, taken in timings.items()}
+    summary = summarize(times, [v.name for v in case.variants if v.baseline])
     for v in case.variants:
-        if v.compiled and not settings.compile:
-            rows[v.name] |= {"status": "skipped", "reason": "torch.compile is left out of this run"}
-        elif call := attempt(v.name, v.prepare):
-            calls[v.name] = call
-    times = _interleave(calls | _probes(case, settings), reset, settings)
-    for name in calls:
-        if not attempt(name, lambda _: calls[name]):  # noqa: B023  # called at once
-            del times[name]
-    return times
+        if v.name not in rows:
+            continue
+        if v.name in times:
+            rows[v.name] |= summary[v.name] | _launches(timings[v.name]) | _rates(case, times, v.name, settings)
+            if settings.memory and not settings.cuda:
+                rows[v.name] |= memory.in_fresh_process(case, v, settings)
+        _judge(rows[v.name], v, case)
+        yield rows[v.name]
 
 
-def peak(case: Case, tiny: Case, variant_name: str, settings: Settings) -> Row:
-    """Extra peak memory of one call with `case`'s inputs in place. For a fresh process: on CPU it is the peak RSS of this one.
+def failed(case: Case, settings: Settings, error: Exception) -> Row:
+    """The row of a case of which nothing could be measured."""
+    nobody = Variant("case", lambda _: lambda: None, baseline=False, backend="none")
+    return _row(case, nobody, settings) | {"status": "failed", "reason": _first_line(error)}
 
-    A call on `tiny` shapes goes first, so that library code is loaded. Compilers keep hundreds of MB, so of a compiled
-    variant the second call is measured; of all others the first.
-    """
-    torch.set_num_threads(settings.threads)
 
-    def call_of(a_case: Case) -> Call:
-        inputs = a_case.inputs()
-        return next(v for v in a_case.variants if v.name == variant_name).prepare(inputs)
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
 
-    call_of(tiny)()
-    torch._dynamo.reset()
-    call = call_of(case)
-    if variant_name in [v.name for v in case.variants if v.compiled]:
-        call()
-    gc.collect()
-    with suppress(OSError, AttributeError):  # glibc keeps freed blocks resident, and a call that reuses them would look free
-        ctypes.CDLL(None).malloc_trim(0)
+
+def demand_gpu(settings: Settings, last: str) -> None:
+    """Raise GpuLost where the GPU does not answer any more."""
     if settings.cuda:
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        call()
-        return {"peak_delta_mb": (torch.cuda.max_memory_allocated() - allocated) / 1e6}
-    with suppress(OSError):  # refused: a peak made along with the inputs counts as inputs
-        Path("/proc/self/clear_refs").write_text("5")  # the recorded peak becomes what is resident now
-    before = _peak_rss()
-    call()
-    return {"peak_delta_mb": (_peak_rss() - before) / 1e6}
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise GpuLost(f"the GPU is lost to this process after {last}: {_first_line(error)}") from error
+
+
+def _launches(timings: Sequence[Timing]) -> Row:
+    """Host time and share of calls that were launched whole before the device began. Host time of a call that was not would
+    hold its waiting for the device.
+    """
+    if any(t.queued is None for t in timings):
+        return {}
+    host = [t.host_us for t in timings if t.queued and t.host_us is not None]
+    return {"host_us": float(np.median(host)) if host else None, "pct_queued": 100 * len(host) / len(timings)}
 
 
 def _row(case: Case, variant: Variant, settings: Settings) -> Row:
@@ -328,11 +372,16 @@ def _rates(case: Case, times: Times, name: str, settings: Settings) -> Row:
     return columns
 
 
-def _interleave(calls: Mapping[str, Call], reset: Callable[[], None], settings: Settings) -> Times:
-    """Times in ms: rounds in which each call runs once, in a new (seeded) order each round, until enough of them or of time."""
+def _interleave(calls: Mapping[str, Call], reset: Callable[[], None], settings: Settings) -> dict[str, list[Timing]]:
+    """Rounds in which each call runs once, in a new (seeded) order each round, until enough of them or of time."""
     order, shuffle = list(calls), random.Random(0).shuffle
-    times: Times = {name: [] for name in calls}
-    clock = _cuda_clock(settings) if settings.cuda else _cpu_clock
+    timings: dict[str, list[Timing]] = {name: [] for name in calls}
+    clock = cpu_clock
+    if settings.cuda:
+        clock = CudaClock(settings.device, settings.cold)
+        for call in calls.values():
+            reset()
+            clock.warm_up(call)
     gc.collect()
     gc.disable()
     try:
@@ -343,53 +392,10 @@ def _interleave(calls: Mapping[str, Call], reset: Callable[[], None], settings: 
             shuffle(order)
             for name in order:
                 reset()
-                times[name].append(clock(calls[name]))
+                timings[name].append(clock(calls[name]))
     finally:
         gc.enable()
-    return times
-
-
-def _cpu_clock(call: Call) -> float:
-    time.sleep(0.005)  # idle threads of another OpenMP runtime (faiss) spin for a few ms after its call: let them fall asleep
-    start = time.perf_counter()
-    result = call()
-    elapsed = time.perf_counter() - start
-    del result  # freeing it is not timed
-    return elapsed * 1e3
-
-
-def _cuda_clock(settings: Settings) -> Callable[[Call], float]:
-    """Clock by device events. The flush of the L2 cache also keeps the device busy while the call's launches queue up."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # 256 MB: five times the 50 MB L2 of an H100
-    junk = torch.empty(2**26 if settings.cold else 0, dtype=torch.int32, device=settings.device)
-
-    def clock(call: Call) -> float:
-        junk.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end))
-
-    return clock
-
-
-def _memory(case: Case, variant: Variant, settings: Settings) -> Row:
-    """`peak` in a fresh process."""
-    request = {"op": case.op, "case": case.name, "dtype": case.dtype, "variant": variant.name, "settings": asdict(settings)}
-    command = [sys.executable, "-m", "benchmarks", "peak", json.dumps(request)]
-    child = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
-    if child.returncode:
-        return {"reason": "peak memory: " + (child.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    row: Row = json.loads(child.stdout.splitlines()[-1])
-    return row
-
-
-def _peak_rss() -> float:
-    """VmHWM in bytes (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return 1024.0 * int(status.partition("VmHWM:")[2].split()[0])
+    return timings
 
 
 def _cpu_name() -> str:
@@ -399,11 +405,13 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+    """Of the checkout; without one what DNC_COMMIT says."""
+    root = Path(__file__).parents[1]
 
-    with suppress(OSError, subprocess.CalledProcessError):
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    return "unknown"
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.CalledProcessError):
+            return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    return os.environ.get("DNC_COMMIT") or "unknown"

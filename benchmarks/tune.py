@@ -19,22 +19,13 @@ from typing import Any
 import torch
 
 from .aot import FAMILIES, cases, product_precision
+from .clock import CudaClock
 
 
-def milliseconds(call: Callable[[], None], rounds: int) -> float:
-    """Median time of a launch by device events, the L2 cache flushed before each."""
-    call()
-    flush = torch.empty(2**26, dtype=torch.int32, device="cuda")
-    times = []
-    for _ in range(rounds):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def milliseconds(call: Callable[[], None], clock: CudaClock, rounds: int) -> float:
+    """Median time of a launch, the L2 cache flushed before each."""
+    clock.warm_up(call)  # anew for every configuration
+    return statistics.median(clock(call).ms for _ in range(rounds))
 
 
 def tune(
@@ -80,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dnc_kernels.ops import _triton
 
     device = torch.device("cuda", torch.cuda.current_device())
+    time = partial(milliseconds, clock=CudaClock(device), rounds=options.rounds)
     name, arch = _triton.device_kinds(device)
     for family in options.family or FAMILIES:
         path = Path(_triton.__file__).parent / family / "configs" / f"{name}.json"
@@ -88,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.kernel and kernel not in options.kernel:
                 continue
             shapes = [entry["when"] for entry in entries]
-            made[kernel] = tune(family, kernel, shapes, device, partial(milliseconds, rounds=options.rounds))
+            made[kernel] = tune(family, kernel, shapes, device, time)
             # after every kernel: a run that is cut off keeps what it has
             path.write_text(json.dumps(made, indent=1) + "\n")
     return 0

@@ -58,17 +58,20 @@ def read_dispatch(folder: Path = DISPATCH) -> dict[tuple[str, Capability], tuple
     }
 
 
-def nearest(entries: Sequence[Measured], sizes: Mapping[str, int], exact: Mapping[str, int | str]) -> Measured | None:
-    """The entry whose sizes are nearest: the smallest product of ratios. Those that differ in `exact` are other kernels.
+def nearest(entries: Sequence[Measured], sizes: Mapping[str, int], bits: int, layout: str | None) -> Measured | None:
+    """The entry whose sizes are nearest: the smallest product of ratios. Those of another width are other kernels; those of
+    another layout count where none has this one: nobody measures all that `layout` calls strided.
 
     Products of ratios instead of sums of logarithms: torch.compile traces them with symbolic sizes.
     """
+    if layout is not None:
+        entries = [e for e in entries if e.when.get("layout", layout) == layout and e.when.get("bits", bits) == bits] or entries
     best, least = None, 0.0
     for entry in entries:
         ratio, same = 1.0, True
         for key, size in entry.when.items():
-            if key in exact:
-                same = same and exact[key] == size
+            if key == "bits":
+                same = size == bits
             elif isinstance(size, int) and key in sizes:
                 ratio *= (max(sizes[key], size) + 1) / (min(sizes[key], size) + 1)
         if same and (best is None or ratio < least):

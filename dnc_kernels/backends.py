@@ -264,8 +264,7 @@ def resolve(
     if not usable:
         return Resolution("reference", "; ".join(reasons.values()) or f"{op} has only its reference")
     if capability is not None and (op, capability) in DISPATCH:
-        exact: dict[str, int | str] = {"bits": 8 * dtype.itemsize} | ({} if layout is None else {"layout": layout})
-        found = _evidence.nearest(DISPATCH[op, capability], sizes, exact)
+        found = _evidence.nearest(DISPATCH[op, capability], sizes, 8 * dtype.itemsize, layout)
         if found is not None and found.backend in usable:
             return Resolution(found.backend, f"measured faster in {found.rows}")
     return Resolution(usable[0], f"first usable kernel for {device}")
@@ -296,6 +295,22 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = before
 
 
+#: Ops whose kernels read features in place, channels or pixels side by side: measured choices hold for a `layout` each.
+LAYOUTS_APART = frozenset(op for op in KERNELS if FAMILY[op] in ("similarity", "momentum", "embedding")) - {"apply_momentum_"}
+_recorded: list[tuple[str, dict[str, int | str]]] | None = None
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[tuple[str, dict[str, int | str]]]]:
+    """Collect the op and the shape class of every call inside this block (process-wide), in the words of measured choices."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
 def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int) -> str:
     """Backend for a call on `x`: the argument if given, else the choice in force. A float64 tensor among `others` counts.
 
@@ -305,6 +320,8 @@ def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int)
     sizes = {"N": x.shape[0] * x.shape[2:].numel(), "D": x.shape[1], **sizes}
     kind, gpu = x.device.type, capability(x.device.index) if x.device.type == "cuda" else None
     choice = _choice if backend is None else backend
+    if _recorded is not None:
+        _recorded.append((op, {**sizes, "bits": 8 * dtype.itemsize} | ({"layout": layout(x)} if op in LAYOUTS_APART else {})))
     # asked where it decides only: a question about strides under torch.compile(dynamic=True) may split a graph in two
     possible = {
         name: k for name, k in KERNELS[op].items()

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import harness
+from benchmarks import bench_similarity, clock, harness, memory, tune
 from benchmarks.bench_sinkhorn import loop, vectorized, zipf_labels
-from benchmarks.harness import COLUMNS, Case, Settings, Variant, choice_ratio, error_ratio, run_case, summarize
+from benchmarks.harness import COLUMNS, Case, Settings, Variant, choice_ratio, error_ratio, summarize
 from dnc_kernels import ops, use_backend
 
-QUICK = Settings(threads=1, rounds=3, quick=True, compile=False, memory=False)
+QUICK = Settings(threads=1, rounds=3, quick=True, baselines="eager", memory=False)
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,10 @@ def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def run_case(*arguments):
+    return list(harness.run_case(*arguments))
 
 
 def case(*variants, **options):
@@ -183,7 +188,7 @@ def test_quick_run(bench, dtype, tmp_path, capsys):
 def test_quick_run_without_kernels(monkeypatch):
     monkeypatch.setattr(harness.backends, "resolve", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no kernel")))
     for quick in command.select(QUICK):
-        assert {v.backend for v in quick.variants if not v.baseline} == {"reference"}
+        assert {v.backend for v in quick.variants if not v.baseline} == {"auto" if quick.op == "head_step" else "reference"}
 
 
 @pytest.mark.parametrize("bench", command.BENCHES)
@@ -196,6 +201,12 @@ def test_checks_catch_a_small_fault(bench):
         assert quick.check(result, reference) <= 1
         if quick.op == "head_step":
             result[2][1, 1, 3] += 1e-4
+        elif quick.op in ("sinkhorn_plan", "cluster_sums"):
+            some = result[-1 if quick.op == "sinkhorn_plan" else 0]
+            some.view(-1)[5] += 1e-3 * max(1, some.abs().max())
+        elif quick.op == "class_scores":
+            dx = result[-1] if quick.name.endswith("_train") else result[0]
+            dx[(1, 2, 0, 0)[: dx.ndim]] += 1e-3 * dx.abs().max()
         elif quick.op in (
             "centroid_cross_entropy", "subcentroid_cross_entropy", "normalize_embedding", "upsample_cross_entropy",
         ):  # fmt: skip
@@ -224,7 +235,7 @@ def test_peak_memory_is_measured_in_a_fresh_process():
     """mm + amax holds [N,C,K] more than once; the whole of it fits neither into the result nor into the noise."""
     settings = Settings(threads=1)
     big = command.select(settings, ["nearest_centroid"])[0]
-    row = harness._memory(big, next(v for v in big.variants if v.name == "mm_argmax"), settings)
+    row = memory.in_fresh_process(big, next(v for v in big.variants if v.name == "mm_argmax"), settings)
     scores_mb = 4e-6 * big.shape["N"] * big.shape["C"] * big.shape["K"]
     assert scores_mb <= row["peak_delta_mb"] < 1.5 * scores_mb
 
@@ -240,3 +251,214 @@ def test_tables_without_rich(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "double toy: N=3 float32" in lines[1]
     assert lines[2].split()[:2] == ["variant", "p50_ms"] and len({len(line) for line in lines[2:5]}) == 1, "aligned columns"
+
+
+# what a GPU run asks for
+
+
+class FakeCuda:
+    """`torch.cuda` of a device on which a call of the host takes `host_ms`, and whose times are those of its log."""
+
+    def __init__(self, monkeypatch, host_ms=0.2, slept_ms=lambda cycles: cycles / 2e6):
+        self.log, self.slept_ms, self.now, self.busy_until = [], slept_ms, 0.0, 0.0
+        self.host_ms = host_ms
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                fake.log.append("start" if self is fake.events[0] else "end")
+                self.at = fake.busy_until = max(fake.busy_until, fake.now)
+
+            def query(self):
+                return fake.now >= self.at
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        self.events = []
+        monkeypatch.setattr(torch.cuda, "Event", lambda **options: self.events.append(Event(**options)) or self.events[-1])
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep, raising=False)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: self.now / 1e3)
+
+    def sleep(self, cycles):
+        self.log.append("sleep")
+        self.busy_until = max(self.busy_until, self.now) + self.slept_ms(cycles)
+
+    def synchronize(self):
+        self.log.append("synchronize")
+        self.now = max(self.now, self.busy_until)
+
+    def call(self, device_ms=0.01):
+        self.log.append("call")
+        self.now += self.host_ms
+        self.busy_until = max(self.busy_until, self.now) + device_ms
+
+    def clock(self):
+        made = clock.CudaClock("cpu")
+        made._junk = SimpleNamespace(zero_=lambda: self.log.append("flush"))
+        self.log.clear()
+        return made
+
+
+def test_the_device_sleeps_until_the_call_is_launched(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    timer = fake.clock()
+    timer.warm_up(fake.call)
+    fake.log.clear()
+    timing = timer(fake.call)
+    assert fake.log == ["flush", "sleep", "start", "call", "end", "synchronize"]
+    assert timing.queued and timing.host_us == pytest.approx(200)
+    assert timing.ms == pytest.approx(0.01), "the device's part alone, not the 0.2 ms of its launch"
+
+
+def test_a_call_that_outlives_the_sleep_says_so(monkeypatch):
+    fake = FakeCuda(monkeypatch, host_ms=60)
+    timer = fake.clock()
+    timing = timer(fake.call)
+    assert not timing.queued and timing.ms > 30
+    row = harness._launches([timing, clock.Timing(1.0, 50.0, True), clock.Timing(1.0, 70.0, True)])
+    assert row == {"host_us": 60.0, "pct_queued": pytest.approx(200 / 3)}
+    assert harness._launches([timing]) == {"host_us": None, "pct_queued": 0}
+    assert harness._launches([clock.cpu_clock(lambda: None)]) == {}
+
+
+def test_the_tuner_has_the_same_clock(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    timer = fake.clock()
+    assert tune.milliseconds(fake.call, timer, rounds=3) == pytest.approx(0.01)
+    fake.host_ms = 1.0  # another configuration of the same launch
+    assert tune.milliseconds(fake.call, timer, rounds=3) == pytest.approx(0.01)
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_known(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "folder" / "rows.jsonl"
+    seen = []
+
+    def interrupted(x):
+        assert out.parent.is_dir(), "made before anything is measured"
+        seen.append([json.loads(line)["variant"] for line in out.read_text().splitlines()])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return lambda: 2 * x
+
+    broken = Variant("broken", lambda x: 1 / 0)
+    cases = [case(broken, Variant("last", interrupted)), case(Variant("last", interrupted))]
+    monkeypatch.setattr(command, "select", lambda *_: cases)
+    command.main(["run", "--quick", "--out", str(out), "--case", "toy"])
+    assert seen == [["broken"], ["broken", "last"]]
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["run", "--quick", "--out", str(out)])
+    assert seen[2] == ["broken", "last", "last", "broken"], "rows of an earlier run stay"
+    assert capsys.readouterr().out.count("ZeroDivisionError") == 2, "the tables so far are printed"
+
+
+def test_a_case_that_cannot_be_set_up_is_a_row_and_the_next_one_runs(monkeypatch, tmp_path, capsys):
+    def no_memory():
+        raise MemoryError("too large")
+
+    good_case = case(good("ours", baseline=False))
+    monkeypatch.setattr(command, "select", lambda *_: [replace(good_case, inputs=no_memory), good_case])
+    out = tmp_path / "rows.jsonl"
+    assert command.main(["run", "--quick", "--out", str(out)]) == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["status"], r["reason"]) for r in rows] == [("failed", "MemoryError: too large"), ("ok", None)]
+    assert all(tuple(row) == COLUMNS for row in rows)
+
+
+def test_a_lost_gpu_ends_the_run_after_the_row_that_lost_it(monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(harness, "surroundings", lambda device: {})
+    monkeypatch.setattr(Settings, "cuda", True)
+    broken = Variant("broken", lambda x: lost, baseline=False)
+    rows = harness.run_case(case(broken, good()), QUICK)
+    assert next(rows)["variant"] == "broken"
+    with pytest.raises(harness.GpuLost, match="after double toy broken: RuntimeError: CUDA error: an illegal memory access"):
+        next(rows)
+
+
+GPU = Settings(device="cuda", dtypes=("bfloat16",))
+HEADLINE = {
+    ("centroid_cross_entropy", "ade20k", "bfloat16"), ("nearest_centroid", "ade20k", "bfloat16"),
+    ("sinkhorn_assign", "ade20k", "float32"), ("momentum_update_", "ade20k", "bfloat16"),
+    ("upsample_cross_entropy", "ade20k_large_x4", "float32"),
+}  # fmt: skip
+
+
+def names(settings, **kinds):
+    return {
+        (c.op, c.name, c.dtype, v.name)
+        for c in command.select(settings)
+        for v, skipped in harness.chosen(c, settings)
+        if not skipped and all(getattr(v, kind) == is_it for kind, is_it in kinds.items())
+    }
+
+
+def test_which_baselines_run():
+    everything = names(GPU, baseline=True)
+    assert names(replace(GPU, baselines="none"), baseline=True) == set()
+    assert names(replace(GPU, baselines="none")) == names(GPU, baseline=False)
+    assert names(replace(GPU, baselines="eager")) == names(GPU, compiled=False)
+    headline = names(replace(GPU, baselines="headline"), compiled=True)
+    assert {n[:3] for n in headline} == HEADLINE and headline < everything
+    assert not any("autotuned" in n[3] for n in everything)
+    assert any("autotuned" in n[3] for n in names(replace(GPU, autotuned=True)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_what_a_gpu_would_measure_can_be_listed_without_one(capsys):
+    assert command.main(["run", "--list", "--device", "cuda", "--dtype", "bfloat16", "--baselines", "none"]) == 0
+    printed = capsys.readouterr().out
+    assert "class_scores ade20k bfloat16: N=131072 C=150 K=10 D=256: dnc_cuda, dnc_triton" in printed
+    assert "coco" not in printed and printed.splitlines()[-1].endswith("variants")
+    assert command.main(["run", "--list", "--device", "cuda", "--large", "--case", "coco"]) == 0
+    assert "N=4194304 C=171 K=10 D=512" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["run", "--device", "cuda"])
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_every_op_with_two_kernels_on_gpus_is_measured():
+    measured = {c.op: {v.backend for v in c.variants if not v.baseline} for c in command.select(GPU)}
+    for op, written in harness.backends.KERNELS.items():
+        both = {name for name, kernel in written.items() if kernel.device == "cuda"}
+        assert len(both) < 2 or measured[op] >= both, op
+
+
+def test_memory_on_a_gpu_is_what_its_allocator_counted(monkeypatch):
+    counts = {"allocated": 100, "peak": 900}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: counts.update(peak=counts["allocated"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: counts["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: counts["peak"])
+    assert memory.on_cuda(lambda: counts.update(peak=5_000_100)) == {"peak_delta_mb": 5.0}
+
+
+def test_commit_of_a_copy_without_git(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
+    monkeypatch.setenv("DNC_COMMIT", "abc123")
+    assert harness._commit() == "abc123"
+    monkeypatch.delenv("DNC_COMMIT")
+    assert harness._commit() == "unknown"
+
+
+@pytest.mark.parametrize("held", [96, 10**6])
+def test_of_large_gradients_some_rows_are_held_against_float64(monkeypatch, held):
+    """With fewer elements than dX has, only every so many-th row is; a NaN is seen anywhere."""
+    monkeypatch.setattr(bench_similarity, "HELD", held)
+    loss = next(c for c in command.select(QUICK) if c.op == "centroid_cross_entropy")
+    inputs = loss.inputs()
+    want = loss.reference(inputs)
+    n = loss.shape["N"]
+    assert len(want.rows) == (n if held > 96 else math.ceil(n / 11))
+    result = next(v for v in loss.variants if v.name == "mm_amax").prepare(inputs)()
+    assert loss.check(result, want) <= 1
+    result[1][want.rows[1]] += 1e-3 * result[1].abs().max()
+    assert loss.check(result, want) > 1
+    result[1][1] = math.nan
+    assert loss.check(result, want) == math.inf

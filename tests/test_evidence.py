@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from benchmarks import dispatch, prove
+from benchmarks import __main__ as benches
+from benchmarks import dispatch, harness, prove
 from dnc_kernels import _evidence, backends, ops
 from dnc_kernels._evidence import Measured, Proof
 from dnc_kernels.backends import Kernel, resolve
@@ -340,6 +342,14 @@ def test_layouts_are_measured_apart(measured):
         assert scores(layout=layout).backend == "cuda" and scores(layout=other).backend == "triton"
 
 
+def test_a_layout_that_nobody_measured_takes_the_choice_of_another(measured):
+    """Maps of 65 x 65 pixels are planes without 16-byte units, `strided` therefore."""
+    x = torch.empty(2, 256, 65, 65, dtype=torch.bfloat16)
+    assert backends.layout(x) == "strided"
+    measured.setitem(backends.KERNELS["class_scores"], "cuda", replace(PRODUCT, layouts=()))
+    assert scores(layout="strided", N=2 * 65 * 65).reason.startswith("measured faster in")
+
+
 def test_a_measured_backend_still_needs_its_proof_and_its_limits(measured):
     assert scores(D=252).backend == "triton"
     measured.setattr(backends, "PROOFS", {})
@@ -362,19 +372,21 @@ def test_the_choice_traces_with_symbolic_sizes(measured):
 
 def row(backend, ms, **changes):
     return {
-        "op": "nearest_centroid", "case": "ade20k", "kind": "kernel", "status": "ok", "shape": SIZES, "dtype": "bfloat16",
-        "capability": "9.0", "backend": backend, "p50_ms": ms, **changes,
+        "op": "nearest_centroid", "case": "ade20k", "kind": "kernel", "status": "ok", "dtype": "bfloat16", "cache": "cold",
+        "shape_class": {**SIZES, "layout": "rows", "bits": 16}, "capability": "9.0", "backend": backend, "p50_ms": ms, **changes,
     }  # fmt: skip
 
 
 def test_rows_become_choices(tmp_path, capsys):
+    planes, scores = {"N": 30, "D": 64, "layout": "planes", "bits": 16}, {"N": 288, "C": 19, "bits": 32}
     rows = [
-        row("triton", 2.0), row("cuda", 1.0), row("torch", 0.5, kind="baseline"),
-        row("triton", 1.0, case="nchw", op="normalize_embedding", shape={"B": 2, "D": 64, "H": 3, "W": 5}),
-        row("cuda", 2.0, case="nchw", op="normalize_embedding", shape={"B": 2, "D": 64, "H": 3, "W": 5}),
-        row("triton", 1.0, op="upsample_argmax", shape={"B": 2, "C": 19, "h": 3, "H": 12}, dtype="float32"),
-        row("cuda", None, status="failed", op="upsample_argmax", shape={"B": 2, "C": 19, "h": 3, "H": 12}, dtype="float32"),
-        row("cpu", 1.0, capability=None), row("reference", 1.0, capability=None), row("cuda", 1.0, op="head_step"),
+        row("triton", 2.0), row("cuda", 1.0), row("torch", 0.5, kind="baseline", shape_class=None),
+        row("triton", 1.0, case="nchw", op="normalize_embedding", shape_class=planes),
+        row("cuda", 2.0, case="nchw", op="normalize_embedding", shape_class=planes),
+        row("triton", 1.0, op="upsample_argmax", shape_class=scores, dtype="float32"),
+        row("cuda", None, status="failed", op="upsample_argmax", shape_class=scores, dtype="float32"),
+        row("cpu", 1.0, capability=None), row("reference", 1.0, capability=None),
+        row("cuda", 1.0, op="head_step", shape_class=None),
     ]  # fmt: skip
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -389,9 +401,10 @@ def test_rows_become_choices(tmp_path, capsys):
     assert found.keys() == {("nearest_centroid", (9, 0)), ("normalize_embedding", (9, 0))}
     (nearest,), (embedding,) = found["nearest_centroid", (9, 0)], found["normalize_embedding", (9, 0)]
     assert nearest == Measured({**SIZES, "layout": "rows", "bits": 16}, "cuda", f"{file}:1 {file}:2")
-    assert embedding.when == {"N": 30, "D": 64, "layout": "planes", "bits": 16} and embedding.backend == "triton"
+    assert embedding.when == planes and embedding.backend == "triton"
 
-    again = dispatch.faster([("a:1", row("triton", 0.1)), ("a:2", row("cuda", 0.2)), ("a:3", row("triton", 1.0, dtype="float32")), ("a:4", row("cuda", 2.0, dtype="float32"))])  # fmt: skip
+    wide = {"dtype": "float32", "shape_class": {**SIZES, "layout": "rows", "bits": 32}}
+    again = dispatch.faster([("a:1", row("triton", 0.1)), ("a:2", row("cuda", 0.2)), ("a:3", row("triton", 1.0, **wide)), ("a:4", row("cuda", 2.0, **wide))])  # fmt: skip
     dispatch.update(again, folder)
     found = _evidence.read_dispatch(folder)
     assert [(e.backend, e.when["bits"]) for e in found["nearest_centroid", (9, 0)]] == [("triton", 16), ("triton", 32)]
@@ -408,3 +421,103 @@ def test_rows_that_compare_nothing_decide_nothing(tmp_path, capsys):
     file.write_text(json.dumps(row("triton", 1.0)) + "\n")
     assert dispatch.main([str(file)]) == 1
     assert "no case has rows of two backends on a GPU" in capsys.readouterr().err
+
+
+def test_cases_of_one_class_decide_together():
+    forward, both = [row("triton", 1.0), row("cuda", 2.0)], [row("triton", 9.0, case="train"), row("cuda", 7.0, case="train")]
+    alone = row("cuda", 0.1, case="grad_scale")  # nothing to compare with
+    found = dispatch.faster((f"a:{n}", r) for n, r in enumerate([*forward, *both, alone], 1))
+    (entry,) = found["9.0"]["nearest_centroid"]
+    assert entry["backend"] == "cuda" and entry["ms"] == {"triton": 10.0, "cuda": 9.0}
+    assert sorted(entry["rows"].split()) == ["a:1", "a:2", "a:3", "a:4"]
+    (entry,) = dispatch.faster([("a:1", r) for r in (*forward, row("cuda", 0.5))])["9.0"]["nearest_centroid"]
+    assert entry["backend"] == "cuda", "the last time of a case counts"
+
+
+# from rows to calls
+
+
+@pytest.fixture(scope="module")
+def measured_cases():
+    """Every case in small, run here: (case, row of a kernel), in 16 bits and in 32."""
+    settings = harness.Settings(
+        threads=1, rounds=1, quick=True, baselines="none", memory=False, dtypes=("bfloat16", "float32")
+    )  # fmt: skip
+    return [
+        (case, row)
+        for case in benches.select(settings)
+        if case.op in backends.KERNELS
+        for row in harness.run_case(case, settings)
+    ]
+
+
+def rows_of_a_gpu(measured_cases, fastest):
+    """What the two backends of an H100 would have written."""
+    for case, row in measured_cases:
+        assert row["status"] == "ok", row
+        when = dict(row["shape_class"])
+        layout, _ = when.pop("layout", None), when.pop("bits")
+        for name in ("triton", "cuda"):
+            kernel = backends.KERNELS[case.op].get(name)
+            if kernel and not kernel.refuses(name, harness.dtype_of(case.dtype), (9, 0), layout, when):
+                yield {**row, "capability": "9.0", "cache": "cold", "backend": name, "p50_ms": 1.0 if name == fastest else 2.0}
+
+
+def call(op, n, c, k, d, dtype, planes):
+    """`op` on n pixels (a multiple of 16; labels or scores of them) of d channels."""
+
+    def empty(*shape, dtype=dtype, **options):
+        return torch.empty(shape, dtype=dtype, device="cuda", **options)
+
+    x = empty(1, d, n // 16, 16) if planes else empty(n, d)
+    labels, p = empty(*((1, n // 16, 16) if planes else (n,)), dtype=torch.int64), empty(c, k, d)
+    scores, rows = empty(1, c, n // 16, 4), empty(c, k, d, dtype=torch.float32)
+    {
+        "class_scores": lambda: ops.class_scores(x, p, labels),
+        "nearest_centroid": lambda: ops.nearest_centroid(x, p),
+        "centroid_cross_entropy": lambda: ops.centroid_cross_entropy(x, p, labels),
+        "sinkhorn_assign": lambda: ops.sinkhorn_assign(empty(n, k), empty(n, dtype=torch.int64), c),
+        "sinkhorn_plan": lambda: ops.sinkhorn_plan(empty(n, k), empty(n, dtype=torch.int64), c),
+        "cluster_sums": lambda: ops.cluster_sums(x, labels, c * k),
+        "momentum_update_": lambda: ops.momentum_update_(rows, x, labels),
+        "apply_momentum_": lambda: ops.apply_momentum_(rows, rows.flatten(0, 1), empty(c * k, dtype=torch.int64)),
+        "normalize_embedding": lambda: ops.normalize_embedding(
+            x if planes else empty(1, d, n // 16, 16, memory_format=torch.channels_last)
+        ),
+        "upsample_cross_entropy": lambda: ops.upsample_cross_entropy(scores, empty(1, n // 16, 16, dtype=torch.int64)),
+        "upsample_argmax": lambda: ops.upsample_argmax(scores, (n // 16, 16)),
+    }[op]()
+
+
+@pytest.mark.parametrize("fastest", ["cuda", "triton"])
+def test_calls_take_what_was_measured_faster(monkeypatch, tmp_path, measured_cases, fastest):
+    """Rows of every op, through the files, to calls on CUDA tensors of the measured shape and of one beside it."""
+    rows = [(f"rows.jsonl:{n}", row) for n, row in enumerate(rows_of_a_gpu(measured_cases, fastest), 1)]
+    dispatch.update(dispatch.faster(rows), tmp_path)
+    monkeypatch.setattr(backends, "DISPATCH", _evidence.read_dispatch(tmp_path))
+    families = dict.fromkeys(backends.FAMILY.values())
+    monkeypatch.setattr(backends, "PROOFS", {(family, (9, 0)): replace(PROOF, family=family) for family in families})
+    monkeypatch.setattr(backends, "unusable", lambda backend: "")
+    monkeypatch.setattr(backends, "without_code", lambda name, capability: "")
+    monkeypatch.setattr(backends, "capability", lambda index: (9, 0))
+    taken = {}
+
+    def resolved(op, *arguments, **options):
+        taken[op] = found = resolve(op, *arguments, **options)
+        return found
+
+    monkeypatch.setattr(backends, "resolve", resolved)
+    chosen = {op for op, kernels in backends.KERNELS.items() if {"cuda", "triton"} <= kernels.keys()}
+    assert {op for op, _ in backends.DISPATCH} == chosen, "every op that has a choice"
+    compared = {(row["op"], row["case"], row["dtype"]) for _, row in rows if row["backend"] == "cuda"}
+    for case, row in measured_cases:
+        if (case.op, case.name, case.dtype) not in compared:
+            continue
+        when = row["shape_class"]
+        n, c, k, d = when["N"] // 16 * 16, when.get("C", 5), when.get("K", 3), when["D"]
+        for sizes in ((n, c, k, d), (2 * n, c + 2, k + 1, d + 8)):
+            taken.clear()
+            with torch.no_grad(), FakeTensorMode():
+                call(case.op, *sizes, harness.dtype_of(case.dtype), "nchw" in case.name)
+            found = taken[case.op]
+            assert (found.backend, found.reason[:15]) == (fastest, "measured faster"), (case.op, case.name, sizes, found, when)

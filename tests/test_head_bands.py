@@ -90,6 +90,17 @@ def test_any_band(band, monkeypatch):
     check(make_head().double(), *problem(dtype=torch.float64))
 
 
+def test_the_length_of_bands_is_an_option(monkeypatch):
+    seen, bands = [], _step.bands
+    monkeypatch.setattr(_step, "bands", lambda x, pixels: seen.append(list(bands(x, pixels))) or iter(seen[-1]))
+    check(make_head(band_pixels=26).double(), *problem(dtype=torch.float64))
+    assert seen and all(band.last - band.first <= 26 for found in seen for band in found)
+    shorter, longer = (make_head(band_pixels=pixels).step_bytes((2, CHANNELS, 9, 13), (2, 18, 26)) for pixels in (26, 234))
+    assert shorter < longer
+    with pytest.raises(ValueError, match=r"DNCHead: band_pixels must be None or a positive integer; got 0"):
+        make_head(band_pixels=0)
+
+
 @pytest.mark.parametrize(
     "options",
     [

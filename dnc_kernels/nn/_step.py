@@ -35,7 +35,7 @@ from ..ops.similarity import op_loss as contrast_op
 from ..ops.upsample import op as upsample_op
 from ..ops.upsample.reference import target_rows_of
 
-#: Pixels of a band, about, on a CPU: their embedding and scores stay in cache, and a band's calls cost little beside its work.
+#: Pixels of a band by default, about, on a CPU: embedding and scores stay in cache, and calls cost little beside the work.
 BAND_PIXELS = 2048
 #: On other devices, where a call costs more and there is more to keep busy (not measured yet).
 DEVICE_BAND_PIXELS = 32768
@@ -56,10 +56,10 @@ class Band(NamedTuple):
         return maps[self.begin : self.end, :, self.top : self.bottom]
 
 
-def bands(x: Tensor) -> Iterator[Band]:
-    """The bands of features [B,D,h,w], in order."""
+def bands(x: Tensor, pixels: int) -> Iterator[Band]:
+    """The bands of features [B,D,h,w], in order, of about so many pixels; 0: the default."""
     batch, _, height, width = x.shape
-    pixels = BAND_PIXELS if x.device.type == "cpu" else DEVICE_BAND_PIXELS
+    pixels = pixels or (BAND_PIXELS if x.device.type == "cpu" else DEVICE_BAND_PIXELS)
     rows = min(height, max(1, pixels // max(width, 1)))
     samples = max(1, pixels // max(height * width, 1)) if rows == height else 1
     for begin in range(0, batch, samples):
@@ -125,8 +125,8 @@ class Workspace:
     Maps have one row more than the band: row 0 is the last row of the band above, whose logits are upsampled together with it.
     """
 
-    def __init__(self, x: Tensor, classes: int, dtype: torch.dtype, keep_embedding: bool) -> None:
-        largest = next(bands(x), Band(0, 0, 0, 0, 0, 0))
+    def __init__(self, x: Tensor, classes: int, dtype: torch.dtype, keep_embedding: bool, band_pixels: int) -> None:
+        largest = next(bands(x, band_pixels), Band(0, 0, 0, 0, 0, 0))
         samples, rows, width = largest.end - largest.begin, largest.bottom - largest.top, x.shape[3]
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         layout: Any = {"memory_format": torch.channels_last} if last else {}
@@ -181,6 +181,7 @@ def first_pass(
     contrast_temperature: float,
     gradient: bool,
     keep_embedding: bool,
+    band_pixels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Summed cross-entropy []; prediction [N] (-1: not finite), own similarities [N,K], log-sum-exp [N]; statistics [3,N];
     gradients of the embedding, of rstd [N], of the scale [], of the norm over classes [2,C]; the embedding.
@@ -191,6 +192,7 @@ def first_pass(
     results = _first_fake(
         x, weight, bias, eps, centroids, labels, ignored, sampled, confidence, temperature, scale, norm_weight, norm_bias,
         norm_eps, class_weight, label_smoothing, align_corners, pull, contrast, contrast_temperature, gradient, keep_embedding,
+        band_pixels,
     )  # fmt: skip
     total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, kept = results
     for t in (total, grad_scale, grad_norm, grad_rstd):
@@ -202,7 +204,7 @@ def first_pass(
     lower = target_rows_of(height, label_rows, align_corners)
     sums = torch.zeros((), dtype=torch.float64, device=x.device)
     classes, k = centroids.shape[:2]
-    work = Workspace(x, classes, own.dtype, keep_embedding)
+    work = Workspace(x, classes, own.dtype, keep_embedding, band_pixels)
     embedding = kernels("embedding", pick("normalize_embedding", x, None))
     upsampling = pick("upsample_cross_entropy", work.logits, None, N=labels.numel(), C=classes)
     embedded = kept if work.embedding is None else work.embedding  # its layout decides, which is not always that of x
@@ -210,7 +212,7 @@ def first_pass(
         pick(op, embedded, None, centroids, N=pixel_count(x), C=classes, K=k)
         for op in ("subcentroid_cross_entropy", "class_scores")
     )
-    for band in bands(x):
+    for band in bands(x, band_pixels):
         part, pixels = band.of(x), slice(band.first, band.last)
         e = work.embedding_of(band, kept)
         embedding.normalize(part, weight, bias, eps, e, *statistics[:, pixels])
@@ -290,6 +292,7 @@ def _first_fake(
     contrast_temperature: float,
     gradient: bool,
     keep_embedding: bool,
+    band_pixels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype, n = compute_dtype(x, centroids), pixel_count(x)
     rows = x.new_empty((3, n), dtype=compute_dtype(x))
@@ -322,23 +325,25 @@ def second_pass(
     pull: Tensor | None,
     cluster: Tensor | None,
     gradient: bool,
+    band_pixels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`grad` becomes the gradient of x; returns that of weight and bias [2,D], and sums [M,D] and counts [M] of `cluster` [N].
 
     target [N]: ``c*K + k`` or -1; pull [N]: gradient of the similarity to it.
     """
     grad_affine, sums, counts = _second_fake(
-        grad, x, embedded, weight, bias, eps, statistics, grad_rstd, centroids, target, pull, cluster, gradient
-    )
+        grad, x, embedded, weight, bias, eps, statistics, grad_rstd, centroids, target, pull, cluster, gradient,
+        band_pixels,
+    )  # fmt: skip
     for t in (grad_affine, sums, counts):
         t.zero_()
     embedding = kernels("embedding", pick("normalize_embedding", x, None))
     classes, k = centroids.shape[:2]
     winners = pick("class_scores", x, None, centroids, C=classes, K=k)
     keep = embedded.ndim == 4
-    work = Workspace(x, 0, sums.dtype, keep or cluster is None)
+    work = Workspace(x, 0, sums.dtype, keep or cluster is None, band_pixels)
     to_affine = torch.empty_like(grad_affine)
-    for band in bands(x):
+    for band in bands(x, band_pixels):
         part, pixels = band.of(x), slice(band.first, band.last)
         if cluster is not None:
             e = work.embedding_of(band, embedded)
@@ -375,6 +380,7 @@ def _second_fake(
     pull: Tensor | None,
     cluster: Tensor | None,
     gradient: bool,
+    band_pixels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = centroids.shape[0] * centroids.shape[1] if cluster is not None else 0
     return (

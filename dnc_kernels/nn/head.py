@@ -52,6 +52,8 @@ class DNCHead(CentroidModel):
         checkpoint: what a training step makes again instead of keeping it: ``all``: embedding and scores, band by band of rows;
             ``scores``: the scores; ``none``: nothing, every part of the step is an op of its own. docs/layer.md has the memory
             formula of each. The gradients are the same to rounding.
+        band_pixels: about how many pixels a band of ``checkpoint="all"`` and ``"scores"`` has; None: 2048 on a CPU, 32768 on
+            other devices. Longer bands are fewer calls and more memory.
         pixels_per_class: at most so many pixels of each class, drawn anew in every step, take part in clustering, contrast and
             update; None: all. The cross-entropy sees all pixels.
         accumulation_steps: losses of a training step whose gradients add up: their sums of pixels add up too, and the
@@ -99,6 +101,7 @@ class DNCHead(CentroidModel):
         label_smoothing: float | None = None,
         loss_size: str = "labels",
         checkpoint: str = "all",
+        band_pixels: int | None = None,
         pixels_per_class: int | None = None,
         accumulation_steps: int = 1,
         recipe: str | None = None,
@@ -110,10 +113,9 @@ class DNCHead(CentroidModel):
             check_value(isinstance(value, int) and value > 0, "DNCHead", name, "a positive integer", value)
         check_choice("DNCHead", "loss_size", loss_size, LOSS_SIZES)
         check_choice("DNCHead", "checkpoint", checkpoint, CHECKPOINTS)
-        check_value(
-            pixels_per_class is None or (isinstance(pixels_per_class, int) and pixels_per_class > 0),
-            "DNCHead", "pixels_per_class", "None or a positive integer", pixels_per_class,
-        )  # fmt: skip
+        for name, number in (("band_pixels", band_pixels), ("pixels_per_class", pixels_per_class)):
+            positive = number is None or (isinstance(number, int) and number > 0)
+            check_value(positive, "DNCHead", name, "None or a positive integer", number)
         super().__init__(
             embed_channels or in_channels, num_classes, num_subcentroids,
             recipe=recipe, ignore_index=ignore_index, class_weight=class_weight, sync=sync,
@@ -128,7 +130,7 @@ class DNCHead(CentroidModel):
             },
         )  # fmt: skip
         self.in_channels, self.align_corners, self.loss_size = in_channels, align_corners, loss_size
-        self.checkpoint, self.pixels_per_class = checkpoint, pixels_per_class
+        self.checkpoint, self.band_pixels, self.pixels_per_class = checkpoint, band_pixels, pixels_per_class
         self.projection = nn.Conv2d(in_channels, embed_channels, 1, device=device, dtype=dtype) if embed_channels else None
 
     def embed(self, features: Tensor) -> Tensor:
@@ -213,7 +215,7 @@ class DNCHead(CentroidModel):
                 self.confidence == "length" and self.scores != "norm", temperature, *_detached(scale, gains, shift),
                 self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
                 pull, contrast if self.ppc_weight else None, self.ppc_temperature, gradient,
-                needs_embedding or (update and self.checkpoint == "scores"),
+                needs_embedding or (update and self.checkpoint == "scores"), self.band_pixels or 0,
             )  # fmt: skip
             finite = prediction >= 0
             _, correct, accuracy = self._judge(prediction, finite, small)
@@ -236,7 +238,7 @@ class DNCHead(CentroidModel):
                     moving = torch.where(correct, target, -1) if self.update_from == "correct" else target
             grad_affine, sums, counts = second_pass(
                 grad, x.detach(), e, weight.detach(), bias.detach(), self.feat_norm.eps, statistics, grad_rstd, p,
-                target, to_target, moving, gradient,
+                target, to_target, moving, gradient, self.band_pixels or 0,
             )  # fmt: skip
             if update:
                 assert target is not None
@@ -282,7 +284,7 @@ class DNCHead(CentroidModel):
     def step_bytes(self, features: Sequence[int], labels: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Memory that `loss` and its backward need on a CPU beside features, labels and the head itself, at most: a formula.
 
-        With N feature pixels of D channels and b bytes, L label pixels, M = C*K and bands of P pixels (`BAND_PIXELS`)::
+        With N feature pixels of D channels and b bytes, L label pixels, M = C*K and bands of P pixels (`band_pixels`)::
 
             all     N (D b + 4 K + 60) + 20 L + P (8 D + 32 C) + 48 M D + 8 MB
             scores  the same, and N D b for the embedding
@@ -300,7 +302,7 @@ class DNCHead(CentroidModel):
         rest = n * (4 * self.num_subcentroids + 60) + 20 * math.prod(labels) + 48 * m * channels + 8_000_000
         if self.checkpoint == "none":
             return n * (5 * row + 26 * self.num_classes) + rest
-        band = min(n, max(BAND_PIXELS, width))
+        band = min(n, max(self.band_pixels or BAND_PIXELS, width))
         return n * row * (1 + (self.checkpoint == "scores")) + band * (8 * channels + 32 * self.num_classes) + rest
 
     @torch.no_grad()

@@ -67,7 +67,8 @@ def apply_momentum_(
     """
     op = "apply_momentum_"
     _check_centroids(op, centroids, momentum)
-    rows, channels = centroids[..., 0].numel(), centroids.shape[-1]
+    channels = centroids.shape[-1]
+    rows = centroids.numel() // channels
     check_float(op, "sums", sums)
     check_value(list(sums.shape) == [rows, channels], op, "sums", lambda: f"[M,D]=[{rows},{channels}] to match centroids", sums)
     check_integer(op, "counts", counts)
