@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -243,7 +242,10 @@ def _memcheck_of_small_tests(run: Run) -> None:
     run.steps(*steps)
 
 
-def _rows(run: Run, name: str, seconds: float, cases: Sequence[gpu_steps.Chosen], **settings: Any) -> None:
+def _rows(
+    run: Run, name: str, seconds: float, cases: Sequence[gpu_steps.Chosen], *, baselines: str = "none",
+    dtypes: Sequence[str] = ("bfloat16",),
+) -> None:  # fmt: skip
     """Rows of benchmarks, alone on the GPU. A case that breaks its process costs the others nothing: they run in a new one."""
     end = min(time.monotonic() + seconds * run.share, run.deadline)
     begun: list[Any] = []
@@ -252,7 +254,7 @@ def _rows(run: Run, name: str, seconds: float, cases: Sequence[gpu_steps.Chosen]
         if number > 1 and left < 10 * run.share:
             run.tell("dropped", step=label, reason=f"{max(left, 0):.0f} s were left")
             break
-        request = {"cases": cases, "skip": begun, "settings": settings, "seconds": max(0.0, left - 3)}
+        request = {"cases": cases, "skip": begun, "baselines": baselines, "dtypes": dtypes, "seconds": max(0.0, left - 3)}
         ended = run.steps(run.child(label, left / run.share, "rows", **request))
         now = [line["case"] for line in events(run.lines(), "begin") if line["step"] == label]
         begun += now
@@ -264,10 +266,10 @@ def _rows(run: Run, name: str, seconds: float, cases: Sequence[gpu_steps.Chosen]
 def numbers(run: Run) -> None:
     """Find out how fast they are, and why."""
     _rows(run, "rows", 190, gpu_steps.ROWS, baselines="headline")
-    _rows(run, "head", 80, gpu_steps.HEAD, baselines="none")
+    _rows(run, "head", 80, gpu_steps.HEAD)
     run.steps(run.child("trace", 40, "trace", to=str(run.out / "head_step.trace.json.gz")))
     _profiles(run)
-    _rows(run, "other dtypes", 60, gpu_steps.OTHER_DTYPES, baselines="none")
+    _rows(run, "other dtypes", 60, gpu_steps.OTHER_DTYPES, dtypes=("float16", "float32"))
     _memcheck_of_small_tests(run)
 
 
@@ -280,7 +282,7 @@ def _profiles(run: Run) -> None:
     for op, case, backend, kernel in gpu_steps.PROFILES:
         sections = [word for section in _SECTIONS for word in ("--section", section)]
         options = ["--clock-control", "none", *sections, "--kernel-name", f"regex:{kernel}", "--launch-skip", "1"]
-        call = run.child(f"profile {op} {backend}", 40, "call", case=[op, case, "bfloat16"], backend=backend)
+        call = run.child(f"profile {op} {backend}", 40, "call", case=[op, case], backend=backend)
         profiled = [ncu, *options, "--launch-count", "1", "--csv", "--page", "details", *call.command]
         for ended in run.steps(Step(call.name, profiled, call.seconds)):
             for name, metrics in gpu_steps.metrics(ended.output).items():
@@ -302,7 +304,7 @@ def tune(run: Run) -> None:
         run.steps(
             pytest_record.step(f"{family} as tuned", tests, run.record, seconds=40, workers=9, select="triton and not large")
         )
-        _rows(run, f"{op} as tuned", 20, [case for case in gpu_steps.ROWS if case[0] == op], baselines="none")
+        _rows(run, f"{op} as tuned", 20, [(op, "*")])
 
 
 def _configurations(run: Run, family: str, kernel: str) -> None:
@@ -312,16 +314,10 @@ def _configurations(run: Run, family: str, kernel: str) -> None:
         run.tell("configuration", family=family, kernel=kernel, kind=kind, entries=json.loads(path.read_text())[kernel])
 
 
-def commit() -> str:
-    """Of this tree: DNC_COMMIT where there is no .git."""
-    with suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    return os.environ.get("DNC_COMMIT", "unknown")
-
-
 def execute(run: Run) -> int:
     """A whole run; 0 where no test, primitive or kernel's row was wrong."""
+    from .harness import commit
+
     date = time.strftime("%Y-%m-%dT%H%M%S", time.gmtime())
     run.tell("run", phase=run.phase, minutes=round((run.deadline + _RESERVE - run.start) / 60, 2), dry=run.dry, commit=commit(),
              source=source(), date=date)  # fmt: skip

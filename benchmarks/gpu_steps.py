@@ -18,27 +18,31 @@ from typing import Any
 
 from .record import Line, append
 
-#: op, case and dtype of a benchmark; the name of a case may end in *.
-Chosen = tuple[str, str, str]
+#: op and case of a benchmark, * for all of its cases.
+Chosen = tuple[str, str]
 
-#: What the first run times: the floors are in docs/performance.md's terms, operations over rate and bytes over bandwidth.
-TIMES: tuple[Chosen, ...] = tuple(
-    (op, case, "bfloat16")
-    for op, case in (
-        ("centroid_cross_entropy", "ade20k"), ("nearest_centroid", "ade20k"), ("class_scores", "ade20k"),
-        ("sinkhorn_assign", "ade20k"), ("momentum_update_", "ade20k"), ("normalize_embedding", "ade20k"),
-        ("upsample_cross_entropy", "ade20k"), ("upsample_argmax", "ade20k"), ("centroid_cross_entropy", "cityscapes"),
-        ("subcentroid_cross_entropy", "ade20k"), ("centroid_cross_entropy", "imagenet"), ("head_step", "512x1024 C=19"),
-    )
+#: What the first run times, the most telling first.
+TIMES: tuple[Chosen, ...] = (
+    ("centroid_cross_entropy", "ade20k"), ("nearest_centroid", "ade20k"), ("class_scores", "ade20k"),
+    ("sinkhorn_assign", "ade20k"), ("momentum_update_", "ade20k"), ("normalize_embedding", "nchw"),
+    ("upsample_cross_entropy", "ade20k_large_x4"), ("subcentroid_cross_entropy", "ade20k"),
+    ("centroid_cross_entropy", "cityscapes"), ("upsample_argmax", "ade20k_large_x4"), ("centroid_cross_entropy", "imagenet"),
+    ("head_step", "8x512x512 C=150"),
 )  # fmt: skip
 _OPS = (
     "centroid_cross_entropy", "nearest_centroid", "class_scores", "sinkhorn_assign", "momentum_update_",
     "upsample_cross_entropy", "normalize_embedding", "upsample_argmax", "subcentroid_cross_entropy",
-    "sinkhorn_plan", "cluster_sums", "apply_momentum_", "centroid_distance",
+    "sinkhorn_plan", "cluster_sums", "apply_momentum_", "clustering_and_momentum",
 )  # fmt: skip
-ROWS: tuple[Chosen, ...] = tuple((op, "*", "bfloat16") for op in _OPS)
-HEAD: tuple[Chosen, ...] = (("head_step", "*", "bfloat16"),)
-OTHER_DTYPES: tuple[Chosen, ...] = tuple((op, "*", dtype) for dtype in ("float16", "float32") for op in _OPS[:6])
+ROWS: tuple[Chosen, ...] = tuple((op, "*") for op in _OPS)
+HEAD: tuple[Chosen, ...] = (("head_step", "*"),)
+#: Where float16 and float32 pixels take other kernels than bfloat16.
+OTHER_DTYPES: tuple[Chosen, ...] = (
+    ("centroid_cross_entropy", "ade20k"), ("nearest_centroid", "ade20k"), ("class_scores", "ade20k"),
+    ("momentum_update_", "ade20k"), ("normalize_embedding", "nchw"), ("subcentroid_cross_entropy", "ade20k"),
+)  # fmt: skip
+#: The training step that is traced.
+TRACED: Chosen = ("head_step", "8x512x512 C=150")
 #: op, case, backend and the kernel (a regular expression) that ncu looks at.
 PROFILES = (
     ("centroid_cross_entropy", "ade20k", "cuda", "loss_sm90"),
@@ -110,24 +114,18 @@ def rows(request: Line) -> int:
     from .__main__ import select
 
     end, record = time.monotonic() + request["seconds"], Path(request["record"])
-    chosen = [tuple(case) for case in request["cases"]]
-    settings = _settings(request, tuple(dict.fromkeys(dtype for _, _, dtype in chosen)), **request["settings"])
+    settings = _settings(request)
     cases = select(settings)
-    for op, name, dtype in chosen:
+    for op, name in request["cases"]:
         for case in cases:
-            this = [op, case.name, dtype]
-            if (
-                case.op != op
-                or case.dtype != dtype
-                or this in request["skip"]
-                or not (name in ("*", case.name) or request["dry"])
-            ):
+            this = [op, case.name, case.dtype]
+            if case.op != op or this in request["skip"] or not (name in ("*", case.name) or request["dry"]):
                 continue
             append(record, {"event": "begin", "step": request["step"], "case": this})
             if time.monotonic() > end:
-                append(record, {"event": "dropped", "step": f"{op} {case.name} {dtype}", "reason": "its time was over"})
+                append(record, {"event": "dropped", "step": " ".join(this), "reason": "its time was over"})
                 continue
-            print(op, case.name, dtype, flush=True)
+            print(*this, flush=True)
             try:
                 for row in harness.run_case(case, settings):
                     append(record, row)
@@ -135,19 +133,19 @@ def rows(request: Line) -> int:
                 raise
             except Exception as error:
                 append(record, harness.failed(case, settings, error))
-                harness.demand_gpu(settings, f"{op} {case.name}")
+                harness.demand_gpu(settings, " ".join(this))
             if settings.cuda:
                 torch.cuda.empty_cache()
     return 0
 
 
-def _settings(request: Line, dtypes: tuple[str, ...], **more: Any) -> Any:
+def _settings(request: Line) -> Any:
     from .harness import Settings
 
     dry = request["dry"]
     return Settings(
-        device="cpu" if dry else "cuda", threads=1 if dry else 8, rounds=2 if dry else 100, budget_s=1.5, quick=dry,
-        memory=not dry, dtypes=dtypes, **({"baselines": "none"} | more),
+        device="cpu" if dry else "cuda", threads=1 if dry else 8, rounds=2 if dry else 100, budget_s=1.0, quick=dry,
+        memory=not dry, baselines=request.get("baselines", "none"), dtypes=tuple(request.get("dtypes", ("bfloat16",))),
     )  # fmt: skip
 
 
@@ -155,18 +153,18 @@ def _prepared(request: Line, case: Chosen, backend: str | None = None) -> Callab
     """The call of a case's kernel, of a backend where one is named."""
     from .__main__ import select
 
-    op, name, dtype = case
-    (found, *_) = [c for c in select(_settings(request, (dtype,)), [op]) if request["dry"] or c.name == name]
-    variants = [v for v in found.variants if not v.baseline]
+    op, name = case
+    cases = [c for c in select(_settings(request), [op]) if request["dry"] or c.name == name]
+    variants = [v for v in cases[0].variants if not v.baseline]
     variant = next((v for v in variants if v.backend == backend), variants[0])
-    inputs = found.inputs()
+    inputs = cases[0].inputs()
+    run = variant.prepare(inputs)
 
     def call() -> None:
-        if found.reset:
-            found.reset(inputs)
+        if cases[0].reset:
+            cases[0].reset(inputs)
         run()
 
-    run = variant.prepare(inputs)
     return call
 
 
@@ -186,18 +184,14 @@ def trace(request: Line) -> int:
     """A Chrome trace of one training step of the head, after three that warm it up."""
     from torch import profiler
 
-    run = _prepared(request, HEAD_TRACED)
+    run = _prepared(request, TRACED)
     for _ in range(3):
         run()
     with profiler.profile(record_shapes=True) as steps:
         run()
     steps.export_chrome_trace(request["to"])
-    device = "self_device_time_total"
-    print(steps.key_averages().table(sort_by=device if not request["dry"] else "self_cpu_time_total", row_limit=40))
+    print(steps.key_averages().table(sort_by=f"self_{'cpu' if request['dry'] else 'device'}_time_total", row_limit=40))
     return 0
-
-
-HEAD_TRACED: Chosen = ("head_step", "512x1024 C=19", "bfloat16")
 
 
 def metrics(output: str) -> dict[str, dict[str, str]]:

@@ -322,7 +322,7 @@ def surroundings(device: str) -> Row:
         "capability": None if cpu else ".".join(map(str, torch.cuda.get_device_capability(device))),
         "cpu_isa": backends.cpu_isa() if cpu and not backends.unusable("cpu") else None,
         "package_version": dnc_kernels.__version__, "torch_version": torch.__version__,
-        "python_version": platform.python_version(), "git_commit": _commit(),
+        "python_version": platform.python_version(), "git_commit": commit(),
     }  # fmt: skip
 
 
@@ -404,8 +404,12 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    """Of the checkout; without one what DNC_COMMIT says."""
+#: What a run on a GPU writes beside the source: it makes no other source.
+_EVIDENCE = ("dnc_kernels/proofs.json", "dnc_kernels/dispatch", "dnc_kernels/ops/*/configs", "benchmarks/results")
+
+
+def commit() -> str:
+    """Of the checkout, with -dirty where its source has changed since; without a checkout what DNC_COMMIT says."""
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -413,5 +417,6 @@ def _commit() -> str:
 
     if (root / ".git").exists():
         with suppress(OSError, subprocess.CalledProcessError):
-            return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+            changed = git("status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _EVIDENCE))
+            return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     return os.environ.get("DNC_COMMIT") or "unknown"

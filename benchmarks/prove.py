@@ -22,7 +22,7 @@ from dnc_kernels import _evidence, backends
 from dnc_kernels._evidence import Proof
 
 from . import processes, pytest_record
-from .harness import surroundings
+from .harness import commit
 from .processes import Ended, Step
 from .record import Line, read
 
@@ -75,8 +75,7 @@ def verdict(
         return f"its tests did not end: {ended.status} after {len(outcomes)}"
     if not count:
         return "no test ran"
-    commit, date = surroundings("cuda")["git_commit"], time.strftime("%Y-%m-%d", time.gmtime())
-    return Proof(family, sources[family], device, capability, count, commit, date)
+    return Proof(family, sources[family], device, capability, count, commit(), time.strftime("%Y-%m-%d", time.gmtime()))
 
 
 def add(rows: Sequence[Proof], path: Path = _evidence.PROOFS) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -442,9 +443,29 @@ def test_memory_on_a_gpu_is_what_its_allocator_counted(monkeypatch):
 def test_commit_of_a_copy_without_git(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
     monkeypatch.setenv("DNC_COMMIT", "abc123")
-    assert harness._commit() == "abc123"
+    assert harness.commit() == "abc123"
     monkeypatch.delenv("DNC_COMMIT")
-    assert harness._commit() == "unknown"
+    assert harness.commit() == "unknown"
+
+
+def test_evidence_makes_no_other_source(monkeypatch, tmp_path):
+    def git(*arguments):
+        return subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *arguments], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
+    configs = tmp_path / "dnc_kernels" / "ops" / "sinkhorn" / "configs"
+    configs.mkdir(parents=True)
+    for path in (tmp_path / "dnc_kernels" / "proofs.json", configs / "sm_90.json", tmp_path / "README.md"):
+        path.write_text("{}")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "x")
+    clean = harness.commit()
+    (tmp_path / "dnc_kernels" / "proofs.json").write_text("[]")
+    (configs / "sm_90.json").write_text("[]")
+    assert harness.commit() == clean and len(clean) == 12
+    (tmp_path / "README.md").write_text("")
+    assert harness.commit() == clean + "-dirty"
 
 
 @pytest.mark.parametrize("held", [96, 10**6])

@@ -244,36 +244,32 @@ def test_rows_of_proof_are_kept_and_replaced(tmp_path):
     assert set(_evidence.read_proofs(path)) == {other, again, newer}
 
 
-@pytest.mark.parametrize(
-    ("body", "count", "proven"),
-    [
-        ("def test_a(): pass\ndef test_b(): pass", 2, True),
-        ("def test_a(): pass\ndef test_b(): assert False", 1, False),
-        ("import pytest\n@pytest.mark.skip\ndef test_a(): pass", 0, False),
-        ("import pytest\n@pytest.fixture\ndef f(): raise OSError\ndef test_a(f): pass", 0, False),
-        ("", 0, False),
-    ],
-)
-def test_only_tests_that_passed_prove(tmp_path, monkeypatch, capsys, body, count, proven):
-    (tmp_path / "test_toy.py").write_text(body)
-    monkeypatch.setattr(prove, "tests_of", lambda family: [tmp_path / "test_toy.py"])
-    monkeypatch.setattr(prove, "surroundings", lambda device: {"git_commit": "abc"})
-    assert prove.passed([tmp_path / "test_toy.py"])[1] == count
-    row = prove.prove("momentum", {"momentum": prove.source("momentum")}, "NVIDIA H100", (9, 0))
-    assert (row is not None) == proven
-    if row:
-        assert row.tests == count and row.source == prove.source("momentum") and row.commit == "abc"
-    else:
-        assert "momentum: not proven: " in capsys.readouterr().out
-    assert prove.prove("momentum", {"momentum": "stale"}, "NVIDIA H100", (9, 0)) is None
-    assert "built from other source" in capsys.readouterr().out
-
-
-def test_tests_that_hang_prove_nothing(tmp_path, capsys):
-    hanging = tmp_path / "test_hanging.py"
-    hanging.write_text("import time\n\n\ndef test_it():\n    time.sleep(60)\n")
-    assert prove.passed([hanging], timeout_s=0.5) == (1, 0)
-    assert "test_hanging.py: stopped after 0.5 s" in capsys.readouterr().out
+@pytest.mark.slow
+def test_only_families_whose_tests_pass_are_proven(tmp_path, monkeypatch, capsys):
+    bodies = {
+        "momentum": "def test_a(): pass\ndef test_b(): pass",
+        "sinkhorn": "def test_a(): pass\ndef test_b(): assert False",
+        "embedding": "import time\ndef test_a(): time.sleep(600)",
+        "upsample": "import pytest\n@pytest.mark.large\ndef test_a(): pass",
+    }
+    for family, body in bodies.items():
+        (tmp_path / f"test_{family}.py").write_text(body)
+    monkeypatch.setattr(prove, "tests_of", lambda family: [tmp_path / f"test_{family}.py"])
+    monkeypatch.setattr(prove, "commit", lambda: "abc")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    written = []
+    monkeypatch.setattr(prove, "add", written.extend)
+    sources = {family: prove.source(family) for family in bodies}
+    assert sorted(prove.prove(list(bodies), sources, seconds=30)) == [False, False, False, True]
+    (proof,) = written
+    assert (proof.family, proof.tests, proof.source, proof.commit) == ("momentum", 2, sources["momentum"], "abc")
+    printed = capsys.readouterr().out
+    assert (
+        "momentum: proven by 2 tests on NVIDIA H100 (9.0)" in printed
+        and "sinkhorn: not proven: 1 of its 2 tests failed" in printed
+    )
+    assert "embedding: not proven: 1 of its 1 tests failed" in printed and "upsample: not proven: " in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")

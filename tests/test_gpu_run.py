@@ -244,7 +244,7 @@ def row(backend, ms, **changes):
     return dict.fromkeys(COLUMNS) | {
         "op": "nearest_centroid", "case": "ade20k", "variant": f"dnc_{backend}", "kind": "kernel", "backend": backend,
         "status": "ok", "shape": {"N": 131072, "C": 150, "K": 10, "D": 256}, "dtype": "bfloat16", "device": GPU,
-        "capability": "9.0", "p50_ms": ms, **changes,
+        "capability": "9.0", "cache": "cold", "shape_class": {"N": 131072, "C": 150, "bits": 16}, "p50_ms": ms, **changes,
     }  # fmt: skip
 
 
@@ -352,7 +352,7 @@ def lines_of(*outcomes, step="cuda momentum"):
     ],
 )
 def test_only_a_whole_green_run_proves(outcomes, status, reason, monkeypatch):
-    monkeypatch.setattr(prove, "surroundings", lambda device: {"git_commit": "abc"})
+    monkeypatch.setattr(prove, "commit", lambda: "abc")
     one = Ended(Step("cuda momentum", [], 1), status, 0, 1.0, "")
     sources = {"momentum": prove.source("momentum")}
     others = lines_of("failed", step="cuda sinkhorn")
@@ -390,10 +390,3 @@ def test_metrics_of_ncu_are_read_after_the_programs_own_output():
     ])  # fmt: skip
     assert gpu_steps.metrics(text) == {"loss_kernel": {"Duration": "412.3 us", "Memory Throughput": "41.2 %"}}
     assert gpu_steps.metrics("==ERROR== no permission\n") == {}
-
-
-def test_the_commit_is_named_where_there_is_no_git(monkeypatch, tmp_path):
-    monkeypatch.setenv("DNC_COMMIT", "1234567890ab")
-    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert gpu_run.commit() == "1234567890ab"
