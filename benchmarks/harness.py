@@ -405,7 +405,7 @@ def _cpu_name() -> str:
 
 
 #: What a run on a GPU writes beside the source: it makes no other source.
-_EVIDENCE = ("dnc_kernels/proofs.json", "dnc_kernels/dispatch", "dnc_kernels/ops/*/configs", "benchmarks/results")
+_EVIDENCE = ("dnc_kernels/proofs.json", "dnc_kernels/dispatch", "dnc_kernels/ops/*/configs/*", "benchmarks/results")
 
 
 def commit() -> str:
