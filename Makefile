@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help install demo test test-gpu-versions bench lint gpu-build gpu-run clean
+.PHONY: help install demo test test-gpu-versions bench lint gpu-wheel gpu-build gpu-run clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1: /'
 
@@ -29,11 +29,15 @@ test: install ## run the whole test suite (marked gpu: skipped without a GPU)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # The Python of GPU machines: the first 3.12 that runs (a shim of pyenv need not), on PATH or of pyenv.
-PYTHON312 = $(shell for p in python3.12 $$(pyenv root 2>/dev/null)/versions/3.12*/bin/python3.12; do $$p -c "" 2>/dev/null && echo $$p && break; done)
+GPU_PYTHON ?= $(shell for p in python3.12 $$(pyenv root 2>/dev/null)/versions/3.12*/bin/python3.12; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
+define NEEDS_PYTHON312
+@"$(GPU_PYTHON)" -c 'import sys; assert sys.version_info[:2] == (3, 12)' 2>/dev/null || \
+	{ echo "make $@ needs CPython 3.12, and found '$(GPU_PYTHON)': put python3.12 on PATH, or run \`pyenv install 3.12\`, or name it with GPU_PYTHON=" >&2; exit 1; }
+endef
 GPU_VENV ?= .venv-3.12
 test-gpu-versions: ## the same with Python 3.12 and the versions of GPU machines, in .venv-3.12 (5 GB)
-	@test -n "$(PYTHON312)" || { echo "make $@: no Python 3.12 was found on PATH or in pyenv; try pyenv install 3.12, or PYTHON312=..." >&2; exit 1; }
-	$(MAKE) test PYTHON=$(PYTHON312) VENV=$(GPU_VENV) CONSTRAINTS=constraints-gpu.txt
+	$(NEEDS_PYTHON312)
+	$(MAKE) test PYTHON="$(GPU_PYTHON)" VENV=$(GPU_VENV) CONSTRAINTS=constraints-gpu.txt
 
 bench: install ## compare the kernels with their baselines on this machine
 	$(BIN)/python -m benchmarks run
@@ -44,8 +48,23 @@ lint: install ## ruff, clang-format and mypy; changes nothing
 	find csrc examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
-# For a GPU machine without network: no venv, no download. PYTHON must have torch, triton, numpy, pytest with xdist and timeout,
-# and where the extension is not brought along (gpu-wheel) pybind11, cmake and ninja.
+# For a GPU machine with CPython 3.12 and a Hopper GPU, made on a machine without one, and without torch: the extension and the
+# checks of the GPU's primitives, in place. The tools of the build have a venv of their own.
+TOOLS := .venv-gpu
+GPU_TREE = build/cmake-$(shell $(TOOLS)/bin/python -c 'import sys, sysconfig; print(sysconfig.get_platform(), sys.implementation.cache_tag, sep="-")')
+$(TOOLS)/.installed: pyproject.toml
+	$(NEEDS_PYTHON312)
+	"$(GPU_PYTHON)" -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.24"
+	touch $@
+gpu-wheel: $(TOOLS)/.installed ## build in place for a GPU machine, without a GPU: the extension and its checks for CPython 3.12 and sm_90a
+	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=90a-real $(TOOLS)/bin/python setup.py --quiet build_ext --inplace
+	$(TOOLS)/bin/cmake --build $(GPU_TREE) --target _checks
+	@for made in dnc_kernels/_C.cpython-312-*.so build/gpu/_checks.cpython-312-*.so; do \
+		echo "$$made: $$(($$(stat -c %s $$made) / 1024)) KiB, CPython 3.12, sm_90a"; done
+
+# On the GPU machine: no network, no venv, no download. PYTHON must have torch, triton, numpy, pytest with xdist and timeout, and where
+# the extension is not brought along pybind11, cmake and ninja.
 gpu-build:
 	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=native $(PYTHON) setup.py --quiet build_ext --inplace
 
@@ -55,6 +74,6 @@ gpu-run: $(if $(DRY),install) ## make the most of MINUTES on a GPU: PHASE=works|
 	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_run $(PHASE) --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DRY),--dry) $(if $(PLANT),--plant)
 
 clean: ## remove builds, caches and venvs
-	rm -rf build dist *.egg-info $(VENV) $(GPU_VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out gpu-out
+	rm -rf build dist *.egg-info $(VENV) $(GPU_VENV) $(TOOLS) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out gpu-out
 	find dnc_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	rm -f dnc_kernels/_C*.so

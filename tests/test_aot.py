@@ -2,6 +2,7 @@
 
 import json
 import re
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,3 +208,30 @@ def test_rows_are_printed_beside_tritons(rows, capsys):
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert found and {(r["backend"], r["arch"]) for r in found} == {("cuda", "sm_80")}
     assert found[0].keys() == {*aot.Row.__dataclass_fields__, "faults"}
+
+
+#: What the checks of a file are to have on a GPU, as the beginnings of instructions.
+PRIMITIVES = {
+    "warps": ("SHFL.BFLY", "VOTE", "MATCH", "REDUX", "LDSM.16.M88", "LDSM.16.MT88", "HMMA", "LDGSTS", "BAR.SYNC"),
+    "blocks": ("ATOMG.E.ADD.STRONG.GPU", "REDG.E.ADD.F32x4", "MEMBAR.ALL.GPU"),
+    "hopper": ("HGMMA.64x80x16", "HGMMA.64x64x16", "UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMALDG.3D", "SYNCS.ARRIVE"),
+    "rings": ("HGMMA.64x80x16", "HGMMA.64x64x16", "UTMALDG.2D", "SYNCS", "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC",
+              "FENCE.VIEW.ASYNC"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_checks_of_primitives_compile_to_the_instructions_they_are_for(name, tmp_path):
+    pybind11 = pytest.importorskip("pybind11")
+    if aot_cuda.shutil.which("nvcc") is None or aot_cuda.missing():
+        pytest.skip("needs nvcc and cuobjdump")
+    checks, file = ROOT / "csrc" / "tests" / "cuda_on_cpu", tmp_path / "checks.cubin"
+    folders = [checks, ROOT / "csrc/include", ROOT / "csrc/cuda", pybind11.get_include(), sysconfig.get_path("include")]
+    aot_cuda._run("nvcc", "-std=c++20", "-O3", "-DDNC_WITH_CUDA", *(f"-I{folder}" for folder in folders),
+                  "-arch=sm_90a", "-cubin", str(checks / f"checks_{name}.cu"), "-o", str(file))  # fmt: skip
+    code = aot_cuda._run(aot_cuda._cuobjdump(), "--dump-sass", str(file))
+    missing = [i for i in PRIMITIVES[name] if not re.search(rf"\*/ +(@!?U?P\w+ )?{re.escape(i)}", code)]
+    assert missing == [] and not re.search(r"\*/ +(@!?U?P\w+ )?(LDL|STL)", code)
+    kernels = re.split(r"^\s*Function : ", code, flags=re.MULTILINE)[1:]
+    assert [aot_cuda.fences_between_products(kernel) for kernel in kernels] == [0] * len(kernels)

@@ -231,15 +231,50 @@ def setup(monkeypatch):
     return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
 
 
-def test_jobs_are_bounded_by_cores_and_memory(setup, monkeypatch):
+def machine(monkeypatch, *, cores, total, free, **files):
+    """A machine of this memory, in bytes, with the control groups whose files are given."""
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(total / 4096), "SC_AVPHYS_PAGES": int(free / 4096)}
     monkeypatch.delenv("DNC_KERNELS_JOBS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": int(6.1e9 / 4096)}.__getitem__)
-    assert setup._jobs() == 4
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": int(1e8 / 4096)}.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+
+    def read(path, *_, **__):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+
+
+def test_jobs_are_bounded_by_cores_and_memory(setup, monkeypatch):
+    machine(monkeypatch, cores=64, total=6.1e9, free=6e9)
+    assert setup._jobs() == 8
+    machine(monkeypatch, cores=64, total=1e8, free=1e8)
     assert setup._jobs() == 1
     monkeypatch.setenv("DNC_KERNELS_JOBS", "7")
     assert setup._jobs() == 7
+
+
+def test_memory_that_is_not_free_yet_makes_no_build_serial(setup, monkeypatch):
+    machine(monkeypatch, cores=16, total=128e9, free=0.9e9)
+    assert setup._jobs() == 16
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"/proc/self/cgroup": "0::/", "/sys/fs/cgroup/memory.max": "3000000000\n"},  # a container
+        {
+            "/proc/self/cgroup": "0::/a.slice/b\n", "/sys/fs/cgroup/a.slice/memory.max": "3000000000\n",
+            "/sys/fs/cgroup/a.slice/b/memory.max": "max\n",
+        },
+        {"/proc/self/cgroup": "5:cpu:/x\n4:memory:/y\n", "/sys/fs/cgroup/memory/y/memory.limit_in_bytes": "3000000000\n"},
+    ],
+    ids=["container", "slice", "version 1"],
+)  # fmt: skip
+def test_jobs_fit_the_memory_of_a_control_group(setup, monkeypatch, files):
+    machine(monkeypatch, cores=16, total=128e9, free=100e9, **files)
+    assert setup._jobs() == 4
 
 
 def test_modes(setup, monkeypatch):

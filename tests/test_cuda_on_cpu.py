@@ -1,13 +1,20 @@
-"""The harness of the CUDA tests: its twins of GPU instructions against plain loops, and that it notices mistakes.
+"""The harness of the CUDA tests: its twins of GPU instructions against plain loops, and that it notices mistakes."""
 
-The expected layouts are those of the PTX ISA: tables of mma.m16n8k16, ldmatrix and wgmma fragments, the 128-byte swizzle.
-"""
+import json
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from cuda_on_cpu import ORDERS, load
+import torch
+from cuda_on_cpu import ORDERS, ROOT, load
 
-LANES = np.arange(32)
+from benchmarks import primitives
+from dnc_kernels import backends
+from dnc_kernels.ops._common import pixel_map
+from dnc_kernels.ops.similarity import reference
 
 
 @pytest.fixture(params=ORDERS)
@@ -17,129 +24,54 @@ def checks(request):
     return module
 
 
-def bf16(*shape):
-    """Random values that 16 bits hold exactly, and their bits."""
-    value = np.random.default_rng(shape[0]).integers(-8, 9, shape).astype(np.float32) / 4
-    return value, (value.view(np.uint32) >> 16).astype(np.uint16)
+@pytest.mark.parametrize("name", primitives.CHECKS)
+def test_primitive(checks, name):
+    """As `python -m benchmarks.primitives` checks it on a GPU."""
+    primitives.CHECKS[name](checks, True)
 
 
-def words(*shape):
-    return np.random.default_rng(1).integers(0, 2**16, shape).astype(np.uint16)
+def test_a_wrong_element_is_named():
+    expected = np.arange(6).reshape(2, 3)
+    actual = expected.copy()
+    actual[1, 1:] = 9
+    primitives.same(expected, expected)
+    with pytest.raises(AssertionError, match=r"^row \[1, 1\] is 9, not 4; 2 of 6 wrong$"):
+        primitives.same(actual, expected, "row ")
+    with pytest.raises(AssertionError, match=r"has shape \(3,\), not \(2, 3\)"):
+        primitives.same(np.arange(3), expected)
 
 
-@pytest.mark.parametrize("width", [4, 8, 32])
-def test_shuffles_and_votes(checks, width):
-    value, segment = 100 + LANES, LANES // width * width
-    xor, up, down = LANES ^ width, LANES - 3, LANES + 3
-    expected = [
-        value[(LANES * 7 + 3) % 32],
-        value[segment + LANES % 3 % width],
-        value[LANES ^ 5],
-        value[np.where(xor < segment + width, xor, LANES) % 32],
-        value[np.where(up >= segment, up, LANES)],
-        value[np.where(down < segment + width, down, LANES) % 32],
-        np.full(32, sum(1 << lane for lane in range(0, 32, 3))),
-        np.ones(32),
-        np.zeros(32),
-        [sum(1 << other for other in range(32) if other // 5 == lane // 5) for lane in range(32)],
-        np.full(32, 496),
-        np.full(32, (LANES * 5 % 31).max()),
-        np.where(LANES < 16, LANES[:16].sum(), LANES[16:].sum()),
-    ]
-    for row, (actual, wanted) in enumerate(zip(checks.shuffles(width), expected, strict=True)):
-        assert np.array_equal(actual.view(np.uint32), np.asarray(wanted, dtype=np.int64).astype(np.uint32)), row
+def test_a_primitive_that_hangs_or_crashes_stops_no_other():
+    def python(code):
+        return [sys.executable, "-c", code]
+
+    commands = {
+        "hangs": python("import time; time.sleep(60)"),
+        "crashes": python("import os; os.abort()"),
+        "ends": python("raise SystemExit('no device')"),
+        "wrong": python("print('a line'); print('[\"wrong\", \"[0] is 1, not 2\"]')"),
+        "right": python('print(\'["ok", ""]\')'),
+    }
+    lines = list(primitives.run(commands, timeout_s=10, jobs=2))
+    assert [line["primitive"] for line in lines][-1] == "hangs" and len(lines) == len(commands)
+    found = {line["primitive"]: (line["status"], line["detail"]) for line in lines}
+    assert found["hangs"] == ("hang", "stopped after 10 s") and found["right"] == ("ok", "")
+    assert found["crashes"] == ("failed", "SIGABRT") and found["ends"] == ("failed", "exit status 1 no device")
+    assert found["wrong"] == ("wrong", "[0] is 1, not 2")
 
 
-def test_ldmatrix(checks):
-    matrices = words(4, 8, 8)
-    plain, transposed = checks.ldmatrix(matrices.reshape(32, 8))
-    for lane in range(32):
-        row, column = lane // 4, lane % 4 * 2
-        for j, m in enumerate(matrices.astype(int)):
-            assert plain[lane, j] == m[row, column] | m[row, column + 1] << 16
-            assert transposed[lane, j] == m[column, row] | m[column + 1, row] << 16
+def test_primitives_are_checked_on_the_host(capsys):
+    load("_checks")
+    assert primitives.main(["--host", "--only", "ldmatrix", "--only", "vector_red"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {(line["primitive"], line["status"]) for line in lines} == {("ldmatrix", "ok"), ("vector_red", "ok")}
+    assert all(line.keys() == {"primitive", "status", "seconds", "detail"} for line in lines)
 
 
-def test_mma(checks):
-    (a, a_bits), (b, b_bits) = bf16(16, 16), bf16(16, 8)
-    c = np.random.default_rng(2).integers(-9, 9, (16, 8)).astype(np.float32)
-    assert np.array_equal(checks.mma_bf16(a_bits, b_bits, c.copy()), a @ b + c)
-    halves = a.astype(np.float16).view(np.uint16), b.astype(np.float16).view(np.uint16)
-    assert np.array_equal(checks.mma_f16(*halves, c.copy()), a @ b + c)
-
-
-def test_cp_async_groups_arrive_when_waited_for(checks):
-    source = np.arange(1, 13, dtype=np.uint32).reshape(3, 4)
-    nothing = np.full(4, 0xCBCBCBCB)  # what the harness fills shared memory with
-    wanted = [source[0], source[1], np.zeros(4)]
-    for arrived, stage in enumerate(checks.copies(source)):
-        for group in range(3):
-            assert np.array_equal(stage[group], wanted[group] if group < arrived else nothing)
-
-
-def test_named_barriers(checks):
-    expected = []
-    for pair in range(3):
-        v = 64 * pair + np.arange(64)
-        for _ in range(pair + 1):
-            v = v[(np.arange(64) + 33) % 64] + 1
-        expected.append(v)
-    assert np.array_equal(checks.named_barriers().reshape(3, 64), expected)
-
-
-def test_phases_of_a_ring(checks):
-    assert np.array_equal(checks.ring(9), np.repeat(1000 + np.arange(9), 64).reshape(9, 64))
-
-
-def padded_box(array, column, row, rows=16):
-    """[rows, 64] from (column, row), zeros outside."""
-    box = np.zeros((rows, 64), np.uint16)
-    for r in range(rows):
-        for c in range(64):
-            if 0 <= row + r < array.shape[0] and 0 <= column + c < array.shape[1]:
-                box[r, c] = array[row + r, column + c]
-    return box
-
-
-def swizzled(box):
-    """As the 128-byte swizzle lays out rows of 128 bytes: 16-byte chunk c of row r at c ^ r % 8."""
-    memory = np.empty_like(box)
-    for r in range(len(box)):
-        for chunk in range(8):
-            at = chunk ^ (r % 8)
-            memory[r, 8 * at : 8 * at + 8] = box[r, 8 * chunk : 8 * chunk + 8]
-    return memory
-
-
-@pytest.mark.parametrize(("column", "row"), [(0, 0), (64, 16), (40, 20), (-8, -3)])
-def test_box_of_a_tensor_map(checks, column, row):
-    array = words(30, 80)
-    assert np.array_equal(checks.box(array, column, row, 0), swizzled(padded_box(array, column, row)))
-    planes = words(3, 30, 80)
-    for plane in range(4):  # the last one is not there
-        box = padded_box(planes[plane], column, row) if plane < 3 else np.zeros((16, 64), np.uint16)
-        assert np.array_equal(checks.box(planes, column, row, plane), swizzled(box))
-
-
-def test_multicast_within_each_cluster(checks):
-    array = words(16, 64)
-    expected = np.concatenate([swizzled(array[:8]), swizzled(array[8:])])
-    for block in checks.multicast(array):
-        assert np.array_equal(block, expected)
-
-
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_wgmma_of_two_tiles(checks, accumulate):
-    (a, a_bits), (b, b_bits) = bf16(64, 64), bf16(80, 64)
-    d = np.random.default_rng(3).integers(-9, 9, (64, 80)).astype(np.float32)
-    expected = a @ b.T + (d if accumulate else 0)
-    assert np.array_equal(checks.wgmma_80(a_bits, b_bits, accumulate, d.copy()), expected)
-    assert np.array_equal(checks.wgmma_columns_80(a_bits.T.copy(), b_bits, accumulate, d.copy()), expected)
-
-
-def test_wgmma_from_registers(checks):
-    (a, a_bits), (b, b_bits) = bf16(64, 64), bf16(65, 64)
-    assert np.array_equal(checks.wgmma_transposed_64(a_bits, b_bits[1:].copy()), a @ b[1:])
+def test_primitives_that_are_not_built_say_how(monkeypatch, tmp_path):
+    monkeypatch.setattr(primitives, "FOLDERS", {False: tmp_path, True: tmp_path})
+    status, detail = primitives.run_here("ldmatrix", host=False)
+    assert status == "failed" and "make gpu-wheel" in detail
 
 
 # mistakes; those that only AddressSanitizer sees are in test_cuda_sanitized.py
@@ -158,6 +90,95 @@ def test_wgmma_from_registers(checks):
 def test_a_wait_that_never_ends_is_reported(checks, fault, text):
     with pytest.raises(RuntimeError, match=f"deadlock: thread [0-9]+ .*{text}"):
         getattr(checks, fault)()
+
+
+def test_a_kernel_that_has_no_code_fails(checks):
+    with pytest.raises(RuntimeError, match=r"trap: thread [0-9]+ of block [01]"):
+        checks.trap()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cuda").glob("*.*")), ids=lambda path: path.name)
+def test_a_body_that_is_compiled_out_leaves_a_trap(path):
+    """Compiled for another architecture, a kernel that were empty would leave garbage without an error."""
+    for guard, body in re.findall(r"^#if (DNC_\w+)\n(.*?)^#endif", path.read_text(), re.MULTILINE | re.DOTALL):
+        assert body.endswith("#else\n  trap();\n"), guard
+
+
+WITHOUT_TRITON = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hides(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "triton" else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hides
+import torch
+from cuda_on_cpu import DEVICE, host_kernels
+from dnc_kernels import _selftest, backends, ops
+from contextlib import nullcontext
+
+data = _selftest.data()
+data.x, data.centroids = data.x[:, :32], data.centroids[..., :32].contiguous()  # channels come in groups of 8
+with nullcontext() if DEVICE == "cuda" else host_kernels():
+    for op, kernels in backends.KERNELS.items():
+        if "cuda" not in kernels:
+            continue
+        dtype = torch.float32 if torch.float32 in kernels["cuda"].dtypes else torch.bfloat16
+        with backends.use_backend("cuda"):
+            actual = _selftest.CASES[op](data.to(dtype, DEVICE))
+        with backends.use_backend("reference"):
+            expected = _selftest.CASES[op](data.to(dtype, DEVICE))
+        actual, expected = ([t.float() if t.is_floating_point() else t for t in side] for side in (actual, expected))
+        print(op, _selftest.worst_error(actual, expected))
+    x, p = (t.bfloat16().to(DEVICE).requires_grad_() for t in (data.x, data.centroids))
+    for metric in ("dot", "cosine", "sqeuclidean"):
+        grads = []
+        for backend in ("cuda", "reference"):
+            scores, _, own = ops.class_scores(x, p, data.labels.to(DEVICE), metric=metric, backend=backend)
+            torch.manual_seed(0)
+            loss = (scores * torch.randn_like(scores)).sum() + (own * torch.randn_like(own)).sum()
+            grads.append([g.float() for g in torch.autograd.grad(loss, (x, p))])
+        print(metric, _selftest.worst_error(*grads))
+    try:
+        ops.centroid_cross_entropy(x, p, data.labels.to(DEVICE), backend="cuda")[0].backward()
+    except RuntimeError as error:
+        print("refused", "Triton, which is not installed" in str(error))
+assert "triton" not in sys.modules
+"""
+
+
+def test_every_op_with_a_cuda_kernel_runs_without_triton():
+    load("_cuda_on_cpu")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert found.pop("refused") == "True"
+    metrics = {"dot", "cosine", "sqeuclidean"}
+    assert found.keys() == {op for op, kernels in backends.KERNELS.items() if "cuda" in kernels} | metrics
+    assert all(float(error) < 2**-6 for error in found.values()), found  # some were rounded to 16 bits
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine", "sqeuclidean"])
+@pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
+def test_dense_products_give_the_gradients_of_class_scores(metric, planes):
+    """What stands in for Triton's kernel, in float64 against autograd; more pixels than it takes at a time."""
+    x = torch.randn(2, 6, 50, 45, dtype=torch.float64) if planes else torch.randn(4500, 6, dtype=torch.float64)
+    p, labels = torch.randn(4, 3, 6, dtype=torch.float64), torch.randint(-1, 5, (4500,))
+    leaves = x.requires_grad_(), p.requires_grad_()
+    scores, winner, own = reference.class_scores(*leaves, labels, metric)
+    grad_scores, grad_own = torch.randn_like(scores), torch.randn_like(own)
+    expected = torch.autograd.grad((scores * grad_scores).sum() + (own * grad_own).sum(), leaves)
+    before = torch.randn_like(x)
+    grad_x, grad_p = before.clone(), torch.empty_like(p)
+    with torch.no_grad():
+        reference.class_scores_backward(
+            x, p, labels, metric, pixel_map(x, winner), pixel_map(x, grad_scores), grad_own, grad_x, True, grad_p
+        )
+    torch.testing.assert_close(grad_x - before, expected[0])
+    torch.testing.assert_close(grad_p, expected[1])
 
 
 def test_a_missing_barrier_changes_the_result_in_some_order():

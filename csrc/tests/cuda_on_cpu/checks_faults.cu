@@ -69,6 +69,8 @@ __global__ void early_read_kernel(const int* in, int* out) {
   out[0] = s.value[0];
   copy_async_wait<0>();
 }
+// A kernel without a body, as where an architecture has no code for one.
+__global__ void trap_kernel() { trap(); }
 
 }  // namespace
 
@@ -108,6 +110,7 @@ void bind_faults(py::module_& m) {
     int out;
     check(launch(Grid{1, 64, nullptr}, mixed_barrier_kernel, &out));
   });
+  m.def("trap", [] { check(launch(Grid{2, 32, nullptr}, trap_kernel)); });
   m.def("early_read", [] {
     alignas(16) const int in[4] = {7, 7, 7, 7};
     int out;

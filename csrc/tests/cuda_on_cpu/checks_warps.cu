@@ -1,4 +1,4 @@
-// Kernels that try the twins of warp primitives: shuffles and votes, ldmatrix, mma.sync, cp.async, named barriers. The layouts
+// Kernels that try the primitives of warps: shuffles and votes, ldmatrix, mma.sync, cp.async, named barriers. The layouts
 // are written out here once more, from the tables of the PTX ISA, element by element.
 #include "checks.h"
 
@@ -70,7 +70,9 @@ struct Copies {
 // not valid and brings zeros.
 __global__ void copy_kernel(const uint32_t* in, uint32_t* out) {
   Copies& s = *shared_memory<Copies>();
-  const auto put = [&](int row) { std::memcpy(out + 12 * row, s.word, sizeof s.word); };
+  const auto put = [&](int row) {
+    for (int i = 0; i < 12; i++) out[12 * row + i] = reinterpret_cast<const volatile uint32_t*>(s.word)[i];
+  };
   for (int g = 0; g < 3; g++) {
     copy16_async(s.word[g], in + 4 * g, g < 2 ? 16 : 0);
     copy_async_commit();
@@ -102,9 +104,10 @@ __global__ void named_barrier_kernel(int* out) {
 }
 
 template <class T>
-Array<float> mma(Array<uint16_t> a, Array<uint16_t> b, Array<float> c) {
-  check(launch(Grid{1, 32, nullptr}, mma_kernel<T>, reinterpret_cast<const T*>(a.data()), reinterpret_cast<const T*>(b.data()),
-               c.mutable_data()));
+Array<float> mma(const Array<uint16_t>& a, const Array<uint16_t>& b, Array<float> c) {
+  Device d;
+  d.finish(launch(Grid{1, 32, nullptr}, mma_kernel<T>, reinterpret_cast<const T*>(d.in(a)), reinterpret_cast<const T*>(d.in(b)),
+                  d.out(c)));
   return c;
 }
 
@@ -112,25 +115,29 @@ Array<float> mma(Array<uint16_t> a, Array<uint16_t> b, Array<float> c) {
 
 void bind_warps(py::module_& m) {
   m.def("shuffles", [](int width) {
-    Array<int> out({13, 32});
-    check(launch(Grid{1, 32, nullptr}, shuffle_kernel, out.mutable_data(), width));
+    auto out = unwritten<int>({13, 32});
+    Device d;
+    d.finish(launch(Grid{1, 32, nullptr}, shuffle_kernel, d.out(out), width));
     return out;
   });
-  m.def("ldmatrix", [](Array<uint16_t> in) {
-    Array<uint32_t> out({2, 32, 4});
-    check(launch(Grid{1, 32, nullptr, sizeof(Matrices)}, ldmatrix_kernel, in.data(), out.mutable_data()));
+  m.def("ldmatrix", [](const Array<uint16_t>& in) {
+    auto out = unwritten<uint32_t>({2, 32, 4});
+    Device d;
+    d.finish(launch(Grid{1, 32, nullptr, sizeof(Matrices)}, ldmatrix_kernel, d.in(in), d.out(out)));
     return out;
   });
   m.def("mma_bf16", mma<BFloat16>);
   m.def("mma_f16", mma<Float16>);
-  m.def("copies", [](Array<uint32_t> in) {
-    Array<uint32_t> out({4, 3, 4});
-    check(launch(Grid{1, 1, nullptr, sizeof(Copies)}, copy_kernel, in.data(), out.mutable_data()));
+  m.def("copies", [](const Array<uint32_t>& in) {
+    auto out = unwritten<uint32_t>({4, 3, 4});
+    Device d;
+    d.finish(launch(Grid{1, 1, nullptr, sizeof(Copies)}, copy_kernel, d.in(in), d.out(out)));
     return out;
   });
   m.def("named_barriers", [] {
-    Array<int> out(192);
-    check(launch(Grid{1, 192, nullptr, sizeof(Named)}, named_barrier_kernel, out.mutable_data()));
+    auto out = unwritten<int>({192});
+    Device d;
+    d.finish(launch(Grid{1, 192, nullptr, sizeof(Named)}, named_barrier_kernel, d.out(out)));
     return out;
   });
 }

@@ -44,23 +44,8 @@ def _distance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Dense products, as torch would; only the winning ops have sparse gradients."""
     x, centroids = ctx.saved_tensors
     pixels, rows = flat_pixels(x).to(grad.dtype), centroids.to(grad.dtype).flatten(0, 1)
-    grad = grad.flatten(1)
-    grad_x = grad_rows = None
-    if ctx.metric == "cosine":
-        length_x = pixels.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        length_p = rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        unit_x, unit_p = pixels / length_x, rows / length_p
-        if ctx.needs_input_grad[0]:
-            u = -(grad @ unit_p)
-            grad_x = (u - unit_x * (unit_x * u).sum(1, keepdim=True)) / length_x
-        if ctx.needs_input_grad[1]:
-            u = -(grad.T @ unit_x)
-            grad_rows = (u - unit_p * (unit_p * u).sum(1, keepdim=True)) / length_p
-    else:
-        if ctx.needs_input_grad[0]:
-            grad_x = 2 * (pixels * grad.sum(1, keepdim=True) - grad @ rows)
-        if ctx.needs_input_grad[1]:
-            grad_rows = 2 * (rows * grad.sum(0)[:, None] - grad.T @ pixels)
+    # a distance is minus a similarity, or 1 minus it
+    grad_x, grad_rows = reference.similarity_backward(pixels, rows, -grad.flatten(1), ctx.metric, *ctx.needs_input_grad[:2])
     if grad_x is not None:
         if x.ndim == 4:
             grad_x = grad_x.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)

@@ -137,5 +137,72 @@ def add_own_gradient_(grad: Tensor, centroids: Tensor, labels: Tensor, grad_own:
     grad += pixel_map(grad, torch.where((labels >= 0)[:, None], rows, 0))
 
 
+def similarity_backward(
+    pixels: Tensor, rows: Tensor, grad: Tensor, metric: str, to_pixels: bool, to_rows: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of pixels [N,D] and sub-centroids [M,D] for that of their similarities [N,M], where wanted. No autograd."""
+    grad_pixels = grad_rows = None
+    if metric == "cosine":
+        length_x, length_p = (t.norm(dim=1, keepdim=True).clamp_min(1e-12) for t in (pixels, rows))
+        unit_x, unit_p = pixels / length_x, rows / length_p
+        if to_pixels:
+            u = grad @ unit_p
+            grad_pixels = (u - unit_x * (unit_x * u).sum(1, keepdim=True)) / length_x
+        if to_rows:
+            u = grad.T @ unit_x
+            grad_rows = (u - unit_p * (unit_p * u).sum(1, keepdim=True)) / length_p
+        return grad_pixels, grad_rows
+    if to_pixels:
+        grad_pixels = grad @ rows
+    if to_rows:
+        grad_rows = grad.T @ pixels
+    if metric == "sqeuclidean":
+        if grad_pixels is not None:
+            grad_pixels = 2 * (grad_pixels - pixels * grad.sum(1, keepdim=True))
+        if grad_rows is not None:
+            grad_rows = 2 * (grad_rows - rows * grad.sum(0)[:, None])
+    return grad_pixels, grad_rows
+
+
+def class_scores_backward(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor | None,
+    metric: str,
+    winner: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_own: Tensor | None,
+    grad_x: Tensor | None,
+    accumulate: bool,
+    grad_centroids: Tensor | None,
+) -> None:
+    """What the launchers of that name do, by dense products over 4096 pixels at a time. No autograd."""
+    (classes, k, _), dtype = centroids.shape, compute_dtype(x, centroids)
+    rows, pixels = centroids.to(dtype).flatten(0, 1), flat_pixels(x)
+    to_pixels = None if grad_x is None else pixels.new_empty(pixels.shape, dtype=dtype)
+    to_rows = torch.zeros_like(rows)
+    for first in range(0, len(pixels), 4096):
+        band = slice(first, first + 4096)
+        some = pixels[band].to(dtype)
+        grad = some.new_zeros(len(some), classes, k)
+        if grad_scores is not None and winner is not None:
+            grad.scatter_(2, flat_pixels(winner)[band].long()[..., None], flat_pixels(grad_scores)[band].to(dtype)[..., None])
+        if grad_own is not None and labels is not None:
+            y = labels[band]
+            kept = (y >= 0) & (y < classes)
+            own = torch.where(kept[:, None], grad_own[band].to(dtype), 0)
+            grad.scatter_add_(1, torch.where(kept, y, 0)[:, None, None].expand(-1, 1, k), own[:, None])
+        made = similarity_backward(some, rows, grad.flatten(1), metric, grad_x is not None, grad_centroids is not None)
+        if to_pixels is not None and made[0] is not None:
+            to_pixels[band] = made[0]
+        if made[1] is not None:
+            to_rows += made[1]
+    if grad_x is not None and to_pixels is not None:
+        total = pixel_map(x, to_pixels)
+        grad_x.copy_(total + grad_x if accumulate else total)
+    if grad_centroids is not None:
+        grad_centroids.copy_(to_rows.view_as(centroids))
+
+
 def _finite(scores: Tensor) -> Tensor:
     return scores.detach().isfinite().all(1)
