@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,18 +22,23 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
 FAMILIES = ("similarity", "sinkhorn", "momentum", "embedding", "upsample")
-#: Architecture -> shared memory a block may have, in bytes (CUDA C++ programming guide, compute capabilities).
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+#: Architectures that code and configurations are shipped for.
+ARCHS = (80, 90, 100)
+#: Architecture -> shared memory a block may have, in bytes (CUDA C++ programming guide, compute capabilities). 8.9 is as 8.6.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+#: Columns of tensor memory a block may have (PTX ISA, tcgen05.alloc).
+TENSOR_MEMORY = 512
 #: Instructions worth knowing about, as a line of PTX begins.
 FEATURES = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async", "mbarrier", "redux", "atom", "red", "ld.local", "st.local")
 #: What multiplies matrices of 16 bits on an architecture, at its full rate.
-TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 #: Triton kernels of products: they must use the tensor cores.
 PRODUCTS = re.compile(
     r"^_?(class_scores|scores_gradient|centroid_(gradient|loss|distance)|nearest_centroid|subcentroid_\w+)_kernel$"
@@ -99,14 +105,22 @@ def compiling(arch: int, found: Callable[[Any, Any], None]) -> Iterator[None]:
     from dnc_kernels.ops import _triton
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found(kernel, kernel.warmup(*arguments, grid=grid, **options))
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        columns = getattr(compiled.metadata, "tmem_size", None) or 0
+        if columns > TENSOR_MEMORY:  # Triton would not load it
+            raise RuntimeError(
+                f"{kernel.fn.__name__} needs {columns} columns of tensor memory; a block may have {TENSOR_MEMORY}"
+            )
+        found(kernel, compiled)
 
     driver.set_active(_Driver(arch))
-    _triton._recorder, _triton._kind = record, f"sm_{arch}"
+    _triton._recorder, _triton._kind = record, _triton.architecture(divmod(arch, 10))
+    _triton._kind_shared = SHARED_LIMIT[arch]
     try:
         yield
     finally:
         _triton._recorder = _triton._kind = None
+        _triton._kind_shared = math.inf
 
 
 @contextmanager
@@ -143,6 +157,16 @@ def cases(family: str) -> dict[str, Case]:
     return import_module(f".triton_{family}", __package__).CASES
 
 
+def row_of(op: str, kernel: str, config: dict[str, Any], when: dict[str, Any], arch: int, compiled: Any) -> Row:
+    """What a kernel compiled to."""
+    registers, spills = resources(compiled)
+    return Row(
+        op=op, kernel=kernel, config=config, when=when, arch=f"sm_{arch}", registers=registers, spills=spills,
+        shared_bytes=compiled.metadata.shared, threads=32 * compiled.metadata.num_warps,
+        ptx_features=features(compiled.asm["ptx"]),
+    )  # fmt: skip
+
+
 def compile_one(family: str, kernel: str, arch: int, when: dict[str, int], use: dict[str, Any]) -> list[Row]:
     """Rows of every kernel that the launcher of `kernel` launches; the first is `kernel` itself."""
     from dnc_kernels.ops import _triton
@@ -150,21 +174,14 @@ def compile_one(family: str, kernel: str, arch: int, when: dict[str, int], use: 
     rows: list[Row] = []
 
     def found(jit: Any, compiled: Any) -> None:
-        registers, spills = resources(compiled)
-        rows.append(
-            Row(
-                op=f"{family}.{kernel}", kernel=jit.fn.__name__, config=use, when=when, arch=f"sm_{arch}", registers=registers,
-                spills=spills, shared_bytes=compiled.metadata.shared, threads=32 * compiled.metadata.num_warps,
-                ptx_features=features(compiled.asm["ptx"]),
-            )
-        )  # fmt: skip
+        rows.append(row_of(f"{family}.{kernel}", jit.fn.__name__, use, when, arch, compiled))
 
     with product_precision(when), _triton.configured(kernel, **use), compiling(arch, found):
         cases(family)[kernel].prepare(torch.device("meta"), when)()
     return rows
 
 
-def jobs(families: Sequence[str] = FAMILIES, archs: Sequence[int] = tuple(SHARED_LIMIT)) -> list[tuple[Any, ...]]:
+def jobs(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS) -> list[tuple[Any, ...]]:
     """Arguments of `compile_one` for every shipped configuration."""
     from dnc_kernels.ops import _triton
 
@@ -233,25 +250,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", action="append", choices=("triton", "cuda"), help="both; may be repeated")
     parser.add_argument("--arch", action="append", type=int, choices=list(SHARED_LIMIT), help="all; may be repeated")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
+    parser.add_argument("--sweep", action="store_true", help="Triton kernels at shapes between those of the configurations")
+    parser.add_argument("--every", type=int, default=1, help="every so many of the sweep's calls (1); known faults always")
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", ""):
         print("TRITON_INTERPRET is ignored: the interpreter compiles nothing", file=sys.stderr)
-    failed = 0
-    for backend, rows_of in (("triton", _triton_rows), ("cuda", _cuda_rows)):
-        if options.backend and backend not in options.backend:
+    families, faults_of = options.family or FAMILIES, faults
+    if options.sweep:
+        from . import triton_sweep
+
+        faults_of = triton_sweep.faults
+        sources = [triton_sweep.rows(families, options.arch or tuple(SHARED_LIMIT), options.every)]
+    else:
+        archs = options.arch or ARCHS
+        sources = [
+            rows_of(families, archs, options.jobs)
+            for backend, rows_of in (("triton", _triton_rows), ("cuda", _cuda_rows))
+            if not options.backend or backend in options.backend
+        ]
+    compiled = failed = 0
+    for row in chain.from_iterable(sources):
+        wrong = faults_of(row)
+        compiled, failed = compiled + 1, failed + bool(wrong)
+        if options.json:
+            print(json.dumps({**asdict(row), "faults": wrong}), flush=True)
             continue
-        for row in rows_of(options.family or FAMILIES, options.arch or tuple(SHARED_LIMIT), options.jobs):
-            wrong = faults(row)
-            failed += bool(wrong)
-            if options.json:
-                print(json.dumps({**asdict(row), "faults": wrong}), flush=True)
-                continue
-            config = " ".join(f"{k}={v}" for k, v in row.config.items())
-            print(
-                f"{row.arch:6s} {row.kernel:28s} {row.registers:3d} registers, {row.spills} B spilled, "
-                f"{row.shared_bytes:6d} B shared, {' '.join(row.ptx_features)}; {row.when} {config} {'; '.join(wrong)}",
-                flush=True,
-            )
+        config = " ".join(f"{k}={v}" for k, v in row.config.items())
+        print(
+            f"{row.arch:6s} {row.kernel:28s} {row.registers:3d} registers, {row.spills} B spilled, "
+            f"{row.shared_bytes:6d} B shared, {' '.join(row.ptx_features)}; {row.when} {config} {'; '.join(wrong)}",
+            flush=True,
+        )
+    used = os.times()
+    seconds = used.user + used.system + used.children_user + used.children_system
+    print(f"{compiled} kernels, {failed} with a fault, {seconds:.0f} CPU seconds", file=sys.stderr)
     return int(failed > 0)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dnc_kernels import backends
 
-from .aot import FAMILIES, SHARED_LIMIT, Row
+from .aot import ARCHS, FAMILIES, Row
 from .prove import source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ def missing() -> str:
     return ""
 
 
-def is_current(families: Sequence[str] = FAMILIES, archs: Sequence[int] = tuple(SHARED_LIMIT)) -> bool:
+def is_current(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS) -> bool:
     """Whether the extension holds machine code of this source for all these architectures."""
     native = backends._native
     built = {int(re.sub(r"\D.*", "", arch)) for arch in (getattr(native, "cuda_archs", None) or "").split()}
@@ -53,7 +53,7 @@ def is_current(families: Sequence[str] = FAMILIES, archs: Sequence[int] = tuple(
     return built >= set(archs) and all(sources.get(family) == source(family) for family in families)
 
 
-def rows(families: Sequence[str] = FAMILIES, archs: Sequence[int] = tuple(SHARED_LIMIT), jobs: int = 2) -> list[Row]:
+def rows(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS, jobs: int = 2) -> list[Row]:
     """A row for every kernel of these families on these architectures."""
     with _binaries(families, archs, jobs) as files:
         found = [row for file in files for row in _rows_of(file)]

@@ -9,30 +9,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnc_kernels.ops._common import pixel_count
+
 from . import triton_contrast
 from .aot import Case
+from .triton_contrast import spread
 
 #: Pixels of a shape class: those of an ADE20K step with 1024^2 crops at stride 4.
 PIXELS = 131072
 
 
 def inputs(device: torch.device, when: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """X [N,D] near its class, centroids [C,K,D], labels [N], one pixel in ten without."""
+    """X [N,D] or [B,D,H,W] near its class, centroids [C,K,D], labels [N], one pixel in ten without."""
     dtype = torch.bfloat16 if when["bits"] == 16 else torch.float32
     classes, k, channels = when["C"], when["K"], when["D"]
-    pixels = max(4096, min(PIXELS, 2**33 // (classes * channels)))
+    pixels = max(8450, min(PIXELS, 2**33 // (classes * channels)))
     if device.type == "meta":
-        return (
-            torch.empty(pixels, channels, dtype=dtype, device=device),
+        x = torch.empty(pixels, channels, dtype=dtype, device=device)
+        centroids, labels = (
             torch.empty(classes, k, channels, device=device),
             torch.empty(pixels, dtype=torch.int64, device=device),
         )
-    generator = torch.Generator(device).manual_seed(0)
-    centroids = F.normalize(torch.randn(classes, k, channels, generator=generator, device=device), dim=2)
-    labels = torch.randint(0, classes, (pixels,), generator=generator, device=device)
-    x = centroids[labels, 0] + torch.randn(pixels, channels, generator=generator, device=device) / channels**0.5
-    labels[::10] = -100
-    return F.normalize(x, dim=1).to(dtype), centroids, labels
+    else:
+        generator = torch.Generator(device).manual_seed(0)
+        centroids = F.normalize(torch.randn(classes, k, channels, generator=generator, device=device), dim=2)
+        labels = torch.randint(0, classes, (pixels,), generator=generator, device=device)
+        x = centroids[labels, 0] + torch.randn(pixels, channels, generator=generator, device=device) / channels**0.5
+        labels[::10] = -100
+        x = F.normalize(x, dim=1).to(dtype)
+    x = spread(x, when)
+    return x, centroids, labels[: pixel_count(x)]
 
 
 def class_scores(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
@@ -40,8 +46,8 @@ def class_scores(device: torch.device, when: dict[str, int]) -> Callable[[], Non
     from dnc_kernels.ops.similarity import triton
 
     x, centroids, labels = inputs(device, when)
-    scores = x.new_empty((len(x), when["C"]), dtype=torch.float32)
-    winner, own = scores.to(torch.uint8), scores.new_empty((len(x), when["K"]))
+    scores = x.new_empty((x.shape[0], when["C"], *x.shape[2:]), dtype=torch.float32)
+    winner, own = scores.to(torch.uint8), scores.new_empty((len(labels), when["K"]))
     return lambda: triton.class_scores(x, centroids, labels, "dot", scores, winner, own)
 
 
@@ -49,7 +55,7 @@ def _gradient(device: torch.device, when: dict[str, int], *, to_x: bool) -> Call
     from dnc_kernels.ops.similarity import triton
 
     x, centroids, labels = inputs(device, when)
-    grad = x.new_empty((len(x), when["C"]), dtype=torch.float32)
+    grad = x.new_empty((x.shape[0], when["C"], *x.shape[2:]), dtype=torch.float32)
     winner = grad.to(torch.uint8)
     if device.type != "meta":
         grad.normal_()
@@ -77,7 +83,7 @@ def centroid_loss(device: torch.device, when: dict[str, int]) -> Callable[[], No
     gain = torch.ones(when["C"], device=device)
     shift = torch.zeros_like(gain)
     loss = gain.new_empty(())
-    prediction, own = torch.empty_like(labels), gain.new_empty((len(x), when["K"]))
+    prediction, own = torch.empty_like(labels), gain.new_empty((len(labels), when["K"]))
     grads = (torch.empty_like(x), None, torch.empty_like(gain), torch.empty_like(gain), None)
     return lambda: triton.centroid_cross_entropy(
         x, centroids, labels, gain, shift, None, None, "dot", 1e-5, 1.0, -100, 0.0, "sum", None, loss, prediction, own, *grads
@@ -102,12 +108,13 @@ CASES = {
     "class_scores": Case(
         class_scores,
         _candidates(
-            _TILE,
+            (*_TILE, "KEEP_D"),
             (
-                (128, 32, 2, 256, 8, 3), (128, 64, 1, 256, 8, 3), (128, 32, 4, 256, 8, 2), (64, 32, 2, 256, 4, 3),
-                (64, 32, 2, 512, 8, 2), (128, 32, 4, 64, 8, 4), (128, 64, 2, 64, 8, 3), (64, 32, 4, 64, 4, 4),
+                (128, 32, 2, 64, 256, 8, 3), (128, 64, 1, 64, 256, 8, 3), (128, 32, 4, 64, 256, 8, 2),
+                (64, 32, 2, 64, 256, 4, 3), (64, 32, 2, 64, 256, 8, 2), (64, 32, 2, 64, 512, 8, 2),
+                (128, 32, 4, 64, 0, 8, 4), (128, 64, 2, 64, 0, 8, 3), (64, 32, 4, 64, 0, 4, 4),
             ),
-            ((128, 32, 2, 32, 8, 3), (64, 32, 2, 32, 8, 3), (64, 32, 1, 32, 4, 3), (32, 32, 1, 32, 4, 2)),
+            ((128, 32, 2, 32, 0, 8, 3), (64, 32, 2, 32, 0, 8, 3), (64, 16, 4, 16, 0, 8, 2), (32, 32, 1, 32, 0, 4, 2)),
         ),
     ),
     "scores_gradient": Case(
@@ -116,9 +123,9 @@ CASES = {
             _TILE,
             (
                 (128, 32, 1, 256, 8, 3), (128, 32, 1, 128, 8, 3), (128, 64, 1, 128, 8, 3), (64, 32, 1, 256, 8, 3),
-                (64, 32, 1, 128, 4, 4), (64, 64, 1, 256, 8, 3),
+                (64, 32, 1, 128, 4, 4), (64, 64, 1, 256, 8, 3), (64, 32, 1, 64, 8, 2),
             ),
-            ((128, 32, 1, 128, 8, 2), (64, 32, 1, 128, 8, 2), (64, 32, 1, 64, 8, 3), (32, 32, 1, 64, 4, 2)),
+            ((128, 32, 1, 128, 8, 2), (64, 32, 1, 128, 8, 2), (64, 32, 1, 64, 8, 2), (64, 16, 1, 64, 8, 2)),
         ),
     ),
     "centroid_gradient": Case(
@@ -127,24 +134,24 @@ CASES = {
             _TILE,
             (
                 (64, 32, 4, 128, 8, 3), (64, 32, 4, 128, 8, 2), (64, 32, 2, 128, 4, 3), (128, 32, 2, 128, 8, 2),
-                (64, 32, 4, 256, 8, 2),
+                (64, 32, 4, 256, 8, 2), (64, 32, 2, 128, 8, 2), (32, 32, 2, 64, 8, 2),
             ),
-            ((32, 32, 2, 128, 8, 2), (32, 32, 2, 64, 8, 2), (32, 32, 1, 64, 4, 2)),
+            ((32, 32, 2, 128, 8, 2), (32, 32, 2, 64, 8, 2), (16, 32, 2, 64, 8, 2)),
         ),
     ),
     "centroid_loss": Case(
         centroid_loss,
         _candidates(
-            (*_TILE, "BLOCK_GRAD", "PROGRAMS"),
+            (*_TILE, "KEEP_D", "BLOCK_GRAD", "PROGRAMS"),
             (
-                (128, 32, 2, 256, 256, 1, 8, 3), (128, 32, 2, 256, 128, 1, 8, 3), (128, 32, 2, 256, 256, 1, 8, 2),
-                (64, 32, 2, 256, 256, 1, 8, 3), (64, 32, 2, 256, 128, 2, 4, 2), (128, 64, 1, 256, 128, 1, 8, 3),
-                (128, 32, 4, 64, 256, 1, 8, 3), (128, 32, 4, 64, 128, 1, 8, 4), (64, 32, 4, 64, 256, 2, 8, 3),
-                (64, 32, 2, 512, 256, 1, 8, 2),
+                (128, 32, 2, 64, 256, 256, 1, 8, 3), (128, 32, 2, 64, 256, 128, 1, 8, 3), (128, 32, 2, 64, 256, 256, 1, 8, 2),
+                (64, 32, 2, 64, 256, 256, 1, 8, 3), (64, 32, 2, 64, 256, 128, 2, 4, 2), (128, 64, 1, 64, 256, 128, 1, 8, 3),
+                (128, 32, 4, 64, 0, 256, 1, 8, 3), (128, 32, 4, 64, 0, 128, 1, 8, 4), (64, 32, 4, 64, 0, 256, 2, 8, 3),
+                (64, 32, 2, 64, 512, 256, 1, 8, 2), (64, 32, 1, 64, 256, 64, 1, 8, 2),
             ),
             (
-                (64, 32, 2, 32, 128, 1, 8, 2), (64, 32, 1, 32, 64, 2, 8, 2), (128, 32, 2, 32, 128, 1, 8, 2),
-                (32, 32, 1, 32, 64, 2, 4, 2),
+                (64, 32, 2, 32, 0, 128, 1, 8, 2), (64, 32, 2, 32, 0, 64, 1, 8, 2), (128, 32, 2, 32, 0, 128, 1, 8, 2),
+                (64, 16, 4, 16, 0, 64, 1, 8, 2), (32, 32, 1, 32, 0, 64, 2, 4, 2),
             ),
         ),
     ),

@@ -1,10 +1,12 @@
 """Triton beside the ops: configurations, choice of backend, the head's step, and every shipped kernel compiled for three GPUs."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,7 @@ def test_every_launcher_finds_its_own_configuration(family, kind, monkeypatch):
         return taken[-1][1]
 
     monkeypatch.setattr(_triton, "_nearest", look_up)
+    monkeypatch.setattr(_triton, "_chosen", _triton._chosen.__wrapped__)
     monkeypatch.setattr(_triton, "_recorder", lambda *arguments: None)
     monkeypatch.setattr(_triton, "_kind", kind)
     shapes = _triton.stored(family, kind if kind != "interpreter" else "sm_90")
@@ -136,13 +139,14 @@ def test_every_family_has_every_kind():
 
 def test_the_nearest_shape_class_is_taken(monkeypatch):
     entries = [
-        {"when": {"C": 19, "D": 256, "bits": 16}, "use": {"a": 1}},
-        {"when": {"C": 150, "D": 256, "bits": 16}, "use": {"a": 2}},
+        {"when": {"C": 19, "D": 256, "bits": 16, "even": 1}, "use": {"a": 1}},
+        {"when": {"C": 150, "D": 256, "bits": 16, "even": 1}, "use": {"a": 2}},
         {"when": {"C": 150, "D": 256, "bits": 32}, "use": {"a": 3}},
+        {"when": {"C": 150, "D": 256, "bits": 16, "even": 0}, "use": {"a": 4}},
     ]
     monkeypatch.setattr(_triton, "stored", lambda family, kind: {"some_kernel": entries} if kind == "interpreter" else {})
     monkeypatch.setattr(_triton, "_kind", "interpreter")
-    _triton._nearest.cache_clear()
+    _triton._chosen.cache_clear()
 
     def chosen(**shape):
         return _triton.configuration("x", "some_kernel", CPU, **shape)["a"]
@@ -150,12 +154,82 @@ def test_the_nearest_shape_class_is_taken(monkeypatch):
     assert chosen(C=21, D=256, bits=16) == 1
     assert chosen(C=171, D=512, bits=16) == 2
     assert chosen(C=19, D=256, bits=32) == 3
+    assert chosen(C=19, D=256, bits=16, even=1) == 1 and chosen(C=19, D=256, bits=16, even=0) == 4
+    assert chosen(C=150, D=256, bits=32, even=0) == 3, "a class that says nothing about it is for both"
     with _triton.configured("some_kernel", a=7):
         assert chosen(C=21, D=256, bits=16) == 7
     assert chosen(C=21, D=256, bits=16) == 1
     with pytest.raises(RuntimeError, match="other_kernel: no configuration for interpreter"):
         _triton.configuration("x", "other_kernel", CPU)
-    _triton._nearest.cache_clear()
+    _triton._chosen.cache_clear()
+
+
+TILE = {"BLOCK_N": 128, "BLOCK_D": 64, "KEEP_D": 256, "num_warps": 8, "num_stages": 3}
+
+
+def kept_or_read(use, shape):
+    """Bytes of a product like those of similarity: x kept while its channels fit, else read with 64 rows of the other side."""
+    if shape["D"] <= use["KEEP_D"]:
+        return 2 * shape["D"] * (use["BLOCK_N"] + 64 * use["num_stages"])
+    return 2 * use["BLOCK_D"] * (use["BLOCK_N"] + 64) * use["num_stages"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "changed"),
+    [
+        (232_448, {}),
+        (163_840, {}),
+        (131_072, {"num_stages": 2}),
+        (101_376, {"KEEP_D": 0}),
+        (49_152, {"KEEP_D": 0, "num_stages": 2}),
+        (45_000, {"KEEP_D": 0, "num_stages": 2, "BLOCK_N": 64}),
+        (25_000, {"KEEP_D": 0, "num_stages": 2, "BLOCK_N": 32}),
+        (1, {"KEEP_D": 0, "num_stages": 2, "BLOCK_N": 32, "BLOCK_D": 32}),
+    ],
+)  # fmt: skip
+def test_a_configuration_is_cut_to_the_shared_memory_of_the_device(limit, changed):
+    assert _triton.fitted(TILE, {"D": 256}, kept_or_read, limit) == TILE | changed
+
+
+def test_what_fits_is_taken_as_it_is_and_looked_up_once(monkeypatch):
+    asked = []
+
+    def need(use, shape):
+        asked.append(shape)
+        return kept_or_read(use, shape)
+
+    monkeypatch.setattr(_triton, "stored", lambda family, kind: {"some_kernel": [{"when": {"D": 256}, "use": TILE}]})
+    monkeypatch.setattr(_triton, "_kind", "sm_80")
+    _triton._chosen.cache_clear()
+    for limit, keep in ((166_912, 256), (101_376, 0), (166_912, 256)):
+        monkeypatch.setattr(_triton, "_kind_shared", limit)
+        assert _triton.configuration("x", "some_kernel", CPU, need, D=256)["KEEP_D"] == keep
+    calls = len(asked)
+    assert _triton.configuration("x", "some_kernel", CPU, need, D=256) == TILE and len(asked) == calls
+    _triton._chosen.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((10, 3), "sm_100"),
+     ((12, 0), "sm_80"), ((12, 1), "sm_80")],
+)  # fmt: skip
+def test_the_architecture_is_that_of_the_tensor_cores(capability, kind):
+    """A GPU of 12.0 multiplies by mma.sync and has 99 KB a block: nothing of 10.0's configurations holds there."""
+    assert _triton.architecture(capability) == kind
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (torch.empty(64, 32), 1), (torch.empty(64, 17), 0), (torch.empty(64, 48)[:, :40], 0), (torch.empty(32, 64).T, 1),
+        (torch.empty(2, 8, 16, 16), 1), (torch.empty(2, 8, 13, 16), 1), (torch.empty(2, 8, 13, 13), 0),
+        (torch.empty(2, 8, 16, 32)[..., :16], 1), (torch.empty(2, 8, 16, 32)[..., :15], 0), (torch.empty(1, 8, 16, 17), 1),
+        (torch.empty(2, 32, 5, 5).to(memory_format=torch.channels_last), 1), (torch.empty(64, 32)[:, ::2], 0),
+    ],
+)  # fmt: skip
+def test_side_by_side_numbers_are_told_from_single_ones(x, expected):
+    assert _triton.vectors(x, _triton.pixels_of(x)) == expected
 
 
 def test_a_gpu_of_its_own_name_comes_before_its_architecture():
@@ -185,9 +259,9 @@ def test_the_tuner_keeps_the_fastest_that_fits(monkeypatch):
     case = aot.Case(lambda device, when: lambda: None, lambda when: [{"a": a} for a in (2, 3, 4)])
     monkeypatch.setattr(tune, "cases", lambda family: {"some_kernel": case})
     monkeypatch.setattr(_triton, "stored", lambda family, kind: {"some_kernel": [{"when": {"C": 19}, "use": {"a": 1}}]})
-    _triton._nearest.cache_clear()
+    _triton._chosen.cache_clear()
     assert tune.tune("x", "some_kernel", [{"C": 19}], CPU, time) == [{"when": {"C": 19}, "use": {"a": 2}, "p50_ms": 1.5}]
-    _triton._nearest.cache_clear()
+    _triton._chosen.cache_clear()
 
 
 # addresses of pixels
@@ -311,7 +385,7 @@ def test_every_shipped_configuration_compiles_without_a_spill(rows):
     assert len(rows) >= 20 and {r["arch"] for r in rows} == {"sm_80", "sm_90", "sm_100"}
     assert all(0 < r["registers"] <= 255 and r["spills"] == 0 for r in rows)
     compiled = {(r["op"], r["arch"]) for r in rows}
-    expected = {(f"{f}.{k}", f"sm_{a}") for f in aot.FAMILIES for a in aot.SHARED_LIMIT for k in aot.cases(f)}
+    expected = {(f"{f}.{k}", f"sm_{a}") for f in aot.FAMILIES for a in aot.ARCHS for k in aot.cases(f)}
     assert compiled == expected
 
 
@@ -324,6 +398,47 @@ def test_products_use_the_tensor_cores(rows):
         "centroid_loss_kernel",
         "nearest_centroid_kernel",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [24])
+def test_shapes_between_the_shape_classes_fit_and_do_not_spill(every):
+    """A part of `python -m benchmarks.aot --sweep`, on GPUs with 99, 163 and 227 KB of shared memory a block."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.aot", "--json", "--sweep", "--every", str(every)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(r["kernel"], r["arch"], r["when"], r["config"], r["faults"]) for r in rows if r["faults"]] == []
+    assert done.returncode == 0, done.stderr
+    assert {r["arch"] for r in rows} == {f"sm_{arch}" for arch in aot.SHARED_LIMIT}
+    assert {r["op"].partition(".")[0] for r in rows} == set(aot.FAMILIES)
+
+
+def test_a_covering_set_covers():
+    from benchmarks import triton_sweep
+
+    axes = {"a": (1, 2, 3), "b": (False, True), "c": ("x", "y", "z", "w")}
+    points = triton_sweep.covering(axes)
+    for first, second in itertools.combinations(axes, 2):
+        met = {(point[first], point[second]) for point in points}
+        assert met == set(itertools.product(axes[first], axes[second]))
+    assert len(points) < 3 * 2 * 4 and points == triton_sweep.covering(axes)
+
+
+def test_a_need_taken_for_too_small_is_a_fault():
+    from benchmarks import triton_sweep
+
+    row = aot.Row("x", "x_kernel", {"need": 1000}, {}, "sm_86", 255, 0, 2000, 128, [])
+    assert triton_sweep.faults(row) == ["needs 2000 bytes of shared memory, not at most 1000"]
+
+
+def test_a_few_spilled_bytes_for_a_second_block_are_ptxas_own_choice():
+    from benchmarks import triton_sweep
+
+    row = aot.Row("x", "x_kernel", {}, {}, "sm_90", 128, 24, 0, 256, [])
+    assert triton_sweep.faults(row) == [] and aot.faults(row) == ["spills 24 bytes"]
+    assert triton_sweep.faults(replace(row, spills=32)) == ["spills 32 bytes"]
+    assert triton_sweep.faults(replace(row, registers=255)) == ["spills 24 bytes"]
 
 
 def test_faults_are_named():

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +36,10 @@ if INTERPRETED and triton.__version__.startswith("3.6."):
 
 #: Called instead of a launch, with (kernel, grid, arguments, options), while kernels are compiled ahead of time.
 _recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None] | None = None
-#: Device kind that configurations are chosen for instead of the tensor's, while kernels are compiled ahead of time.
+#: Device kind that configurations are chosen for instead of the tensor's, while kernels are compiled ahead of time, and the
+#: shared memory that a block of it may have.
 _kind: str | None = None
+_kind_shared = math.inf
 #: Configurations in force instead of the stored ones, by kernel: the tuner's and the tests'.
 _overrides: dict[str, dict[str, Any]] = {}
 
@@ -90,8 +93,25 @@ def device_kinds(device: torch.device) -> tuple[str, ...]:
 
 @cache
 def _device_kinds(index: int) -> tuple[str, ...]:
-    arch = 10 * capability(index)[0]
-    return slug(torch.cuda.get_device_name(index)), f"sm_{min(max(arch, 80), 100)}"
+    return slug(torch.cuda.get_device_name(index)), architecture(capability(index))
+
+
+def architecture(of: tuple[int, int]) -> str:
+    """The kind whose tensor cores a compute capability has: mma.sync before 9.0 and from 12.0 on, wgmma, tcgen05."""
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(of[0], "sm_80")
+
+
+def shared_memory(device: torch.device) -> float:
+    """Bytes of shared memory that a block may have: what the driver says; no end of it under the interpreter."""
+    if _kind is not None:
+        return _kind_shared
+    return _shared_memory(device.index or 0) if device.type == "cuda" else math.inf
+
+
+@cache
+def _shared_memory(index: int) -> int:
+    # what Triton itself compares with when it loads a kernel
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def slug(name: str) -> str:
@@ -106,14 +126,57 @@ def stored(family: str, kind: str) -> dict[str, list[dict[str, Any]]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def configuration(family: str, kernel: str, device: torch.device, **shape: int) -> dict[str, Any]:
-    """Meta-parameters of `kernel` for a shape: those stored for the nearest one. A new dict."""
+#: Bytes of shared memory that a kernel needs at most, from its meta-parameters and the shape they are for.
+Need = Callable[[Mapping[str, Any], Mapping[str, int]], int]
+#: What layouts are converted through, beside the tiles that wait for a product: the most in `python -m benchmarks.aot --sweep`.
+SCRATCH = 20 << 10
+#: What tells kernels apart, where sizes tell shapes of one kernel apart.
+_EXACT = ("bits", "even")
+
+
+def configuration(family: str, kernel: str, device: torch.device, need: Need | None = None, /, **shape: int) -> dict[str, Any]:
+    """Meta-parameters of `kernel` for a shape: those stored for the nearest one, cut to the device's shared memory. A new dict.
+
+    need: bytes of it; None: a kernel that needs little whatever its configuration.
+    """
     if kernel in _overrides:
         return dict(_overrides[kernel])
-    return dict(_nearest(family, kernel, device_kinds(device), tuple(sorted(shape.items()))))
+    return dict(_chosen(family, kernel, device_kinds(device), tuple(sorted(shape.items())), need, shared_memory(device)))
 
 
 @lru_cache(maxsize=4096)
+def _chosen(
+    family: str, kernel: str, kinds: tuple[str, ...], shape: tuple[tuple[str, int], ...], need: Need | None, limit: float
+) -> Mapping[str, Any]:
+    use = _nearest(family, kernel, kinds, shape)
+    return use if need is None else fitted(use, needed_for(kinds, shape), need, limit)
+
+
+def needed_for(kinds: tuple[str, ...], shape: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """A shape as a `Need` takes it. mma_sync: 1 where a tile kept for many products lies in registers."""
+    return {**dict(shape), "mma_sync": int(kinds[-1] == "sm_80")}
+
+
+def fitted(use: Mapping[str, Any], shape: Mapping[str, int], need: Need, limit: float) -> Mapping[str, Any]:
+    """The first that needs at most `limit` bytes: `use`, with fewer stages, pixels read anew, fewer pixels, fewer channels."""
+
+    def halved(key: str, least: int) -> list[int]:
+        size = use.get(key, 0)
+        return [size >> i for i in range(max(size // least, 1).bit_length())]
+
+    cut: dict[str, Any] = {}
+    for depth, rows, keep, stages in product(
+        halved("BLOCK_D", 32), halved("BLOCK_N", 32), sorted({use.get("KEEP_D", 0), 0}, reverse=True),
+        range(use.get("num_stages", 1), min(use.get("num_stages", 1), 2) - 1, -1),
+    ):  # fmt: skip
+        cut = {**use, **{k: v for k, v in (("BLOCK_D", depth), ("BLOCK_N", rows), ("KEEP_D", keep)) if k in use}}
+        if "num_stages" in use:
+            cut["num_stages"] = stages
+        if need(cut, shape) <= limit:
+            break
+    return cut
+
+
 def _nearest(family: str, kernel: str, kinds: tuple[str, ...], shape: tuple[tuple[str, int], ...]) -> Mapping[str, Any]:
     entries = next((found[kernel] for kind in kinds if kernel in (found := stored(family, kind))), None)
     if not entries:
@@ -122,12 +185,28 @@ def _nearest(family: str, kernel: str, kinds: tuple[str, ...], shape: tuple[tupl
 
     def distance(entry: dict[str, Any]) -> float:
         return sum(
-            # a width in bits is another kernel, not a larger one
-            (1000.0 * (sizes[key] != size)) if key == "bits" else abs(math.log2((sizes[key] + 1) / (size + 1)))
+            # another width of numbers is another kernel, not a larger one
+            (1000.0 * (sizes[key] != size)) if key in _EXACT else abs(math.log2((sizes[key] + 1) / (size + 1)))
             for key, size in entry["when"].items()
+            if key in sizes
         )
 
     return min(entries, key=distance)["use"]
+
+
+def kept_rows(pixels: int, rows: int, use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Rows of shared memory at most where a tile of pixels is kept and `rows` a step are multiplied by it."""
+    steps = use["num_stages"] * rows
+    if shape["mma_sync"]:
+        return max(pixels, steps)
+    # numbers that were loaded one by one reach the tile through another layout
+    return pixels * (1 if shape["even"] else 2) + steps
+
+
+def tile_of(size: int, block: int | None = None, least: int = 16) -> int:
+    """Block size of a dimension: all of it, but no more than `block`; at least what a product needs."""
+    whole = max(triton.next_power_of_2(size), least)
+    return whole if block is None else min(block, whole)
 
 
 @contextmanager
@@ -173,6 +252,19 @@ def pixels_of(x: Tensor) -> Pixels:
             return Pixels(0, 0, 0, 0, stride_w, stride_d)
         return Pixels(h * w, 0, stride_b, 0, stride_w, stride_d)
     return Pixels(h * w, w, stride_b, stride_h, stride_w, stride_d)
+
+
+def vectors(x: Tensor, pixels: Pixels) -> int:
+    """1 where 16 numbers on a multiple of 16 lie side by side and Triton can tell, else 0.
+
+    Then a thread loads them one by one, and their addresses take the registers that a large tile needs.
+    """
+    sizes = [pixels.hw, pixels.width, pixels.stride_b, pixels.stride_h]
+    if pixels.stride_d == 1:
+        sizes += [pixels.stride_w, x.shape[1]]
+    else:
+        sizes += [pixels.stride_d, x.numel() // max(x.shape[1], 1)]
+    return int(1 in (pixels.stride_d, pixels.stride_w) and all(size % 16 == 0 for size in sizes))
 
 
 @triton.jit

@@ -6,14 +6,26 @@ setting (``torch.backends.cuda.matmul.fp32_precision``): full float32, or tf32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from .._common import METRICS, pixel_count
-from .._triton import configuration, dot_precision, launch, map_kind, pixels_of, processors
+from .._triton import (
+    SCRATCH,
+    configuration,
+    dot_precision,
+    kept_rows,
+    launch,
+    map_kind,
+    pixels_of,
+    processors,
+    tile_of,
+    vectors,
+)
 from . import triton_loss, triton_scores
 from .triton_contrast import subcentroid_cross_entropy
 from .triton_nearest import centroid_distance, nearest_centroid
@@ -48,17 +60,54 @@ def bits_of(x: Tensor) -> int:
     return 19 if dot_precision(x) == "tf32" else 32
 
 
-def _configured(kernel: str, x: Tensor, centroids: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Block sizes, no larger than the shape needs, and launch options."""
-    classes, k, channels = centroids.shape
-    use = configuration("similarity", kernel, x.device, C=classes, K=k, D=channels, bits=bits_of(x))
-    need = {"BLOCK_C": classes, "BLOCK_K": k, "BLOCK_D": channels, "BLOCK_GRAD": channels}
-    blocks = {key: use.pop(key) for key in list(use) if key.startswith("BLOCK_")}
-    for key, size in need.items():
+def _blocks(use: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, int]:
+    """Block sizes of a configuration, no larger than a shape needs; BLOCK_D holds all channels where the tile of x is kept."""
+    blocks = {key: size for key, size in use.items() if key.startswith("BLOCK_")}
+    for key, size, least in (("BLOCK_C", shape["C"], 16), ("BLOCK_K", shape["K"], 1), ("BLOCK_GRAD", shape["D"], 16)):
         if key in blocks:
-            # a product needs 16 of each
-            blocks[key] = min(blocks[key], max(next_power_of_2(size), 1 if key == "BLOCK_K" else 16))
-    return blocks, use
+            blocks[key] = tile_of(size, blocks[key], least)
+    whole = tile_of(shape["D"])
+    blocks["BLOCK_D"] = whole if whole <= use.get("KEEP_D", 0) else min(blocks["BLOCK_D"], whole)
+    return blocks
+
+
+def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Shared memory of class scores and the loss: the tile of x, or its part of a step, and the rows of a step."""
+    blocks, size = _blocks(use, shape), 2 if shape["bits"] == 16 else 4
+    rows, pixels = blocks["BLOCK_C"] * blocks["BLOCK_K"], blocks["BLOCK_N"]
+    tile = kept_rows(pixels, rows, use, shape) if blocks["BLOCK_D"] >= shape["D"] else use["num_stages"] * (pixels + rows)
+    return tile * blocks["BLOCK_D"] * size + SCRATCH
+
+
+def _scores_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Shared memory: the rows of a step, or the sums on their way out."""
+    blocks, size = _blocks(use, shape), 2 if shape["bits"] == 16 else 4
+    return max(use["num_stages"] * blocks["BLOCK_C"] * size, blocks["BLOCK_N"] * 4) * blocks["BLOCK_D"] + SCRATCH
+
+
+def _centroid_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Shared memory: dS and the pixels of a step (float16 as float32), or the sums on their way out."""
+    blocks = _blocks(use, shape)
+    rows = blocks["BLOCK_C"] * blocks["BLOCK_K"]
+    step = blocks["BLOCK_N"] * (rows + use["num_stages"] * blocks["BLOCK_D"])
+    return 4 * max(step, rows * blocks["BLOCK_D"]) + SCRATCH
+
+
+_NEED = {
+    "class_scores": _shared_bytes,
+    "centroid_loss": _shared_bytes,
+    "scores_gradient": _scores_gradient_bytes,
+    "centroid_gradient": _centroid_gradient_bytes,
+}
+
+
+def _configured(kernel: str, x: Tensor, centroids: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Block sizes and launch options. `x`: the pixels that the kernel reads, or writes where it reads none."""
+    classes, k, channels = centroids.shape
+    shape = {"C": classes, "K": k, "D": channels, "bits": bits_of(x)}
+    use = configuration("similarity", kernel, x.device, _NEED[kernel], **shape, even=vectors(x, pixels_of(x)))
+    blocks = _blocks(use, shape)
+    return blocks, {key: value for key, value in use.items() if key != "KEEP_D" and key not in blocks}
 
 
 def _pack(kernel: str, x: Tensor, centroids: Tensor, metric: str) -> _Packed:

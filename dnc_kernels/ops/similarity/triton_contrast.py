@@ -23,6 +23,8 @@ Every pixel's results depend on that pixel alone: deterministic. Reference: `sub
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from .. import _triton
 from .._common import pixel_count
-from .._triton import dot, rounded
+from .._triton import SCRATCH, dot, kept_rows, rounded, tile_of
 from . import triton_contrast_bands as bands
 from .triton_contrast_bands import addresses, counted_pixels, offset_of, score_step, store_gradient, store_own, store_scores
 from .triton_pack import Slots, load_x, pack_rows, slots_of
@@ -134,6 +136,11 @@ def _subcentroid_cross_entropy_kernel(
         )  # fmt: skip
 
 
+def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Shared memory: the tile of x and the rows of a step, in 16 bits, and the weights between the products."""
+    return 2 * kept_rows(use["BLOCK_N"], use["BLOCK_M"], use, shape) * shape["D"] + SCRATCH
+
+
 def subcentroid_cross_entropy(
     x: Tensor,
     centroids: Tensor,
@@ -173,10 +180,10 @@ def subcentroid_cross_entropy(
         )
         return
     n, (classes, k, _) = pixel_count(x), centroids.shape
-    block_d = max(16, triton.next_power_of_2(channels))
+    block_d = tile_of(channels)
     use = _triton.configuration(
-        _FAMILY, "subcentroid_cross_entropy", x.device, N=n, C=classes, K=k, D=block_d, grad=grad_x is not None,
-        scored=target is None,
+        _FAMILY, "subcentroid_cross_entropy", x.device, _shared_bytes, N=n, C=classes, K=k, D=block_d,
+        grad=grad_x is not None, scored=target is None, even=_triton.vectors(x, _triton.pixels_of(x)),
     )  # fmt: skip
     block_n, block_m = use["BLOCK_N"], use["BLOCK_M"]
     slots = slots_of(classes, k, block_m) if target is None else None

@@ -18,6 +18,8 @@ Every pixel's results depend on that pixel alone: deterministic. Reference: `sub
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from .. import _triton
 from .._common import pixel_count
-from .._triton import Pixels, dot, pixel_offset, rounded
+from .._triton import SCRATCH, Pixels, dot, pixel_offset, rounded, tile_of
 from .triton_pack import Slots, best_of_copies, halves, load_x, pack_rows, slots_of
 
 _FAMILY = "similarity"
@@ -282,6 +284,13 @@ def addresses(tensor: Tensor) -> Pixels:
     return Pixels(0, 0, 0, 0, tensor.stride(0), 0) if tensor.ndim == 1 else _triton.pixels_of(tensor)
 
 
+def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Shared memory of either product: both factors of a step."""
+    depth = tile_of(shape["D"], use["BLOCK_D"])
+    numbers = (use["BLOCK_N"] + use["BLOCK_M"]) * depth if "BLOCK_M" in use else (use["BLOCK_N"] + depth) * use["BLOCK_K"]
+    return use["num_stages"] * numbers * shape["bits"] // 8 + SCRATCH
+
+
 def subcentroid_cross_entropy(
     x: Tensor,
     centroids: Tensor,
@@ -298,12 +307,14 @@ def subcentroid_cross_entropy(
 ) -> None:
     """What `triton_contrast.subcentroid_cross_entropy` says, for any number of channels."""
     n, (classes, k, channels) = pixel_count(x), centroids.shape
-    shape = {"N": n, "C": classes, "K": k, "D": channels, "bits": 8 * x.element_size()}
-    use = _triton.configuration(_FAMILY, "subcentroid_weights", x.device, **shape)
-    mix = _triton.configuration(_FAMILY, "subcentroid_mix", x.device, **shape)
-    whole = max(16, triton.next_power_of_2(channels))
+    even = _triton.vectors(x, _triton.pixels_of(x))
+    shape = {"N": n, "C": classes, "K": k, "D": channels, "bits": 8 * x.element_size(), "even": even}
+    use, mix = (
+        _triton.configuration(_FAMILY, kernel, x.device, _shared_bytes, **shape)
+        for kernel in ("subcentroid_weights", "subcentroid_mix")
+    )
     tile = use["BLOCK_M"]
-    use["BLOCK_D"], mix["BLOCK_D"] = min(use["BLOCK_D"], whole), min(mix["BLOCK_D"], whole)
+    use["BLOCK_D"], mix["BLOCK_D"] = tile_of(channels, use["BLOCK_D"]), tile_of(channels, mix["BLOCK_D"])
     mix["BLOCK_K"] = min(mix["BLOCK_K"], tile)
     slots = slots_of(classes, k, tile) if target is None else None
     rows, _ = pack_rows(centroids, "dot", x.dtype, tile, max(use["BLOCK_D"], mix["BLOCK_D"]), slots)

@@ -21,6 +21,9 @@ reference.py.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from .. import _triton
 from .._common import pixel_count
-from .._triton import dot, pixel_offset
+from .._triton import SCRATCH, dot, kept_rows, pixel_offset, tile_of
 from .triton_pack import best_of_copies, load_x, pack_rows
 
 _FAMILY = "similarity"
@@ -132,6 +135,21 @@ def _finish_nearest_kernel(
     _store_nearest(label_ptr, sub_ptr, score_ptr, top, m, squares, n, N, K, METRIC)
 
 
+def _depth(use: Mapping[str, Any], channels: int) -> tuple[int, bool]:
+    """Channels of a step, and whether they are all of them, so that the tile of x is kept."""
+    whole = tile_of(channels)
+    kept = whole <= use.get("KEEP_D", 0)
+    return whole if kept else min(use["BLOCK_D"], whole), kept
+
+
+def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Shared memory: the tile of x, or its part of a step, and the rows of a step."""
+    depth, kept = _depth(use, shape["D"])
+    pixels, rows = use["BLOCK_N"], use["BLOCK_M"]
+    tile = kept_rows(pixels, rows, use, shape) if kept else use["num_stages"] * (pixels + rows)
+    return tile * depth * shape["bits"] // 8 + SCRATCH
+
+
 def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, sub: Tensor, score: Tensor) -> None:
     """Class, sub-centroid and similarity of the nearest sub-centroid of all; -1, -1, NaN without a finite one.
 
@@ -144,13 +162,12 @@ def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, s
         score: out, [N] float32.
     """
     n, (classes, k, channels) = pixel_count(x), centroids.shape
-    use = _triton.configuration(
-        _FAMILY, "nearest_centroid", x.device, N=n, D=channels, M=classes * k, bits=8 * x.element_size()
-    )
-    keep, block_n, block_m, block_d = use.pop("KEEP_D"), use["BLOCK_N"], use["BLOCK_M"], use.pop("BLOCK_D")
-    whole = max(16, triton.next_power_of_2(channels))
-    kept = whole <= keep
-    block_d = whole if kept else min(block_d, whole)
+    pixels = _triton.pixels_of(x)
+    shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size(), "even": _triton.vectors(x, pixels)}
+    use = _triton.configuration(_FAMILY, "nearest_centroid", x.device, _shared_bytes, **shape)
+    block_d, kept = _depth(use, channels)
+    block_n, block_m = use["BLOCK_N"], use["BLOCK_M"]
+    del use["KEEP_D"], use["BLOCK_D"]
     n_tiles, m_tiles = triton.cdiv(n, block_n), triton.cdiv(classes * k, block_m)
     # parts of the sweep where the pixels alone leave processors idle; then every part has as many tiles
     parts = max(1, min(m_tiles, _triton.processors(x.device) // max(n_tiles, 1), _MOST_PARTS))
@@ -159,7 +176,6 @@ def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, s
     rows, bias = pack_rows(centroids, metric, x.dtype, block_m * m_tiles, block_d)
     tops = torch.empty((parts, n) if parts > 1 else 1, dtype=torch.float32, device=x.device)
     indices = torch.empty_like(tops, dtype=torch.int32)
-    pixels = _triton.pixels_of(x)
     _triton.launch(
         _nearest_centroid_kernel, (n_tiles * parts,), x, rows, bias, tops, indices, label, sub, score, n, channels, classes * k,
         k, m_tiles, n_tiles, rows.shape[1], *pixels, MAP=_triton.map_rank(pixels), METRIC=metric,
@@ -214,13 +230,12 @@ def centroid_distance(x: Tensor, centroids: Tensor, metric: str, out: Tensor) ->
         out: [N,C,K] float32, contiguous.
     """
     n, (classes, k, channels) = pixel_count(x), centroids.shape
-    shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size()}
-    use = _triton.configuration(_FAMILY, "centroid_distance", x.device, **shape)
-    block_n, block_m = use["BLOCK_N"], use["BLOCK_M"]
-    block_d = min(use.pop("BLOCK_D"), max(16, triton.next_power_of_2(channels)))
+    pixels = _triton.pixels_of(x)
+    shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size(), "even": _triton.vectors(x, pixels)}
+    use = _triton.configuration(_FAMILY, "centroid_distance", x.device, _shared_bytes, **shape)
+    block_n, block_m, block_d = use["BLOCK_N"], use["BLOCK_M"], tile_of(channels, use.pop("BLOCK_D"))
     rows, bias = pack_rows(centroids, metric, x.dtype, block_m, block_d)
     m_tiles = rows.shape[0] // block_m
-    pixels = _triton.pixels_of(x)
     _triton.launch(
         _centroid_distance_kernel, (triton.cdiv(n, block_n) * m_tiles,), x, rows, bias, out, n, channels, classes * k, m_tiles,
         rows.shape[1], *pixels, MAP=_triton.map_rank(pixels), COSINE=metric == "cosine", PRECISION=_triton.dot_precision(x),

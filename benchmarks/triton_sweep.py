@@ -1,0 +1,387 @@
+"""Shapes between the shape classes: every Triton launcher over channels, classes, dtypes and layouts, without a GPU.
+
+A configuration is kept for a shape class, but meets every shape that is nearest to it. Whether what is compiled then fits and
+does not spill depends on sizes that are rounded up, on dtypes and layouts, and on what a call asks for. Each is an axis, and
+the sweep goes through a covering set of their values, in which every two values of different axes meet. What would be compiled
+twice is compiled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .aot import Row, compiling, product_precision, row_of
+from .aot import faults as resource_faults
+
+Point = dict[str, Any]
+META = torch.device("meta")
+
+CHANNELS = (8, 17, 64, 96, 100, 256, 257, 320, 384, 440, 512, 720, 768, 1024, 2048)
+CLASSES = (2, 19, 150, 171, 1000)
+SUBCENTROIDS = (1, 4, 10, 20)
+DTYPES = ("bfloat16", "float16", "float32", "tf32")
+#: odd: planes whose sizes are no multiples of 16; crop: of a larger map; large: planes beyond what an int32 counts.
+LAYOUTS = ("rows", "planes", "odd", "crop", "large")
+METRICS = ("dot", "cosine", "sqeuclidean")
+BOOL = (False, True)
+
+
+def pixels(point: Point, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """[N,D] or [B,D,H,W] of a point's layout, without memory."""
+    dtype = dtype or dtype_of(point)
+    layout = point["layout"]
+    if layout == "rows":
+        return torch.empty(65536, channels, dtype=dtype, device=META)
+    side = 65 if layout == "odd" else 128
+    batch = 2
+    if layout == "large":
+        batch = 2**31 // (channels * side**2) + 2
+    x = torch.empty(batch, channels, side, side, dtype=dtype, device=META)
+    return x[:, :, 1:-1, :-2] if layout == "crop" else x
+
+
+def dtype_of(point: Point) -> torch.dtype:
+    """Of the pixels."""
+    return torch.float32 if point["dtype"] == "tf32" else getattr(torch, point["dtype"])
+
+
+def numbers(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A contiguous tensor without memory."""
+    return torch.empty(sizes, dtype=dtype, device=META)
+
+
+def count(x: Tensor) -> int:
+    """Pixels of x."""
+    return x.shape[0] * x.shape[2:].numel()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launcher with the axes of its calls; `launch` runs it at a point."""
+
+    launch: Callable[[Point], None]
+    axes: Mapping[str, Sequence[Any]]
+
+
+def _problem(point: Point) -> tuple[Tensor, Tensor, Tensor]:
+    x = pixels(point, point["D"])
+    return x, numbers(point["C"], point["K"], point["D"]), numbers(count(x), dtype=torch.int64)
+
+
+def _class_scores(point: Point) -> None:
+    from dnc_kernels.ops.similarity import triton
+
+    x, centroids, labels = _problem(point)
+    scores = pixels(point, point["C"], torch.float32)
+    own = numbers(count(x), point["K"]) if point["own"] else None
+    triton.class_scores(x, centroids, labels if point["own"] else None, point["metric"], scores, scores.to(torch.uint8), own)
+
+
+def _scores_backward(point: Point) -> None:
+    from dnc_kernels.ops.similarity import triton
+
+    x, centroids, labels = _problem(point)
+    grad_scores = pixels(point, point["C"], torch.float32)
+    own = numbers(count(x), point["K"]) if point["own"] else None
+    dot = point["metric"] == "dot"
+    triton.class_scores_backward(
+        x, centroids, labels if point["own"] else None, point["metric"], grad_scores.to(torch.uint8), grad_scores, own,
+        torch.empty_like(x) if point["to_x"] else None, point["accumulate"] and dot,
+        None if point["to_x"] else torch.empty_like(centroids),
+    )  # fmt: skip
+
+
+def _centroid_loss(point: Point) -> None:
+    from dnc_kernels.ops.similarity import triton
+
+    x, centroids, labels = _problem(point)
+    classes, n = point["C"], count(x)
+    gain = numbers(classes) if point["norm"] else None
+    scale = numbers() if point["scale"] else None
+    smooth = 0.1 if point["smooth"] else 0.0
+    reduction = "none" if point["pass"] == "later" else "mean"
+    # forward alone; with early gradients; backward alone with those of the sub-centroids
+    forward = point["pass"] != "later"
+    grads: tuple[Tensor | None, ...] = (None,) * 5
+    grad_loss = None
+    if point["pass"] != "forward":
+        to_p = torch.empty_like(centroids) if point["pass"] == "later" else None
+        grads = (torch.empty_like(x), to_p, gain, gain, scale)
+    if point["pass"] == "later":
+        grad_loss = numbers(n)
+    loss, prediction, own = (
+        (numbers(), numbers(n, dtype=torch.int64), numbers(n, point["K"])) if forward else (None, None, None)
+    )
+    triton.centroid_cross_entropy(
+        x, centroids, labels, gain, gain, scale, numbers(classes) if smooth else None, point["metric"], 1e-5, 1.0, -100, smooth,
+        reduction, grad_loss, loss, prediction, own, *grads,
+    )  # fmt: skip
+
+
+def _nearest(point: Point) -> None:
+    from dnc_kernels.ops.similarity import triton
+
+    x, centroids, labels = _problem(point)
+    triton.nearest_centroid(x, centroids, point["metric"], labels, torch.empty_like(labels), numbers(count(x)))
+
+
+def _distance(point: Point) -> None:
+    from dnc_kernels.ops.similarity import triton
+
+    x, centroids, _ = _problem(point)
+    triton.centroid_distance(x, centroids, point["metric"], numbers(count(x), point["C"], point["K"]))
+
+
+def _contrast(point: Point) -> None:
+    from dnc_kernels.ops.similarity import triton
+
+    x, centroids, index = _problem(point)
+    loss = numbers(count(x))
+    grad = torch.empty_like(x) if point["grad"] else None
+    if point["target"]:
+        triton.subcentroid_cross_entropy(x, centroids, index, 0.1, -1, None, loss, grad, None, None, None, None)
+        return
+    scores, own = pixels(point, point["C"], torch.float32), numbers(count(x), point["K"])
+    triton.subcentroid_cross_entropy(
+        x, centroids, None, 0.1, -1, numbers(), loss, grad, index, scores, scores.to(torch.uint8), own
+    )
+
+
+def _sinkhorn(point: Point) -> None:
+    from dnc_kernels.ops.sinkhorn import triton
+
+    n, g, k = 65536 + 16 * point["odd"], point["C"], point["K"]
+    similarity = numbers(n, k, dtype=dtype_of(point))
+    group = numbers(n, dtype=torch.int64) if point["grouped"] else None
+    g = g if point["grouped"] else 1
+    tolerance = 1e-3 if point["tolerance"] else -1.0
+    assignment, plan = numbers(n, dtype=torch.int64), numbers(n, k)
+    history, steps = numbers(4, g, k), numbers(g, dtype=torch.int64)
+    if point["plan"]:
+        triton.sinkhorn(similarity, group, g, 0.05, 3, tolerance, None, plan, history, steps)
+        triton.sinkhorn_backward(similarity, group, g, 0.05, history, steps, plan, torch.empty_like(plan))
+    else:
+        triton.sinkhorn(similarity, group, g, 0.05, 3, tolerance, assignment, None, None, None)
+
+
+def _momentum(point: Point) -> None:
+    from dnc_kernels.ops.momentum import triton
+
+    x = pixels(point, point["D"])
+    rows, cluster = numbers(point["C"] * point["K"], point["D"]), numbers(count(x), dtype=torch.int64)
+    counts = numbers(len(rows), dtype=torch.int64)
+    if point["update"]:
+        triton.momentum_update_(rows, x, cluster, 0.999)
+        triton.apply_momentum_(rows, torch.empty_like(rows), counts, 0.999)
+    else:
+        triton.cluster_sums(x, cluster, rows, counts)
+
+
+def _embedding(point: Point) -> None:
+    from dnc_kernels.ops.embedding import triton
+
+    x = pixels(point, point["D"])
+    weight = numbers(point["D"]) if point["affine"] else None
+    statistics: list[Any] = [numbers(count(x)) for _ in range(3)]
+    triton.normalize(x, weight, weight, 1e-5, torch.empty_like(x), *statistics)
+    to_rstd = numbers(count(x)) if point["to_rstd"] else None
+    triton.normalize_backward(x, weight, weight, *statistics, torch.empty_like(x), to_rstd, torch.empty_like(x), weight, weight)
+
+
+def _upsample(point: Point) -> None:
+    from dnc_kernels.ops.upsample import triton
+
+    layout = point["layout"]
+    side = 33 if layout == "odd" else 32
+    batch = 2**31 // (point["C"] * side**2) + 2 if layout == "large" else 2
+    scores = torch.empty(batch, point["C"], side, side, dtype=dtype_of(point), device=META)
+    if layout == "crop":
+        scores = scores[:, :, 1:-1]
+    if layout == "rows":
+        scores = scores.to(memory_format=torch.channels_last)
+    size = tuple(max(1, round(point["scale"] * s)) for s in scores.shape[2:])
+    # the addresses of the labels are of the same size as those of the scores
+    labels = numbers(batch, *size, dtype=torch.int64)
+    if point["what"] == "argmax":
+        triton.argmax(scores, point["align"], labels)
+        return
+    weight = numbers(point["C"]) if point["weight"] else None
+    smooth = 0.1 if point["smooth"] else 0.0
+    sums, grad = numbers(2, dtype=torch.float64), torch.empty_like(scores, dtype=torch.float32)
+    later = point["what"] == "later"
+    loss = numbers(*labels.shape)
+    triton.cross_entropy(
+        scores, labels, weight, point["align"], -100, smooth, None, loss if later else None, None if later else sums,
+        loss if point["what"] == "none" else None, None if point["what"] == "none" else grad,
+    )  # fmt: skip
+
+
+_SIMILARITY = {"D": CHANNELS, "C": CLASSES, "K": SUBCENTROIDS, "dtype": DTYPES, "layout": LAYOUTS}
+_HALVES = ("bfloat16", "float16", "float32")
+
+CALLS: dict[str, dict[str, Call]] = {
+    "similarity": {
+        "centroid_cross_entropy": Call(
+            _centroid_loss,
+            {**_SIMILARITY, "metric": METRICS, "norm": BOOL, "scale": BOOL, "smooth": BOOL,
+             "pass": ("early", "forward", "later")},
+        ),
+        "class_scores": Call(_class_scores, {**_SIMILARITY, "metric": METRICS, "own": BOOL}),
+        "class_scores_backward": Call(
+            _scores_backward, {**_SIMILARITY, "metric": METRICS, "own": BOOL, "to_x": BOOL, "accumulate": BOOL}
+        ),
+        "subcentroid_cross_entropy": Call(_contrast, {**_SIMILARITY, "target": BOOL, "grad": BOOL}),
+        "nearest_centroid": Call(_nearest, {**_SIMILARITY, "metric": METRICS}),
+        "centroid_distance": Call(_distance, {**_SIMILARITY, "metric": METRICS[1:]}),
+    },
+    "sinkhorn": {
+        "sinkhorn": Call(
+            _sinkhorn,
+            {"K": (1, 2, 4, 10, 17, 20, 32, 33, 64), "C": CLASSES, "dtype": _HALVES, "plan": BOOL, "tolerance": BOOL,
+             "grouped": BOOL, "odd": BOOL},
+        ),
+    },
+    "momentum": {
+        "momentum_update_": Call(
+            _momentum, {"D": CHANNELS, "C": CLASSES, "K": SUBCENTROIDS, "dtype": _HALVES, "layout": LAYOUTS, "update": BOOL}
+        ),
+    },
+    "embedding": {
+        "normalize_embedding": Call(
+            _embedding, {"D": CHANNELS, "dtype": _HALVES, "layout": LAYOUTS, "affine": BOOL, "to_rstd": BOOL}
+        ),
+    },
+    "upsample": {
+        "upsample_cross_entropy": Call(
+            _upsample,
+            {"C": (1, *CLASSES), "dtype": _HALVES, "layout": LAYOUTS, "scale": (0.5, 1, 2, 4, 5, 8),
+             "what": ("early", "none", "later", "argmax"), "align": BOOL, "weight": BOOL, "smooth": BOOL},
+        ),
+    },
+}  # fmt: skip
+
+
+def _point(arch: int, d: int, c: int, k: int, dtype: str, layout: str = "rows", **asked: Any) -> Point:
+    plain = {"metric": "dot", "own": True, "norm": True, "scale": False, "smooth": False, "pass": "early", "accumulate": False}
+    return {**plain, "arch": arch, "D": d, "C": c, "K": k, "dtype": dtype, "layout": layout, **asked}
+
+
+#: Calls that once asked for too much shared memory or spilled.
+REPORTED: tuple[tuple[str, Point], ...] = (
+    ("class_scores", _point(90, 320, 150, 10, "bfloat16")),
+    ("class_scores", _point(100, 384, 19, 10, "float16")),
+    ("class_scores", _point(86, 256, 150, 10, "bfloat16")),
+    ("class_scores", _point(90, 257, 2, 4, "float16")),
+    ("class_scores", _point(90, 1024, 19, 10, "bfloat16", "crop", metric="sqeuclidean")),
+    ("class_scores_backward", _point(90, 64, 19, 10, "float16", own=False, to_x=False)),
+    ("class_scores_backward", _point(90, 440, 150, 20, "float16", "crop", to_x=False)),
+    ("class_scores_backward", _point(90, 257, 1000, 10, "float32", "odd", to_x=True, accumulate=True)),
+    ("centroid_cross_entropy", _point(90, 384, 19, 10, "bfloat16")),
+    ("centroid_cross_entropy", _point(86, 256, 150, 10, "float16")),
+    ("centroid_cross_entropy", _point(90, 320, 150, 10, "bfloat16", "planes")),
+    ("centroid_cross_entropy", _point(90, 256, 19, 10, "bfloat16", "planes", **{"pass": "later"})),
+    ("centroid_cross_entropy", _point(80, 256, 19, 1, "float16", "odd", norm=False, **{"pass": "later"})),
+    ("centroid_cross_entropy", _point(90, 256, 150, 10, "float32", **{"pass": "forward"})),
+    ("nearest_centroid", _point(90, 256, 150, 10, "bfloat16", "crop", metric="cosine")),
+)
+
+
+def covering(axes: Mapping[str, Sequence[Any]], strength: int = 2) -> list[Point]:
+    """Points in which every `strength` values of different axes meet. Greedy; the same at every call."""
+    groups = list(combinations(axes, min(strength, len(axes))))
+    left = {(group, values) for group in groups for values in product(*(axes[name] for name in group))}
+
+    def gain(point: Point, name: str, value: Any) -> int:
+        """What still has to meet and would, with this value in the point."""
+        trial = {**point, name: value}
+        return sum(
+            (group, tuple(trial[n] for n in group)) in left for group in groups if name in group and trial.keys() >= set(group)
+        )
+
+    points: list[Point] = []
+    for target in sorted(left, key=repr):
+        if target not in left:
+            continue
+        point: Point = dict(zip(*target, strict=True))
+        for name, values in axes.items():
+            if name not in point:
+                # of equals the next in turn, so that values that are no longer needed alternate
+                turn = len(points) % len(values)
+                gains = {i: gain(point, name, values[i]) for i in (*range(turn, len(values)), *range(turn))}
+                point[name] = values[max(gains, key=gains.__getitem__)]
+        left -= {(group, tuple(point[n] for n in group)) for group in groups}
+        points.append({name: point[name] for name in axes})
+    return points
+
+
+def points(family: str, archs: Sequence[int], every: int, strength: int = 2) -> Iterator[tuple[str, Point]]:
+    """Calls of a family at every so many points of a covering set, an axis of which is the architecture; all those reported."""
+    for name, call in CALLS[family].items():
+        yield from ((name, point) for known, point in REPORTED if known == name and point["arch"] in archs)
+        yield from ((name, point) for point in covering({"arch": tuple(archs), **call.axes}, strength)[every // 2 :: every])
+
+
+@contextmanager
+def choices(made: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Note which configuration every kernel gets, with the bytes of shared memory that it is said to need at most."""
+    from dnc_kernels.ops import _triton
+
+    choose = _triton._chosen
+
+    def noted(family: str, kernel: str, kinds: tuple[str, ...], shape: Any, need: Any, limit: float) -> Mapping[str, Any]:
+        use = choose(family, kernel, kinds, shape, need, limit)
+        made[kernel] = {**use, "need": need(use, _triton.needed_for(kinds, shape))} if need else dict(use)
+        return use
+
+    _triton._chosen = noted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _triton._chosen = choose
+
+
+def rows(families: Sequence[str], archs: Sequence[int], every: int = 1) -> Iterator[Row]:
+    """Resources of every kernel that the calls launch, each compiled once."""
+    seen: set[tuple[int, str]] = set()
+    for family in families:
+        for name, point in points(family, archs, every):
+            made: list[Row] = []
+            used: dict[str, dict[str, Any]] = {}
+
+            def found(
+                kernel: Any, compiled: Any, op: str = f"{family}.{name}", point: Point = point, made: list[Row] = made,
+                used: dict[str, dict[str, Any]] = used,
+            ) -> None:  # fmt: skip
+                key = (point["arch"], compiled.hash)
+                if key not in seen:
+                    seen.add(key)
+                    config = used.get(kernel.fn.__name__.strip("_").removesuffix("_kernel"), {})
+                    made.append(row_of(op, kernel.fn.__name__, config, point, point["arch"], compiled))
+
+            # bits 19: tf32
+            precision = product_precision({"bits": 19 if point.get("dtype") == "tf32" else 32})
+            with precision, choices(used), compiling(point["arch"], found):
+                CALLS[family][name].launch(point)
+            yield from made
+
+
+#: Bytes that ptxas may spill where that brings a second block onto a multiprocessor of 65536 registers: it weighs them itself.
+SPILLED_FOR_A_BLOCK = 24
+
+
+def faults(row: Row) -> list[str]:
+    """What must not ship, and a need that was taken for smaller than it is."""
+    found = resource_faults(row)
+    if 2 * row.registers * row.threads == 65536 and row.spills <= SPILLED_FOR_A_BLOCK:
+        found = [fault for fault in found if not fault.startswith("spills")]
+    said = row.config.get("need", row.shared_bytes)
+    if row.shared_bytes > said:
+        found.append(f"needs {row.shared_bytes} bytes of shared memory, not at most {said}")
+    return found
