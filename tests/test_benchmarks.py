@@ -327,6 +327,29 @@ def test_a_call_that_outlives_the_sleep_says_so(monkeypatch):
     assert harness._launches([clock.cpu_clock(lambda: None)]) == {}
 
 
+def test_a_row_of_a_gpu(monkeypatch):
+    """The way of a GPU through `run_case`: its clock, its memory, and a call that waits for the device."""
+    fake = FakeCuda(monkeypatch)
+    monkeypatch.setattr(Settings, "cuda", True)
+    monkeypatch.setattr(harness, "surroundings", lambda device: {"capability": "9.0"})
+    for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 10), ("max_memory_allocated", 2_000_010)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+    def ours(x):
+        return lambda: (fake.call(0.5), 2 * x)[1]
+
+    def waits(x):
+        return lambda: (fake.call(0.5), fake.synchronize(), 2 * x)[2]
+
+    settings = replace(QUICK, memory=True, cold=False)
+    rows = run_case(case(Variant("ours", ours, baseline=False), Variant("waits", waits)), settings)
+    row, other = row_of(rows, "ours"), row_of(rows, "waits")
+    assert row["status"] == "ok" and row["p50_ms"] == pytest.approx(0.5) and row["cache"] == "warm"
+    assert row["host_us"] == pytest.approx(200) and row["pct_queued"] == 100 and row["peak_delta_mb"] == 2
+    assert other["host_us"] is None and other["pct_queued"] == 0
+    assert row["best_baseline"] == "waits" and row["ratio_to_best_baseline"] == pytest.approx(1)
+
+
 def test_the_tuner_has_the_same_clock(monkeypatch):
     fake = FakeCuda(monkeypatch)
     timer = fake.clock()
