@@ -61,15 +61,15 @@ def test_without_triton_or_a_gpu_the_reason_is_given(monkeypatch):
 
 
 def test_float64_centroids_choose_as_float64_pixels():
-    x, p = torch.randn(4, 8), torch.randn(2, 2, 8, dtype=torch.float64)
+    x, p = torch.randn(4, 8, device=DEVICE), torch.randn(2, 2, 8, dtype=torch.float64, device=DEVICE)
     with pytest.raises(RuntimeError, match="does not take float64"):
         ops.class_scores(x, p, backend="triton")
 
 
 def test_float64_sums_are_not_rounded_by_the_kernel():
-    p, sums = torch.randn(2, 8), torch.randn(2, 8, dtype=torch.float64)
+    p, sums = torch.randn(2, 8, device=DEVICE), torch.randn(2, 8, dtype=torch.float64, device=DEVICE)
     with pytest.raises(RuntimeError, match="does not take float64"):
-        ops.apply_momentum_(p, sums, torch.ones(2, dtype=torch.int64), backend="triton")
+        ops.apply_momentum_(p, sums, torch.ones(2, dtype=torch.int64, device=DEVICE), backend="triton")
 
 
 def test_capability_is_a_constant_while_tracing(monkeypatch):
