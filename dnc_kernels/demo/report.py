@@ -86,7 +86,8 @@ def write_metrics(out: Path, runs: list[Run], settings: Settings, *, quick: bool
         "versions": {
             "dnc_kernels": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "scikit-learn", "matplotlib", "rich")},
+            "torch": torch.__version__,  # with its build, which the metadata of PyPI's wheel lacks
+            **{name: version(name) for name in ("numpy", "scikit-learn", "matplotlib", "rich")},
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}, {cpu_isa()}",
         "backends": choices,
