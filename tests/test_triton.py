@@ -431,13 +431,14 @@ def test_a_need_taken_for_too_small_is_a_fault():
     assert triton_sweep.faults(row) == ["needs 2000 bytes of shared memory, not at most 1000"]
 
 
-def test_a_few_spilled_bytes_for_a_second_block_are_ptxas_own_choice():
+def test_a_few_spilled_bytes_with_registers_left_are_ptxas_own_choice():
     from benchmarks import triton_sweep
 
     row = aot.Row("x", "x_kernel", {}, {}, "sm_90", 128, 24, 0, 256, [])
     assert triton_sweep.faults(row) == [] and aot.faults(row) == ["spills 24 bytes"]
     assert triton_sweep.faults(replace(row, spills=32)) == ["spills 32 bytes"]
     assert triton_sweep.faults(replace(row, registers=255)) == ["spills 24 bytes"]
+    assert triton_sweep.faults(replace(row, threads=512)) == ["spills 24 bytes"]
 
 
 def test_faults_are_named():

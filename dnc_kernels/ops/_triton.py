@@ -144,7 +144,7 @@ def _chosen(
 
 
 def needed_for(kinds: tuple[str, ...], shape: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    """A shape as a `Need` takes it. mma_sync: 1 where a tile kept for many products lies in registers."""
+    """A shape as a `Need` takes it. mma_sync: 1 where products read registers, 0 where they read shared memory."""
     return {**dict(shape), "mma_sync": int(kinds[-1] == "sm_80")}
 
 
@@ -187,11 +187,10 @@ def _nearest(family: str, kernel: str, kinds: tuple[str, ...], shape: tuple[tupl
 
 def kept_rows(pixels: int, rows: int, use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     """Rows of shared memory at most where a tile of pixels is kept and `rows` a step are multiplied by it."""
-    steps = use["num_stages"] * rows
-    if shape["mma_sync"]:
-        return max(pixels, steps)
+    if shape["mma_sync"]:  # a step's rows wait in registers while the next are on their way
+        return pixels + max(use["num_stages"] - 1, 1) * rows
     # numbers that were loaded one by one reach the tile through another layout
-    return pixels * (1 if shape["even"] else 2) + steps
+    return pixels * (1 if shape["even"] else 2) + use["num_stages"] * rows
 
 
 def tile_of(size: int, block: int | None = None, least: int = 16) -> int:
