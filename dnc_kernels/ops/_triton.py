@@ -195,7 +195,7 @@ def kept_rows(pixels: int, rows: int, use: Mapping[str, Any], shape: Mapping[str
 
 def tile_of(size: int, block: int | None = None, least: int = 16) -> int:
     """Block size of a dimension: all of it, but no more than `block`; at least what a product needs."""
-    whole = max(triton.next_power_of_2(size), least)
+    whole = max(1 << (size - 1).bit_length(), least)
     return whole if block is None else min(block, whole)
 
 
@@ -249,12 +249,11 @@ def vectors(x: Tensor, pixels: Pixels) -> int:
 
     Then a thread loads them one by one, and their addresses take the registers that a large tile needs.
     """
-    sizes = [pixels.hw, pixels.width, pixels.stride_b, pixels.stride_h]
-    if pixels.stride_d == 1:
-        sizes += [pixels.stride_w, x.shape[1]]
-    else:
-        sizes += [pixels.stride_d, x.numel() // max(x.shape[1], 1)]
-    return int(1 in (pixels.stride_d, pixels.stride_w) and all(size % 16 == 0 for size in sizes))
+    hw, width, stride_b, stride_h, stride_w, stride_d = pixels
+    # of numbers that are all multiples of 16 no low bit is set
+    if stride_d == 1:
+        return int((hw | width | stride_b | stride_h | stride_w | x.shape[1]) & 15 == 0)
+    return int(stride_w == 1 and (hw | width | stride_b | stride_h | stride_d | x.numel() // max(x.shape[1], 1)) & 15 == 0)
 
 
 @triton.jit
