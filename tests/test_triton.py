@@ -107,16 +107,17 @@ def test_configuration_files_are_whole(path):
 @pytest.mark.parametrize("kind", ["sm_80", "sm_90", "sm_100", "interpreter"])
 @pytest.mark.parametrize("family", aot.FAMILIES)
 def test_every_launcher_finds_its_own_configuration(family, kind, monkeypatch):
-    """The sizes a launcher looks up with are those its entries are kept by: for an entry's shape it takes that entry."""
+    """The sizes a launcher looks up with are those its entries are kept by: for an entry's shape it takes that entry, uncut."""
     taken = []
-    nearest = _triton._nearest
+    choose = _triton._chosen.__wrapped__
 
-    def look_up(family, kernel, kinds, shape):
-        taken.append((kernel, nearest(family, kernel, kinds, shape)))
+    def look_up(family, kernel, *arguments):
+        taken.append((kernel, choose(family, kernel, *arguments)))
         return taken[-1][1]
 
-    monkeypatch.setattr(_triton, "_nearest", look_up)
-    monkeypatch.setattr(_triton, "_chosen", _triton._chosen.__wrapped__)
+    monkeypatch.setattr(_triton, "_chosen", look_up)
+    if kind != "interpreter":
+        monkeypatch.setattr(_triton, "_kind_shared", aot.SHARED_LIMIT[int(kind.removeprefix("sm_"))])
     monkeypatch.setattr(_triton, "_recorder", lambda *arguments: None)
     monkeypatch.setattr(_triton, "_kind", kind)
     shapes = _triton.stored(family, kind if kind != "interpreter" else "sm_90")
@@ -432,13 +433,14 @@ def test_a_need_taken_for_too_small_is_a_fault():
     assert triton_sweep.faults(row) == ["needs 2000 bytes of shared memory, not at most 1000"]
 
 
-def test_a_few_spilled_bytes_for_a_second_block_are_ptxas_own_choice():
+def test_a_few_spilled_bytes_with_registers_left_are_ptxas_own_choice():
     from benchmarks import triton_sweep
 
     row = aot.Row("x", "x_kernel", {}, {}, "sm_90", 128, 24, 0, 256, [])
     assert triton_sweep.faults(row) == [] and aot.faults(row) == ["spills 24 bytes"]
     assert triton_sweep.faults(replace(row, spills=32)) == ["spills 32 bytes"]
     assert triton_sweep.faults(replace(row, registers=255)) == ["spills 24 bytes"]
+    assert triton_sweep.faults(replace(row, threads=512)) == ["spills 24 bytes"]
 
 
 def test_faults_are_named():

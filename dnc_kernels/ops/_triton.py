@@ -153,7 +153,7 @@ def _chosen(
 
 
 def needed_for(kinds: tuple[str, ...], shape: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    """A shape as a `Need` takes it. mma_sync: 1 where a tile kept for many products lies in registers."""
+    """A shape as a `Need` takes it. mma_sync: 1 where products read registers, 0 where they read shared memory."""
     return {**dict(shape), "mma_sync": int(kinds[-1] == "sm_80")}
 
 
@@ -196,16 +196,15 @@ def _nearest(family: str, kernel: str, kinds: tuple[str, ...], shape: tuple[tupl
 
 def kept_rows(pixels: int, rows: int, use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     """Rows of shared memory at most where a tile of pixels is kept and `rows` a step are multiplied by it."""
-    steps = use["num_stages"] * rows
-    if shape["mma_sync"]:
-        return max(pixels, steps)
+    if shape["mma_sync"]:  # a step's rows wait in registers while the next are on their way
+        return pixels + max(use["num_stages"] - 1, 1) * rows
     # numbers that were loaded one by one reach the tile through another layout
-    return pixels * (1 if shape["even"] else 2) + steps
+    return pixels * (1 if shape["even"] else 2) + use["num_stages"] * rows
 
 
 def tile_of(size: int, block: int | None = None, least: int = 16) -> int:
     """Block size of a dimension: all of it, but no more than `block`; at least what a product needs."""
-    whole = max(triton.next_power_of_2(size), least)
+    whole = max(1 << (size - 1).bit_length(), least)
     return whole if block is None else min(block, whole)
 
 
@@ -259,12 +258,11 @@ def vectors(x: Tensor, pixels: Pixels) -> int:
 
     Then a thread loads them one by one, and their addresses take the registers that a large tile needs.
     """
-    sizes = [pixels.hw, pixels.width, pixels.stride_b, pixels.stride_h]
-    if pixels.stride_d == 1:
-        sizes += [pixels.stride_w, x.shape[1]]
-    else:
-        sizes += [pixels.stride_d, x.numel() // max(x.shape[1], 1)]
-    return int(1 in (pixels.stride_d, pixels.stride_w) and all(size % 16 == 0 for size in sizes))
+    hw, width, stride_b, stride_h, stride_w, stride_d = pixels
+    # of numbers that are all multiples of 16 no low bit is set
+    if stride_d == 1:
+        return int((hw | width | stride_b | stride_h | stride_w | x.shape[1]) & 15 == 0)
+    return int(stride_w == 1 and (hw | width | stride_b | stride_h | stride_d | x.numel() // max(x.shape[1], 1)) & 15 == 0)
 
 
 @triton.jit

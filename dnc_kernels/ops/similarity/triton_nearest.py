@@ -138,16 +138,22 @@ def _finish_nearest_kernel(
 def _depth(use: Mapping[str, Any], channels: int) -> tuple[int, bool]:
     """Channels of a step, and whether they are all of them, so that the tile of x is kept."""
     whole = tile_of(channels)
-    kept = whole <= use.get("KEEP_D", 0)
+    kept = whole <= use["KEEP_D"]
     return whole if kept else min(use["BLOCK_D"], whole), kept
 
 
-def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
-    """Shared memory: the tile of x, or its part of a step, and the rows of a step."""
+def _nearest_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Shared memory: the tile of x, or its part of a step, and the rows of a step; what follows the sweep uses it again."""
     depth, kept = _depth(use, shape["D"])
     pixels, rows = use["BLOCK_N"], use["BLOCK_M"]
     tile = kept_rows(pixels, rows, use, shape) if kept else use["num_stages"] * (pixels + rows)
-    return tile * depth * shape["bits"] // 8 + SCRATCH
+    return max(tile * depth * shape["bits"] // 8 + (1024 if shape["even"] else SCRATCH), SCRATCH)
+
+
+def _distance_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Shared memory: both factors of a step, or the distances on their way out."""
+    step = use["num_stages"] * (use["BLOCK_N"] + use["BLOCK_M"]) * tile_of(shape["D"], use["BLOCK_D"]) * shape["bits"] // 8
+    return max(step, 4 * use["BLOCK_N"] * use["BLOCK_M"]) + SCRATCH
 
 
 def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, sub: Tensor, score: Tensor) -> None:
@@ -164,7 +170,7 @@ def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, s
     n, (classes, k, channels) = pixel_count(x), centroids.shape
     pixels = _triton.pixels_of(x)
     shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size(), "even": _triton.vectors(x, pixels)}
-    use = _triton.configuration(_FAMILY, "nearest_centroid", x.device, _shared_bytes, **shape)
+    use = _triton.configuration(_FAMILY, "nearest_centroid", x.device, _nearest_bytes, **shape)
     block_d, kept = _depth(use, channels)
     block_n, block_m = use["BLOCK_N"], use["BLOCK_M"]
     del use["KEEP_D"], use["BLOCK_D"]
@@ -232,7 +238,7 @@ def centroid_distance(x: Tensor, centroids: Tensor, metric: str, out: Tensor) ->
     n, (classes, k, channels) = pixel_count(x), centroids.shape
     pixels = _triton.pixels_of(x)
     shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size(), "even": _triton.vectors(x, pixels)}
-    use = _triton.configuration(_FAMILY, "centroid_distance", x.device, _shared_bytes, **shape)
+    use = _triton.configuration(_FAMILY, "centroid_distance", x.device, _distance_bytes, **shape)
     block_n, block_m, block_d = use["BLOCK_N"], use["BLOCK_M"], tile_of(channels, use.pop("BLOCK_D"))
     rows, bias = pack_rows(centroids, metric, x.dtype, block_m, block_d)
     m_tiles = rows.shape[0] // block_m
