@@ -81,7 +81,16 @@ def built(sdist, tmp_path_factory):
 def test_the_sdist_holds_what_a_build_and_its_tests_need(source, sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "tests/conftest.py"}
+    needed = {
+        "CMakeLists.txt",
+        "cmake/architectures.cmake",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "tests/conftest.py",
+    }
     needed |= {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
     needed |= {str(path.relative_to(source)) for path in (source / "dnc_kernels").rglob("*.py")}
     assert needed <= names, f"missing: {sorted(needed - names)}"
