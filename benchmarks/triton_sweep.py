@@ -378,10 +378,23 @@ def rows(families: Sequence[str], archs: Sequence[int], every: int = 1) -> Itera
 SPILLED_BY_CHOICE = 24
 
 
+#: Spills that a smaller tile would cost more than: (kernel, point, bytes). The first is one address, outside the products; with
+#: half the pixels a tile nothing spills, and every product reads the sub-centroids from L2 twice as often.
+ACCEPTED: tuple[tuple[str, Point, int], ...] = (
+    (
+        "centroid_loss_kernel",
+        {"arch": 90, "D": 320, "C": 150, "K": 4, "dtype": "bfloat16", "layout": "planes", "metric": "cosine", "norm": True,
+         "scale": False, "smooth": False, "pass": "later"},
+        8,
+    ),
+)  # fmt: skip
+
+
 def faults(row: Row) -> list[str]:
     """What must not ship, and a need that was taken for smaller than it is."""
     found = resource_faults(row)
-    if row.registers < min(255, 65536 // row.threads) and row.spills <= SPILLED_BY_CHOICE:
+    by_choice = row.registers < min(255, 65536 // row.threads) and row.spills <= SPILLED_BY_CHOICE
+    if by_choice or any((row.kernel, row.when) == known[:2] and row.spills <= known[2] for known in ACCEPTED):
         found = [fault for fault in found if not fault.startswith("spills")]
     said = row.config.get("need", row.shared_bytes)
     if row.shared_bytes > said:

@@ -443,6 +443,17 @@ def test_a_few_spilled_bytes_with_registers_left_are_ptxas_own_choice():
     assert triton_sweep.faults(replace(row, threads=512)) == ["spills 24 bytes"]
 
 
+def test_accepted_spills_are_few_and_exact():
+    from benchmarks import triton_sweep
+
+    assert len(triton_sweep.ACCEPTED) <= 1, "look for a configuration that does not spill first"
+    kernel, point, spilled = triton_sweep.ACCEPTED[0]
+    row = aot.Row("x", kernel, {}, point, f"sm_{point['arch']}", 255, spilled, 0, 256, [])
+    assert triton_sweep.faults(row) == []
+    assert triton_sweep.faults(replace(row, spills=spilled + 8)) == [f"spills {spilled + 8} bytes"]
+    assert triton_sweep.faults(replace(row, when={**point, "D": 321})) == [f"spills {spilled} bytes"]
+
+
 def test_faults_are_named():
     row = aot.Row("x", "class_scores_kernel", {}, {"bits": 16}, "sm_90", 255, 8, 300_000, 128, ["mma.sync"])
     spill, shared, cores = aot.faults(row)
