@@ -153,8 +153,8 @@ def _chosen(
 
 
 def needed_for(kinds: tuple[str, ...], shape: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    """A shape as a `Need` takes it. mma_sync: 1 where products read registers, 0 where they read shared memory."""
-    return {**dict(shape), "mma_sync": int(kinds[-1] == "sm_80")}
+    """A shape as a `Need` takes it. mma_sync: products read registers; tcgen05: they leave sums in tensor memory."""
+    return {**dict(shape), "mma_sync": int(kinds[-1] == "sm_80"), "tcgen05": int(kinds[-1] == "sm_100")}
 
 
 def fitted(use: Mapping[str, Any], shape: Mapping[str, int], need: Need, limit: float) -> Mapping[str, Any]:

@@ -76,7 +76,9 @@ def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     blocks, size = _blocks(use, shape), 2 if shape["bits"] == 16 else 4
     rows, pixels = blocks["BLOCK_C"] * blocks["BLOCK_K"], blocks["BLOCK_N"]
     tile = kept_rows(pixels, rows, use, shape) if blocks["BLOCK_D"] >= shape["D"] else use["num_stages"] * (pixels + rows)
-    return tile * blocks["BLOCK_D"] * size + SCRATCH
+    # from tensor memory similarities may reach the maximum over k, and the own ones their sums, each through another layout
+    scratch = max(8 * pixels * rows + 1024, SCRATCH) if shape["tcgen05"] else SCRATCH
+    return tile * blocks["BLOCK_D"] * size + scratch
 
 
 def _scores_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
