@@ -28,7 +28,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Folder of the module for a GPU, and of the one for the host.
-FOLDERS = {False: ROOT / "build" / "gpu", True: ROOT / "build" / "cuda-on-cpu"}
+FOLDERS = {False: ROOT / "build" / "gpu", True: ROOT / "build" / f"cuda-on-cpu-{sys.implementation.cache_tag}"}
 LANES = np.arange(32)
 
 #: A check gets the module, and whether it runs on the host; it raises AssertionError where a result is wrong.

@@ -40,7 +40,8 @@ def build(sanitize: bool = SANITIZE) -> Path:
         pytest.skip("needs the CUDA toolkit's headers (nvcc on PATH)")
     import pybind11
 
-    tree = ROOT / "build" / ("cuda-on-cpu" + ("-sanitized" if sanitize else ""))
+    # a tree of its own for each Python: modules of two would lie side by side
+    tree = ROOT / "build" / (f"cuda-on-cpu-{sys.implementation.cache_tag}" + ("-sanitized" if sanitize else ""))
     tree.mkdir(parents=True, exist_ok=True)
     with (tree / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
