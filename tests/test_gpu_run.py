@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_run, gpu_steps, gpu_take, processes, prove, pytest_record
-from benchmarks.harness import COLUMNS
+from benchmarks import __main__ as command
+from benchmarks import gpu_run, gpu_steps, gpu_take, processes, prove, pytest_record, sanitize
+from benchmarks.harness import COLUMNS, Settings
 from benchmarks.processes import Ended, Step
 from benchmarks.record import append, read
 from dnc_kernels import _evidence
@@ -206,13 +207,75 @@ def test_a_run_that_is_late_drops_from_the_end(tmp_path):
     assert [line["step"] for line in dropped] == ["large", "other"] and "s were left" in dropped[0]["reason"]
 
 
+@pytest.mark.parametrize(
+    ("phase", "names"),
+    [
+        (
+            "works",
+            [
+                "primitives",
+                "cuda embedding",
+                "triton",
+                "failures again",
+                "memcheck 1 of f",
+                "times",
+                "large",
+                "memcheck momentum",
+            ],
+        ),
+        ("numbers", ["rows", "head", "trace", "profile centroid_cross_entropy cuda", "other dtypes", "memcheck momentum"]),
+        ("tune", ["tune nearest_centroid", "similarity as tuned", "nearest_centroid as tuned"]),
+    ],
+)
+def test_the_steps_of_a_phase_are_whole_commands_in_the_order_of_their_worth(tmp_path, monkeypatch, phase, names):
+    run = gpu_run.Run(tmp_path, phase, gpu_run.PLANNED[phase], dry=False)
+    planned = []
+    monkeypatch.setattr(run, "steps", lambda *steps, then=None: planned.extend(steps) or [])
+    monkeypatch.setattr(run, "take", lambda: None)
+    monkeypatch.setattr(sanitize, "find", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitize, "_help", lambda sanitizer: "--kernel-name arg")
+    monkeypatch.setattr(gpu_run.shutil, "which", lambda name: name)
+    run.tell("test", step="cuda momentum", test="tests/a_cuda.py::f", outcome="failed", seconds=1.0, detail="")
+    run.tell("test", step="cuda momentum", test="tests/a_cuda.py::g", outcome="passed", seconds=1.0, detail="")
+    append(run.record, row("triton", 2.0, pct_gemm_probe=20.0))
+    getattr(gpu_run, phase)(run)
+    found = [step.name for step in planned]
+    assert [name for name in found if name in names] == names
+    assert all(isinstance(word, str) for step in planned for word in step.command)
+    for step in planned:
+        if "benchmarks.gpu_steps" in step.command:
+            request = json.loads(step.command[-1])
+            assert request["record"] == str(run.record) and not request["dry"]
+        if "memcheck" in step.name:
+            assert (
+                step.command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
+                and step.env.items() >= sanitize.ENVIRONMENT.items()
+            )
+    if phase == "numbers":
+        profile = next(step for step in planned if step.name.startswith("profile"))
+        assert list(profile.command[:3]) == ["ncu", "--clock-control", "none"]
+
+
+@pytest.mark.parametrize("what", ["rows", "call", "trace"])
+def test_what_the_children_measure_exists(what, tmp_path):
+    """Every op and case that is asked for on a GPU is one of the benchmarks' there."""
+    cases = command.select(Settings(device="cuda", dtypes=("bfloat16", "float16", "float32"), baselines="none"))
+    known = {(case.op, case.name) for case in cases}
+    asked = {
+        "rows": [*gpu_steps.TIMES, *gpu_steps.ROWS, *gpu_steps.HEAD, *gpu_steps.OTHER_DTYPES],
+        "call": [profile[:2] for profile in gpu_steps.PROFILES],
+        "trace": [gpu_steps.TRACED],
+    }[what]
+    for op, name in asked:
+        assert any(op == known_op and name in ("*", known_name) for known_op, known_name in known), (op, name)
+    if what == "rows":
+        assert {op for op, _ in gpu_steps.ROWS} | {"head_step"} == {case.op for case in cases}, "every op is measured"
+
+
 def test_failures_run_again_one_of_every_function_first(tmp_path, monkeypatch):
     run = gpu_run.Run(tmp_path, "works", 360, dry=False)
     steps = []
     monkeypatch.setattr(run, "steps", lambda *given, then=None: steps.append(given) or [])
-    monkeypatch.setattr(gpu_run, "sanitizer", None, raising=False)
-    from benchmarks import sanitize
-
     monkeypatch.setattr(sanitize, "find", lambda: "compute-sanitizer")
     monkeypatch.setattr(sanitize, "_help", lambda sanitizer: "--kernel-name arg")
     for name, outcome in (
