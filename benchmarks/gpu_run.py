@@ -53,7 +53,7 @@ class Run:
         self.start = time.monotonic()
         self.deadline = self.start + seconds - _RESERVE
         self.share = min(1.0, seconds / PLANNED[phase])
-        self.folder = Path(tempfile.mkdtemp(prefix="gpu-run-"))
+        self.temporary = tempfile.TemporaryDirectory(prefix="gpu-run-", ignore_cleanup_errors=True)  # the steps' output
         self.environment: Line = {}
 
     def tell(self, event: str, **content: Any) -> None:
@@ -74,7 +74,7 @@ class Run:
             return []
         print(f"[{time.monotonic() - self.start:4.0f} s] {', '.join(s.name for s in steps)}", flush=True)
         ended = []
-        for one in processes.run(scaled, self.deadline, self.folder, ROOT):
+        for one in processes.run(scaled, self.deadline, Path(self.temporary.name), ROOT):
             self._log(one)
             detail = "" if one.status == "ok" else _last_line(one.output)
             line = {"step": one.step.name, "status": one.status, "returncode": one.returncode, "seconds": round(one.seconds, 1)}
@@ -336,7 +336,7 @@ def execute(run: Run) -> int:
         return 1
     finally:
         run.tell("end", seconds=round(time.monotonic() - run.start, 1))
-        shutil.rmtree(run.folder, ignore_errors=True)
+        run.temporary.cleanup()
         print(summary(run.lines())[-11_000:], flush=True)
 
 
