@@ -26,7 +26,7 @@ demo: install ## train a DNC head on scenes of real digits, beside a softmax hea
 # The workers' OpenMP threads share the cores: a thread that waits must sleep, not spin.
 WORKERS ?= 2
 test: install ## run the whole test suite (marked gpu: skipped without a GPU)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The Python of GPU machines: the first 3.12 that runs (a shim of pyenv need not), on PATH or of pyenv.
 GPU_PYTHON ?= $(shell for p in python3.12 $$(pyenv root 2>/dev/null)/versions/3.12*/bin/python3.12; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)

@@ -26,7 +26,12 @@ else:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked large would starve others of memory: they run where they are asked for."""
+    """Files with slow tests go first, or one worker would still run them when the others have nothing left.
+
+    Tests marked large would starve others of memory: they run where they are asked for.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if "large" in config.option.markexpr or any("::" in argument for argument in config.args):
         return
     large = [item for item in items if item.get_closest_marker("large")]
