@@ -30,7 +30,7 @@ from typing import Any
 from . import gpu_steps, processes, pytest_record
 from .gpu_take import BAD, RESULTS, ROOT, events, rows_of, source, summary, take
 from .processes import Ended, Step
-from .record import Line, append, read
+from .record import Line, append, commit, read
 
 #: Seconds that a phase is planned for; with fewer, every step has its share of them.
 PLANNED = {"works": 360, "numbers": 420, "tune": 300}
@@ -224,22 +224,21 @@ def _large(run: Run) -> None:
 
 
 def _memcheck_of_small_tests(run: Run) -> None:
-    """Twenty small tests of every family under memcheck, side by side."""
+    """The tests that cover every CUDA C++ kernel once, under memcheck, the families side by side."""
     from . import prove, sanitize
 
     sanitizer = sanitize.find()
-    if sanitizer is None or run.dry:
-        return
-    passed = [line for line in events(run.lines(), "test") if line["outcome"] == "passed"]
-    steps = []
-    for family in prove.FAMILIES:
-        tests = sorted((t for t in passed if t["step"] == f"cuda {family}"), key=lambda t: float(t["seconds"]))
-        step = pytest_record.step(
-            f"memcheck {family}", [t["test"] for t in tests[:20]], run.record, seconds=60, workers=0, each=30,
-            env=sanitize.ENVIRONMENT, under=sanitize.under(sanitizer, "memcheck"),
+    if sanitizer is not None and not run.dry:
+        under = sanitize.under(sanitizer, "memcheck")
+        run.steps(
+            *(
+                pytest_record.step(
+                    f"memcheck {family}", prove.tests_of(family), run.record, seconds=60, workers=0, each=30,
+                    select="sanitize and not large", env=sanitize.ENVIRONMENT, under=under,
+                )
+                for family in prove.FAMILIES
+            )
         )  # fmt: skip
-        steps += [step] if tests else []
-    run.steps(*steps)
 
 
 def _rows(
@@ -316,8 +315,6 @@ def _configurations(run: Run, family: str, kernel: str) -> None:
 
 def execute(run: Run) -> int:
     """A whole run; 0 where no test, primitive or kernel's row was wrong."""
-    from .harness import commit
-
     date = time.strftime("%Y-%m-%dT%H%M%S", time.gmtime())
     run.tell("run", phase=run.phase, minutes=round((run.deadline + _RESERVE - run.start) / 60, 2), dry=run.dry, commit=commit(),
              source=source(), date=date)  # fmt: skip

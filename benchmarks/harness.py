@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +27,7 @@ from dnc_kernels import backends
 
 from . import memory
 from .clock import Call, CudaClock, Timing, cpu_clock
+from .record import commit
 
 Row = dict[str, Any]
 Times = dict[str, list[float]]
@@ -410,21 +410,3 @@ def _cpu_name() -> str:
     with suppress(OSError, IndexError):
         return Path("/proc/cpuinfo").read_text().partition("model name")[2].splitlines()[0].strip("\t :")
     return platform.processor() or platform.machine()
-
-
-#: What a run on a GPU writes beside the source: it makes no other source.
-_EVIDENCE = ("dnc_kernels/proofs.json", "dnc_kernels/dispatch", "dnc_kernels/ops/*/configs/*", "benchmarks/results")
-
-
-def commit() -> str:
-    """Of the checkout, with -dirty where its source has changed since; without a checkout what DNC_COMMIT says."""
-    root = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    if (root / ".git").exists():
-        with suppress(OSError, subprocess.CalledProcessError):
-            changed = git("status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _EVIDENCE))
-            return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
-    return os.environ.get("DNC_COMMIT") or "unknown"

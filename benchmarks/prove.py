@@ -22,9 +22,8 @@ from dnc_kernels import _evidence, backends
 from dnc_kernels._evidence import Proof
 
 from . import processes, pytest_record
-from .harness import commit
 from .processes import Ended, Step
-from .record import Line, read
+from .record import Line, commit, read
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = tuple(sorted(set(backends.FAMILY.values())))

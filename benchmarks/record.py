@@ -1,9 +1,13 @@
-"""Results as JSON lines that survive whatever ends the process: one system call a line, at the end of the file."""
+"""Results as JSON lines that survive whatever ends the process: one system call a line, at the end of the file.
+
+And the commit that they name. Nothing here imports torch or the package, which a fault on a GPU could break.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+#: What a run on a GPU writes beside the source: it makes no other source.
+_EVIDENCE = ("dnc_kernels/proofs.json", "dnc_kernels/dispatch", "dnc_kernels/ops/*/configs/*", "benchmarks/results")
 
 
 def append(path: Path, line: Line) -> bool:
@@ -45,3 +51,17 @@ def read(path: Path) -> Iterator[Line]:
             line = json.loads(text)
             if isinstance(line, dict):
                 yield line
+
+
+def commit() -> str:
+    """Of the checkout, with -dirty where its source has changed since; without a checkout what DNC_COMMIT says."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.CalledProcessError):
+            changed = git("status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _EVIDENCE))
+            return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    return os.environ.get("DNC_COMMIT") or "unknown"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bench_similarity, clock, harness, memory, tune
+from benchmarks import bench_similarity, clock, harness, memory, record, tune
 from benchmarks.bench_sinkhorn import loop, vectorized, zipf_labels
 from benchmarks.harness import COLUMNS, Case, Settings, Variant, choice_ratio, error_ratio, summarize
 from dnc_kernels import ops, use_backend
@@ -464,18 +464,18 @@ def test_memory_on_a_gpu_is_what_its_allocator_counted(monkeypatch):
 
 
 def test_commit_of_a_copy_without_git(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "benchmarks" / "record.py"))
     monkeypatch.setenv("DNC_COMMIT", "abc123")
-    assert harness.commit() == "abc123"
+    assert record.commit() == "abc123"
     monkeypatch.delenv("DNC_COMMIT")
-    assert harness.commit() == "unknown"
+    assert record.commit() == "unknown"
 
 
 def test_evidence_makes_no_other_source(monkeypatch, tmp_path):
     def git(*arguments):
         return subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *arguments], cwd=tmp_path, check=True)
 
-    monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "benchmarks" / "record.py"))
     configs = tmp_path / "dnc_kernels" / "ops" / "sinkhorn" / "configs"
     configs.mkdir(parents=True)
     for path in (tmp_path / "dnc_kernels" / "proofs.json", configs / "sm_90.json", tmp_path / "README.md"):
@@ -483,12 +483,12 @@ def test_evidence_makes_no_other_source(monkeypatch, tmp_path):
     git("init", "-q")
     git("add", "-A")
     git("commit", "-q", "-m", "x")
-    clean = harness.commit()
+    clean = record.commit()
     (tmp_path / "dnc_kernels" / "proofs.json").write_text("[]")
     (configs / "sm_90.json").write_text("[]")
-    assert harness.commit() == clean and len(clean) == 12
+    assert record.commit() == clean and len(clean) == 12
     (tmp_path / "README.md").write_text("")
-    assert harness.commit() == clean + "-dirty"
+    assert record.commit() == clean + "-dirty"
 
 
 @pytest.mark.parametrize("held", [96, 10**6])

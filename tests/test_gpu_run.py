@@ -256,6 +256,11 @@ def test_the_steps_of_a_phase_are_whole_commands_in_the_order_of_their_worth(tmp
         assert list(profile.command[:3]) == ["ncu", "--clock-control", "none"]
 
 
+def test_the_run_itself_imports_nothing_that_a_gpu_could_break():
+    code = "import sys, benchmarks.gpu_run; assert not {'torch', 'triton', 'dnc_kernels', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("what", ["rows", "call", "trace"])
 def test_what_the_children_measure_exists(what, tmp_path):
     """Every op and case that is asked for on a GPU is one of the benchmarks' there."""
