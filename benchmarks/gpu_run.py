@@ -135,18 +135,13 @@ def prepare(run: Run) -> bool:
     return run.dry or bool(run.environment.get("gpu"))
 
 
-def works(run: Run) -> None:
-    """Find out whether every kernel is right."""
+def _primitives(run: Run) -> None:
+    """What the CUDA C++ kernels rest on, piece by piece."""
     host = ["--host"] if run.dry else []
-    run.steps(run.python("primitives", 25, "benchmarks.primitives", *host), then=lambda ended: _primitives(run, ended))
-    _tests(run)
-    _again(run)
-    _rows(run, "times", 80, gpu_steps.TIMES)
-    _large(run)
-    _memcheck_of_small_tests(run)
+    run.steps(run.python("primitives", 25, "benchmarks.primitives", *host), then=lambda ended: _tell_primitives(run, ended))
 
 
-def _primitives(run: Run, ended: Ended) -> None:
+def _tell_primitives(run: Run, ended: Ended) -> None:
     for text in ended.output.splitlines():
         with suppress(json.JSONDecodeError):
             if isinstance(line := json.loads(text), dict) and "primitive" in line:
@@ -262,14 +257,25 @@ def _rows(
     run.take()
 
 
-def numbers(run: Run) -> None:
-    """Find out how fast they are, and why."""
+def _times(run: Run) -> None:
+    """A dozen times, for a first look."""
+    _rows(run, "times", 80, gpu_steps.TIMES)
+
+
+def _all_rows(run: Run) -> None:
+    """Rows of every op on every backend, and then of the head's step by what `auto` chooses from them."""
     _rows(run, "rows", 190, gpu_steps.ROWS, baselines="headline")
     _rows(run, "head", 80, gpu_steps.HEAD)
-    run.steps(run.child("trace", 40, "trace", to=str(run.out / "head_step.trace.json.gz")))
-    _profiles(run)
+
+
+def _other_dtypes(run: Run) -> None:
+    """Rows of other dtypes than bfloat16."""
     _rows(run, "other dtypes", 60, gpu_steps.OTHER_DTYPES, dtypes=("float16", "float32"))
-    _memcheck_of_small_tests(run)
+
+
+def _trace(run: Run) -> None:
+    """A Chrome trace of the head's step."""
+    run.steps(run.child("trace", 40, "trace", to=str(run.out / "head_step.trace.json.gz")))
 
 
 def _profiles(run: Run) -> None:
@@ -288,7 +294,7 @@ def _profiles(run: Run) -> None:
                 run.tell("profile", op=op, backend=backend, kernel=name, metrics=metrics)
 
 
-def tune(run: Run) -> None:
+def _tune(run: Run) -> None:
     """Better configurations for the two Triton kernels that lose most against their limits, and what they bring."""
     rows = rows_of(run.lines()) or [
         row for path in sorted(ROOT.glob(f"benchmarks/results/{run.environment.get('folder')}/*.jsonl")) for row in read(path)
@@ -313,16 +319,29 @@ def _configurations(run: Run, family: str, kernel: str) -> None:
         run.tell("configuration", family=family, kernel=kernel, kind=kind, entries=json.loads(path.read_text())[kernel])
 
 
+#: The parts of every phase, in the order of their worth.
+PHASES: dict[str, tuple[Callable[[Run], None], ...]] = {
+    "works": (_primitives, _tests, _again, _times, _large, _memcheck_of_small_tests),
+    "numbers": (_all_rows, _trace, _profiles, _other_dtypes, _memcheck_of_small_tests),
+    "tune": (_tune,),
+}
+
+
 def execute(run: Run) -> int:
     """A whole run; 0 where no test, primitive or kernel's row was wrong."""
     date = time.strftime("%Y-%m-%dT%H%M%S", time.gmtime())
     run.tell("run", phase=run.phase, minutes=round((run.deadline + _RESERVE - run.start) / 60, 2), dry=run.dry, commit=commit(),
              source=source(), date=date)  # fmt: skip
     try:
-        if prepare(run):
-            {"works": works, "numbers": numbers, "tune": tune}[run.phase](run)
-        else:
-            run.tell("dropped", step=run.phase, reason="torch sees no CUDA device; DRY=1 goes the same way without one")
+        usable = prepare(run)
+        for part in PHASES[run.phase]:
+            name = part.__name__.strip("_").replace("_", " ")
+            if not usable:
+                run.tell("dropped", step=name, reason="torch sees no CUDA device; DRY=1 goes the same way without one")
+            elif time.monotonic() > run.deadline:  # before it imports or plans anything
+                run.tell("dropped", step=name, reason="no time was left")
+            else:
+                part(run)
         return int(not run.environment or _wrong(run.lines()))
     except KeyboardInterrupt:
         run.tell("dropped", step="the rest", reason="the run was stopped")

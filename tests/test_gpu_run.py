@@ -158,7 +158,7 @@ def test_a_dry_run_ends_in_time_and_tells_every_fault(tmp_path):
     start = time.monotonic()
     run = rehearse(tmp_path, 1.2, "--plant")
     printed = run.communicate()[0]
-    assert time.monotonic() - start < 72 + 10
+    assert time.monotonic() - start < 72 + 20
     assert run.returncode == 1
     lines = list(read(tmp_path / gpu_take.RESULTS))
     assert [line["dry"] for line in gpu_take.events(lines, "run")] == [True] and gpu_take.events(lines, "end")
@@ -193,7 +193,7 @@ def test_a_full_disk_does_not_stop_a_run(tmp_path):
     start = time.monotonic()
     run = rehearse(tmp_path, 0.6, preexec_fn=full)
     printed = run.communicate()[0]
-    assert time.monotonic() - start < 36 + 10
+    assert time.monotonic() - start < 36 + 20, "a busy machine starts slowly, too"
     assert "could not be written" in printed and '"event": "end"' in printed
     assert gpu_take.events(list(read(tmp_path / gpu_take.RESULTS)), "run")
 
@@ -238,7 +238,8 @@ def test_the_steps_of_a_phase_are_whole_commands_in_the_order_of_their_worth(tmp
     run.tell("test", step="cuda momentum", test="tests/a_cuda.py::f", outcome="failed", seconds=1.0, detail="")
     run.tell("test", step="cuda momentum", test="tests/a_cuda.py::g", outcome="passed", seconds=1.0, detail="")
     append(run.record, row("triton", 2.0, pct_gemm_probe=20.0))
-    getattr(gpu_run, phase)(run)
+    for part in gpu_run.PHASES[phase]:
+        part(run)
     found = [step.name for step in planned]
     assert [name for name in found if name in names] == names
     assert all(isinstance(word, str) for step in planned for word in step.command)
@@ -275,6 +276,22 @@ def test_what_the_children_measure_exists(what, tmp_path):
         assert any(op == known_op and name in ("*", known_name) for known_op, known_name in known), (op, name)
     if what == "rows":
         assert {op for op, _ in gpu_steps.ROWS} | {"head_step"} == {case.op for case in cases}, "every op is measured"
+
+
+def test_what_no_time_is_left_for_is_said(tmp_path, monkeypatch):
+    run = gpu_run.Run(tmp_path, "works", 60, dry=True)
+    monkeypatch.setattr(gpu_run, "prepare", lambda run: setattr(run, "deadline", time.monotonic()) or True)
+    assert gpu_run.execute(run) == 1
+    dropped = {line["step"]: line["reason"] for line in gpu_take.events(list(read(run.record)), "dropped")}
+    assert list(dropped) == ["primitives", "tests", "again", "times", "large", "memcheck of small tests"]
+    assert set(dropped.values()) == {"no time was left"}
+
+
+def test_without_a_gpu_nothing_runs_and_the_reason_is_given(tmp_path, monkeypatch, capsys):
+    run = gpu_run.Run(tmp_path, "numbers", 60, dry=False)
+    monkeypatch.setattr(gpu_run, "prepare", lambda run: False)
+    assert gpu_run.execute(run) == 1
+    assert "dropped all rows: torch sees no CUDA device; DRY=1 goes the same way" in capsys.readouterr().out
 
 
 def test_failures_run_again_one_of_every_function_first(tmp_path, monkeypatch):
