@@ -116,6 +116,7 @@ def summary(lines: Sequence[Line]) -> str:
         text.append(f"phase {run['phase']} of commit {run['commit']}, {run['date']}{dry}")
     for line in events(lines, "environment"):
         text.append("  " + ", ".join(f"{k} {v}" for k, v in line.items() if k not in ("event", "sources") and v))
+    text += _summary_of_rows(lines)  # many lines: what is wrong stands behind them, where a cut output still shows it
     if primitives := events(lines, "primitive"):
         bad = [f"{p['primitive']} {p['status']}" for p in primitives if p["status"] != "ok"]
         text.append(f"primitives: {len(primitives) - len(bad)} of {len(primitives)} right" + "".join(f"; {b}" for b in bad))
@@ -124,7 +125,6 @@ def summary(lines: Sequence[Line]) -> str:
         text.append(
             f"proof of {line['family']}: " + (f"{line['tests']} tests" if line["proven"] else f"none: {line['reason']}")
         )
-    text += _summary_of_rows(lines)
     for line in events(lines, "profile"):
         metrics = ", ".join(f"{name} {value}" for name, value in line["metrics"].items())
         text.append(f"profile of {line['op']} ({line['backend']}), {line['kernel']}: {metrics}")

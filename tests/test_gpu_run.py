@@ -416,6 +416,9 @@ def test_the_summary_names_every_fault():
         "step cuda momentum: stopped after 60 s: it hung", "dropped large: 3 s were left", "cut off: no end",
     ):  # fmt: skip
         assert part in text, part
+    assert text.index("dnc_cuda: 250.0 us") < text.index("primitives: 1 of 2"), (
+        "faults last, where a cut output still shows them"
+    )
 
 
 # verdicts and what follows from rows
