@@ -91,7 +91,7 @@ def _measure(cases: Sequence[Case], settings: Settings, out: Path | None) -> int
     rows: list[Row] = []
     try:
         with out.open("a") if out else nullcontext() as file:
-            for row in _rows(cases, settings):
+            for row in case_rows(cases, settings):
                 rows.append(row)
                 if file:
                     print(json.dumps(row), file=file, flush=True)
@@ -100,7 +100,7 @@ def _measure(cases: Sequence[Case], settings: Settings, out: Path | None) -> int
     return int(any(r["status"] == "wrong" or (r["status"] == "failed" and r["kind"] == "kernel") for r in rows))
 
 
-def _rows(cases: Sequence[Case], settings: Settings) -> Iterator[Row]:
+def case_rows(cases: Sequence[Case], settings: Settings) -> Iterator[Row]:
     """Rows of all cases. A case that cannot be set up is a row with the reason too."""
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case.op} {case.name} {case.dtype}", file=sys.stderr, flush=True)

@@ -108,10 +108,7 @@ def _version(name: str) -> str:
 
 def rows(request: Line) -> int:
     """Rows of the chosen cases, each as soon as it is known; ends by itself once its seconds are over."""
-    import torch
-
-    from . import harness
-    from .__main__ import select
+    from .__main__ import case_rows, select
 
     end, record = time.monotonic() + request["seconds"], Path(request["record"])
     settings = _settings(request)
@@ -125,17 +122,8 @@ def rows(request: Line) -> int:
             if time.monotonic() > end:
                 append(record, {"event": "dropped", "step": " ".join(this), "reason": "its time was over"})
                 continue
-            print(*this, flush=True)
-            try:
-                for row in harness.run_case(case, settings):
-                    append(record, row)
-            except harness.GpuLost:
-                raise
-            except Exception as error:
-                append(record, harness.failed(case, settings, error))
-                harness.demand_gpu(settings, " ".join(this))
-            if settings.cuda:
-                torch.cuda.empty_cache()
+            for row in case_rows([case], settings):
+                append(record, row)
     return 0
 
 
