@@ -253,8 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", action="store_true", help="Triton kernels at shapes between those of the configurations")
     parser.add_argument("--every", type=int, default=1, help="every so many of the sweep's calls (1); known faults always")
     options = parser.parse_args(arguments)
-    if os.environ.pop("TRITON_INTERPRET", ""):
-        print("TRITON_INTERPRET is ignored: the interpreter compiles nothing", file=sys.stderr)
     families, faults_of = options.family or FAMILIES, faults
     if options.sweep:
         from . import triton_sweep
@@ -288,4 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # triton reads it where kernels are defined, here and in the processes that compile
+    if os.environ.pop("TRITON_INTERPRET", ""):
+        print("TRITON_INTERPRET is ignored: the interpreter compiles nothing", file=sys.stderr)
     sys.exit(main())

@@ -61,6 +61,19 @@ def _seed():
     torch.manual_seed(0)
 
 
+def settings_of_kernels():
+    """Environment variables that kernels or their build read; libraries set some others for themselves."""
+    return {k: v for k, v in os.environ.items() if k.startswith(("DNC_", "OMP_", "CUDA_", "TRITON_INTERPRET"))}
+
+
+@pytest.fixture(autouse=True)
+def _settings_put_back():
+    """What a test leaves behind would fail tests of other files, in some orders of files alone."""
+    before = settings_of_kernels()
+    yield
+    assert settings_of_kernels() == before, "put the environment variables back, as monkeypatch.setenv does"
+
+
 @pytest.fixture
 def cuda():
     """The device that backend "cuda" runs on, for tests marked ``cuda``: without a GPU its kernels run on CPU tensors."""
