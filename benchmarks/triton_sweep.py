@@ -285,13 +285,18 @@ REPORTED: tuple[tuple[str, Point], ...] = (
     ("class_scores_backward", _point(90, 64, 19, 10, "float16", own=False, to_x=False)),
     ("class_scores_backward", _point(90, 440, 150, 20, "float16", "crop", to_x=False)),
     ("class_scores_backward", _point(90, 257, 1000, 10, "float32", "odd", to_x=True, accumulate=True)),
+    ("class_scores_backward", _point(100, 768, 171, 4, "float16", metric="sqeuclidean", to_x=False)),
     ("centroid_cross_entropy", _point(90, 384, 19, 10, "bfloat16")),
     ("centroid_cross_entropy", _point(86, 256, 150, 10, "float16")),
     ("centroid_cross_entropy", _point(90, 320, 150, 10, "bfloat16", "planes")),
     ("centroid_cross_entropy", _point(90, 256, 19, 10, "bfloat16", "planes", **{"pass": "later"})),
     ("centroid_cross_entropy", _point(80, 256, 19, 1, "float16", "odd", norm=False, **{"pass": "later"})),
     ("centroid_cross_entropy", _point(90, 256, 150, 10, "float32", **{"pass": "forward"})),
+    ("centroid_cross_entropy", _point(80, 17, 19, 4, "tf32", "odd", metric="sqeuclidean", norm=False, smooth=True)),
+    ("centroid_cross_entropy", _point(80, 100, 2, 20, "tf32", "planes", scale=True, smooth=True)),
+    ("subcentroid_cross_entropy", _point(100, 256, 171, 4, "float16", "large", target=True, grad=True)),
     ("nearest_centroid", _point(90, 256, 150, 10, "bfloat16", "crop", metric="cosine")),
+    ("nearest_centroid", _point(100, 256, 171, 4, "float16", "large", metric="sqeuclidean")),
 )
 
 

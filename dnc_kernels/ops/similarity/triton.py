@@ -91,7 +91,10 @@ def _centroid_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -
     """Shared memory: dS and the pixels of a step (float16 as float32), or the sums on their way out."""
     blocks = _blocks(use, shape)
     rows = blocks["BLOCK_C"] * blocks["BLOCK_K"]
-    step = blocks["BLOCK_N"] * (rows + use["num_stages"] * blocks["BLOCK_D"])
+    ahead = use["num_stages"] - 1
+    step = blocks["BLOCK_N"] * (rows + (1 + ahead) * blocks["BLOCK_D"])
+    if shape["tcgen05"]:  # what dS is made of comes ahead as well: gradients of scores and of own similarities, winners
+        step += ahead * blocks["BLOCK_N"] * (2 * blocks["BLOCK_C"] + rows)
     return 4 * max(step, rows * blocks["BLOCK_D"]) + SCRATCH
 
 

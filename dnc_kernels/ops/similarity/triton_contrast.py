@@ -138,7 +138,10 @@ def _subcentroid_cross_entropy_kernel(
 
 def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     """Shared memory: the tile of x and the rows of a step, in 16 bits, and the weights between the products."""
-    return 2 * kept_rows(use["BLOCK_N"], use["BLOCK_M"], use, shape) * shape["D"] + SCRATCH
+    rows = kept_rows(use["BLOCK_N"], use["BLOCK_M"], use, shape)
+    if shape["tcgen05"]:  # both products read a step's rows, the second while the first has the next
+        rows += use["BLOCK_M"]
+    return 2 * rows * shape["D"] + SCRATCH
 
 
 def subcentroid_cross_entropy(

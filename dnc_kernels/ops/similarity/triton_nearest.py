@@ -147,7 +147,10 @@ def _nearest_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     depth, kept = _depth(use, shape["D"])
     pixels, rows = use["BLOCK_N"], use["BLOCK_M"]
     tile = kept_rows(pixels, rows, use, shape) if kept else use["num_stages"] * (pixels + rows)
-    return max(tile * depth * shape["bits"] // 8 + (1024 if shape["even"] else SCRATCH), SCRATCH)
+    scratch = 1024 if shape["even"] else SCRATCH
+    if shape["tcgen05"]:  # from tensor memory similarities may reach the maximum over copies through another layout
+        scratch = max(scratch, 4 * pixels * rows + 1024)
+    return max(tile * depth * shape["bits"] // 8 + scratch, SCRATCH)
 
 
 def _distance_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
