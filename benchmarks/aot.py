@@ -181,16 +181,20 @@ def compile_one(family: str, kernel: str, arch: int, when: dict[str, int], use: 
     return rows
 
 
-def jobs(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS) -> list[tuple[Any, ...]]:
-    """Arguments of `compile_one` for every shipped configuration."""
+def jobs(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS, every: int = 1) -> list[tuple[Any, ...]]:
+    """Arguments of `compile_one` for every so many of the shipped configurations, the first of each kernel among them.
+
+    Architectures take turns: with as many as `every`, most shape classes are compiled for one of them.
+    """
     from dnc_kernels.ops import _triton
 
     return [
         (family, kernel, arch, entry["when"], entry["use"])
         for family in families
-        for arch in archs
+        for turn, arch in enumerate(archs)
         for kernel, entries in _triton.stored(family, f"sm_{arch}").items()
-        for entry in entries
+        for i, entry in enumerate(entries)
+        if i == 0 or i % every == turn % every
     ]
 
 
@@ -227,13 +231,13 @@ def _compile(job: tuple[Any, ...]) -> list[Row]:
     return compile_one(*job)
 
 
-def _triton_rows(families: Sequence[str], archs: Sequence[int], processes: int) -> Iterator[Row]:
+def _triton_rows(families: Sequence[str], archs: Sequence[int], processes: int, every: int) -> Iterator[Row]:
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(_compile, jobs(families, archs)):
+        for rows in pool.map(_compile, jobs(families, archs, every)):
             yield from rows
 
 
-def _cuda_rows(families: Sequence[str], archs: Sequence[int], processes: int) -> Iterator[Row]:
+def _cuda_rows(families: Sequence[str], archs: Sequence[int], processes: int, _: int) -> Iterator[Row]:
     from . import aot_cuda
 
     if reason := aot_cuda.missing():
@@ -251,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", action="append", type=int, choices=list(SHARED_LIMIT), help="all; may be repeated")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
     parser.add_argument("--sweep", action="store_true", help="Triton kernels at shapes between those of the configurations")
-    parser.add_argument("--every", type=int, default=1, help="every so many of the sweep's calls (1); known faults always")
+    parser.add_argument("--every", type=int, default=1, help="every so many Triton configurations, or calls of the sweep (1)")
     options = parser.parse_args(arguments)
     families, faults_of = options.family or FAMILIES, faults
     if options.sweep:
@@ -262,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         archs = options.arch or ARCHS
         sources = [
-            rows_of(families, archs, options.jobs)
+            rows_of(families, archs, options.jobs, options.every)
             for backend, rows_of in (("triton", _triton_rows), ("cuda", _cuda_rows))
             if not options.backend or backend in options.backend
         ]

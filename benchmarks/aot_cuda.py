@@ -28,7 +28,8 @@ _INSTRUCTIONS = {
     "mbarrier": "SYNCS", "redux": "C?REDUX", "atom": "ATOM[GS]?", "red": "RED[GS]?", "ld.local": "LDL", "st.local": "STL",
     "trap": r"BPT\.TRAP",
 }  # fmt: skip
-_FEATURES = {name: re.compile(rf"\*/ +(@!?U?P\w+ )?{code}\b") for name, code in _INSTRUCTIONS.items()}
+_FEATURES = {name: re.compile(rf"{code}\b") for name, code in _INSTRUCTIONS.items()}
+_OPERATION = re.compile(r"\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]*)")
 #: An instruction of machine code: address, predicate, operation, operands.
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;\n]*);", re.MULTILINE)
 _PRODUCT = re.compile(r"HGMMA|HMMA|UT\w*MMA")
@@ -56,45 +57,52 @@ def is_current(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS)
 def rows(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS, jobs: int = 2) -> list[Row]:
     """A row for every kernel of these families on these architectures."""
     with _binaries(families, archs, jobs) as files:
-        found = [row for file in files for row in _rows_of(file)]
-    return [row for row in found if row.op.partition(".")[0] in families and int(row.arch.removeprefix("sm_")) in archs]
+        return [row for file, arch in files for row in _rows_of(file, arch) if row.op.partition(".")[0] in families]
 
 
 @contextmanager
-def _binaries(families: Sequence[str], archs: Sequence[int], jobs: int) -> Iterator[list[Path]]:
+def _binaries(families: Sequence[str], archs: Sequence[int], jobs: int) -> Iterator[list[tuple[Path, int]]]:
+    """Files, with an architecture that each has code for."""
     if is_current(families, archs):
-        yield [Path(backends.native().__file__)]
+        yield [(Path(backends.native().__file__), arch) for arch in archs]
         return
     with tempfile.TemporaryDirectory() as folder:
         paths = [path for family in families for path in sorted((ROOT / "csrc" / "cuda").glob(f"{family}*.cu"))]
         work = [(path, arch, Path(folder) / f"{path.stem}_{arch}.o") for path in paths for arch in archs]
         with ThreadPoolExecutor(jobs) as pool:
-            yield list(pool.map(_compile, *zip(*work, strict=True))) if work else []
+            yield list(pool.map(_compile, work))
 
 
-def _compile(path: Path, arch: int, to: Path) -> Path:
-    """As CMakeLists.txt does it, for one architecture; 90 means 90a, as wgmma is only there."""
-    name = f"{arch}a" if arch == 90 else str(arch)
+def _real(arch: int) -> str:
+    """The architecture that code is made for: of 9.0 its own variant, as wgmma is only there."""
+    return "sm_90a" if arch == 90 else f"sm_{arch}"
+
+
+def _compile(job: tuple[Path, int, Path]) -> tuple[Path, int]:
+    """As CMakeLists.txt does it, for one architecture."""
+    path, arch, to = job
+    name = _real(arch).removeprefix("sm_")
     include = [f"-I{ROOT / 'csrc' / folder}" for folder in ("include", "cuda")]
     _run("nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "-DDNC_WITH_CUDA", *include,
          f"-arch=compute_{name}", f"-code=sm_{name}", "-c", str(path), "-o", str(to))  # fmt: skip
-    return to
+    return to, arch
 
 
-def _rows_of(file: Path) -> list[Row]:
-    usage, code = _run(_cuobjdump(), "--dump-resource-usage", str(file)), _run(_cuobjdump(), "--dump-sass", str(file))
-    instructions = {(arch, name): text for arch, _, name, text in _functions(code, r"^\s*Function : (\S+)$")}
+def _rows_of(file: Path, arch: int) -> list[Row]:
+    dump = (_cuobjdump(), "--gpu-architecture", _real(arch), str(file))
+    usage, code = _run(*dump, "--dump-resource-usage"), _run(*dump, "--dump-sass")
+    instructions = {name: text for _, name, text in _functions(code, r"^\s*Function : (\S+)$")}
     found = []
-    for arch, family, name, text in _functions(usage, r"^ Function (\S+):$"):
+    for family, name, text in _functions(usage, r"^ Function (\S+):$"):
         used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-        kernel = readable(name)
+        kernel, operations = readable(name), set(_OPERATION.findall(instructions[name]))
         found.append(
             Row(
                 op=f"{family}.{kernel.partition('<')[0].removesuffix('_kernel')}", kernel=kernel, config={},
-                when={"bits": 16} if "Float16" in kernel or "BFloat16" in kernel else {}, arch=arch, registers=used["REG"],
-                spills=used["STACK"] + used["LOCAL"], shared_bytes=used["SHARED"], threads=0,
-                ptx_features=[f for f, code in _FEATURES.items() if code.search(instructions[arch, name])], backend="cuda",
-                fences=fences_between_products(instructions[arch, name]),
+                when={"bits": 16} if "Float16" in kernel or "BFloat16" in kernel else {}, arch=f"sm_{arch}",
+                registers=used["REG"], spills=used["STACK"] + used["LOCAL"], shared_bytes=used["SHARED"], threads=0,
+                ptx_features=[f for f, code in _FEATURES.items() if any(map(code.match, operations))], backend="cuda",
+                fences=fences_between_products(instructions[name]),
             )
         )  # fmt: skip
     return found
@@ -157,15 +165,14 @@ def _reached(following: Sequence[set[int]], start: set[int], until: Set[int] = f
     return reached
 
 
-def _functions(text: str, pattern: str) -> Iterator[tuple[str, str, str, str]]:
-    """Architecture, family, mangled name and text of every kernel of this library in cuobjdump's output."""
+def _functions(text: str, pattern: str) -> Iterator[tuple[str, str, str]]:
+    """Family, mangled name and text of every kernel of this library in cuobjdump's output for one architecture."""
     for part in text.split("Fatbin elf code:")[1:]:
-        arch, path = (re.search(rf"^{key} = (\S+)$", part, re.MULTILINE) for key in ("arch", "identifier"))
-        pieces = re.split(pattern, part, flags=re.MULTILINE)
-        for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
-            family = next((f for f in FAMILIES if path and Path(path[1]).name.startswith(f)), None)
-            if arch and family:
-                yield arch[1].rstrip("af"), family, name, body
+        path = re.search(r"^identifier = (\S+)$", part, re.MULTILINE)
+        family = next((f for f in FAMILIES if path and Path(path[1]).name.startswith(f)), None)
+        if family:
+            pieces = re.split(pattern, part, flags=re.MULTILINE)
+            yield from ((family, name, body) for name, body in zip(pieces[1::2], pieces[2::2], strict=True))
 
 
 @cache

@@ -179,7 +179,7 @@ def test_device_wide_fences_between_products_are_counted(lines, fences):
 def test_machine_code_is_read(monkeypatch):
     monkeypatch.setattr(aot_cuda, "_run", lambda *c: USAGE if "--dump-resource-usage" in c else SASS if "--dump-sass" in c else "f_kernel(float*)")  # fmt: skip
     aot_cuda.readable.cache_clear()
-    (row,) = aot_cuda._rows_of(Path("x.so"))
+    (row,) = aot_cuda._rows_of(Path("x.so"), 90)
     aot_cuda.readable.cache_clear()
     assert (row.op, row.kernel, row.arch, row.registers, row.spills) == ("momentum.f", "f_kernel", "sm_90", 34, 24)
     assert row.ptx_features == ["wgmma", "redux", "atom", "st.local"]

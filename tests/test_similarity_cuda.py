@@ -277,9 +277,9 @@ def test_many_small_images_on_many_processors(engine):
     """A tile never crosses images: more blocks than the pixels alone would fill. The workspace has room for all of them."""
     if DEVICE == "cpu":
         configure(processors=16, capability=engine)
-    x, image, p, labels, _ = maps(40, 2, 4, 7, 2, 72)
+    x, image, p, labels, _ = maps(20, 2, 4, 7, 2, 72)
     check_loss(x, p, labels, "dot", image, reduction="sum", **options_of(7, True, False, 0.0))
-    x, image, p, labels, _ = maps(20, 2, 4, 150, 3, 648)  # maxima in the workspace
+    x, image, p, labels, _ = maps(8, 2, 4, 150, 3, 648)  # maxima in the workspace
     check_loss(x, p, labels, "dot", image, reduction="sum", **options_of(150, True, False, 0.0))
 
 
