@@ -71,14 +71,24 @@ def _blocks(use: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, int]:
     return blocks
 
 
+def _one_step(blocks: Mapping[str, int], shape: Mapping[str, int]) -> bool:
+    """Whether a tile of pixels is a step of the only loop, as of a loss without gradients: the next pixels are on their way."""
+    return not shape.get("grad", True) and blocks["BLOCK_C"] >= shape["C"] and blocks["BLOCK_K"] >= shape["K"]
+
+
 def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     """Shared memory of class scores and the loss: the tile of x, or its part of a step, and the rows of a step."""
     blocks, size = _blocks(use, shape), 2 if shape["bits"] == 16 else 4
-    rows, pixels = blocks["BLOCK_C"] * blocks["BLOCK_K"], blocks["BLOCK_N"]
-    tile = kept_rows(pixels, rows, use, shape) if blocks["BLOCK_D"] >= shape["D"] else use["num_stages"] * (pixels + rows)
-    # from tensor memory similarities may reach the maximum over k, and the own ones their sums, each through another layout
-    scratch = max(8 * pixels * rows + 1024, SCRATCH) if shape["tcgen05"] else SCRATCH
-    return tile * blocks["BLOCK_D"] * size + scratch
+    rows, pixels, stages = blocks["BLOCK_C"] * blocks["BLOCK_K"], blocks["BLOCK_N"], use["num_stages"]
+    tile = stages * (pixels + rows)
+    if blocks["BLOCK_D"] >= shape["D"]:
+        ahead = max(stages - 1, 1) if shape["mma_sync"] else stages
+        tile = ahead * (pixels + rows) if _one_step(blocks, shape) else kept_rows(pixels, rows, use, shape)
+    numbers = max(tile * blocks["BLOCK_D"], stages * blocks["BLOCK_C"] * blocks.get("BLOCK_GRAD", 0))
+    # similarities may reach the maximum over k, and the own ones their sums, through another layout: from tensor memory, or
+    # where a warp group has but a part of the columns
+    parted = shape["tcgen05"] or (not shape["mma_sync"] and pixels < 16 * use["num_warps"])
+    return numbers * size + (max(8 * pixels * rows + 1024, SCRATCH) if parted else SCRATCH)
 
 
 def _scores_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
@@ -91,10 +101,9 @@ def _centroid_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -
     """Shared memory: dS and the pixels of a step (float16 as float32), or the sums on their way out."""
     blocks = _blocks(use, shape)
     rows = blocks["BLOCK_C"] * blocks["BLOCK_K"]
-    ahead = use["num_stages"] - 1
-    step = blocks["BLOCK_N"] * (rows + (1 + ahead) * blocks["BLOCK_D"])
+    step = blocks["BLOCK_N"] * (rows + use["num_stages"] * blocks["BLOCK_D"])
     if shape["tcgen05"]:  # what dS is made of comes ahead as well: gradients of scores and of own similarities, winners
-        step += ahead * blocks["BLOCK_N"] * (2 * blocks["BLOCK_C"] + rows)
+        step += (use["num_stages"] - 1) * blocks["BLOCK_N"] * (2 * blocks["BLOCK_C"] + rows)
     return 4 * max(step, rows * blocks["BLOCK_D"]) + SCRATCH
 
 
@@ -106,17 +115,17 @@ _NEED = {
 }
 
 
-def _configured(kernel: str, x: Tensor, centroids: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Block sizes and launch options. `x`: the pixels that the kernel reads, or writes where it reads none."""
+def _configured(kernel: str, x: Tensor, centroids: Tensor, **state: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Block sizes and launch options. `x`: pixels that a kernel reads, or writes where it reads none. `state`: for its need."""
     classes, k, channels = centroids.shape
     shape = {"C": classes, "K": k, "D": channels, "bits": bits_of(x)}
-    use = configuration("similarity", kernel, x.device, _NEED[kernel], **shape, even=vectors(x, pixels_of(x)))
+    use = configuration("similarity", kernel, x.device, _NEED[kernel], **shape, **state, even=vectors(x, pixels_of(x)))
     blocks = _blocks(use, shape)
     return blocks, {key: value for key, value in use.items() if key != "KEEP_D" and key not in blocks}
 
 
-def _pack(kernel: str, x: Tensor, centroids: Tensor, metric: str) -> _Packed:
-    blocks, options = _configured(kernel, x, centroids)
+def _pack(kernel: str, x: Tensor, centroids: Tensor, metric: str, **state: int) -> _Packed:
+    blocks, options = _configured(kernel, x, centroids, **state)
     classes, k, _ = centroids.shape
     width, copies = blocks["BLOCK_C"], blocks["BLOCK_K"]
     slots = Slots(width, copies, cdiv(k, copies), cdiv(classes, width))
@@ -347,7 +356,7 @@ def centroid_cross_entropy(
     grad_x has the dtype of x; everything else, inputs of [C] included, float32. A label outside [0,C) is ignored.
     """
     n, (classes, k, channels) = pixel_count(x), centroids.shape
-    packed, square = _pack("centroid_loss", x, centroids, metric), _squares(x, metric)
+    packed, square = _pack("centroid_loss", x, centroids, metric, grad=grad_x is not None), _squares(x, metric)
     options = dict(packed.options)
     block_n, block_c = packed.blocks["BLOCK_N"], packed.blocks["BLOCK_C"]
     tiles, groups = packed.tiles, packed.groups
