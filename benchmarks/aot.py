@@ -231,13 +231,13 @@ def _compile(job: tuple[Any, ...]) -> list[Row]:
     return compile_one(*job)
 
 
-def _triton_rows(families: Sequence[str], archs: Sequence[int], processes: int, every: int) -> Iterator[Row]:
+def _triton_rows(work: Sequence[tuple[Any, ...]], processes: int) -> Iterator[Row]:
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(_compile, jobs(families, archs, every)):
+        for rows in pool.map(_compile, work):
             yield from rows
 
 
-def _cuda_rows(families: Sequence[str], archs: Sequence[int], processes: int, _: int) -> Iterator[Row]:
+def _cuda_rows(families: Sequence[str], archs: Sequence[int], processes: int) -> Iterator[Row]:
     from . import aot_cuda
 
     if reason := aot_cuda.missing():
@@ -264,12 +264,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults_of = triton_sweep.faults
         sources = [triton_sweep.rows(families, options.arch or tuple(SHARED_LIMIT), options.every)]
     else:
-        archs = options.arch or ARCHS
-        sources = [
-            rows_of(families, archs, options.jobs, options.every)
-            for backend, rows_of in (("triton", _triton_rows), ("cuda", _cuda_rows))
-            if not options.backend or backend in options.backend
-        ]
+        archs, backends, sources = options.arch or ARCHS, options.backend or ("triton", "cuda"), []
+        if "triton" in backends:
+            sources.append(_triton_rows(jobs(families, archs, options.every), options.jobs))
+        if "cuda" in backends:
+            sources.append(_cuda_rows(families, archs, options.jobs))
     compiled = failed = 0
     for row in chain.from_iterable(sources):
         wrong = faults_of(row)

@@ -29,7 +29,6 @@ _INSTRUCTIONS = {
     "trap": r"BPT\.TRAP",
 }  # fmt: skip
 _FEATURES = {name: re.compile(rf"{code}\b") for name, code in _INSTRUCTIONS.items()}
-_OPERATION = re.compile(r"\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]*)")
 #: An instruction of machine code: address, predicate, operation, operands.
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;\n]*);", re.MULTILINE)
 _PRODUCT = re.compile(r"HGMMA|HMMA|UT\w*MMA")
@@ -95,7 +94,7 @@ def _rows_of(file: Path, arch: int) -> list[Row]:
     found = []
     for family, name, text in _functions(usage, r"^ Function (\S+):$"):
         used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-        kernel, operations = readable(name), set(_OPERATION.findall(instructions[name]))
+        kernel, operations = readable(name), {m[3] for m in _INSTRUCTION.finditer(instructions[name])}
         found.append(
             Row(
                 op=f"{family}.{kernel.partition('<')[0].removesuffix('_kernel')}", kernel=kernel, config={},

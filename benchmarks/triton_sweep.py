@@ -387,9 +387,8 @@ def rows(families: Sequence[str], archs: Sequence[int], every: int = 1) -> Itera
             yield from made
 
 
-#: Bytes that ptxas may spill with registers left: it weighs them against another block on the multiprocessor. 16 numbers; 14
-#: are the most that it spilled with 128 of 255 registers, for a second block of 8 warps.
-SPILLED_BY_CHOICE = 64
+#: Bytes that ptxas may spill with registers left: it weighs them against another block on the multiprocessor.
+SPILLED_BY_CHOICE = 24
 
 
 #: Spills that a smaller tile would cost more than: (kernel, point, bytes). The first is one address, outside the products; with

@@ -194,12 +194,16 @@ def _nearest(family: str, kernel: str, kinds: tuple[str, ...], shape: tuple[tupl
     return min(entries, key=distance)["use"]
 
 
+def steps_held(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Steps of a loop whose tiles are in shared memory at once; for mma.sync one more waits in registers."""
+    return max(use["num_stages"] - 1, 1) if shape["mma_sync"] else use["num_stages"]
+
+
 def kept_rows(pixels: int, rows: int, use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     """Rows of shared memory at most where a tile of pixels is kept and `rows` a step are multiplied by it."""
-    if shape["mma_sync"]:  # a step's rows wait in registers while the next are on their way
-        return pixels + max(use["num_stages"] - 1, 1) * rows
     # numbers that were loaded one by one reach the tile through another layout
-    return pixels * (1 if shape["even"] else 2) + use["num_stages"] * rows
+    copies = 1 if shape["mma_sync"] or shape["even"] else 2
+    return copies * pixels + steps_held(use, shape) * rows
 
 
 def tile_of(size: int, block: int | None = None, least: int = 16) -> int:

@@ -23,6 +23,7 @@ from .._triton import (
     map_kind,
     pixels_of,
     processors,
+    steps_held,
     tile_of,
     vectors,
 )
@@ -80,10 +81,12 @@ def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     """Shared memory of class scores and the loss: the tile of x, or its part of a step, and the rows of a step."""
     blocks, size = _blocks(use, shape), 2 if shape["bits"] == 16 else 4
     rows, pixels, stages = blocks["BLOCK_C"] * blocks["BLOCK_K"], blocks["BLOCK_N"], use["num_stages"]
-    tile = stages * (pixels + rows)
-    if blocks["BLOCK_D"] >= shape["D"]:
-        ahead = max(stages - 1, 1) if shape["mma_sync"] else stages
-        tile = ahead * (pixels + rows) if _one_step(blocks, shape) else kept_rows(pixels, rows, use, shape)
+    if blocks["BLOCK_D"] < shape["D"]:
+        tile = stages * (pixels + rows)
+    elif _one_step(blocks, shape):
+        tile = steps_held(use, shape) * (pixels + rows)
+    else:
+        tile = kept_rows(pixels, rows, use, shape)
     numbers = max(tile * blocks["BLOCK_D"], stages * blocks["BLOCK_C"] * blocks.get("BLOCK_GRAD", 0))
     # similarities may reach the maximum over k, and the own ones their sums, through another layout: from tensor memory, or
     # where a warp group has but a part of the columns
