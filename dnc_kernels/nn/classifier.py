@@ -138,7 +138,7 @@ class DNCClassifier(CentroidModel):
         elif self.ppc_weight or self.ppd_weight:
             ppc, ppd = self._contrast(e, p, self._cluster_with_memory(p, group, own), own, count)
         loss = self._weighted(cross_entropy, ppc, ppd)
-        return DNCLoss(loss, cross_entropy.detach(), ppc.detach(), ppd.detach(), accuracy)
+        return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
 
     def _cluster_with_memory(self, p: Tensor, group: Tensor, own: Tensor) -> Tensor:
         n = len(group)

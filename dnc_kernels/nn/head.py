@@ -13,7 +13,7 @@ from ..errors import check_value
 from ..ops._common import check_choice, compute_dtype
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._labels import resize_labels, sample_of_each_class, sort_out_labels, without_ignored
-from ._step import BAND_PIXELS, Made, first_pass, second_pass
+from ._step import BAND_PIXELS, Again, Factors, Made, MadeInParts, Step, run_first, run_second, to_target
 from .subcentroids import Momentum
 
 LOSS_SIZES = ("labels", "features")
@@ -202,52 +202,56 @@ class DNCHead(CentroidModel):
             temperature = self.temperature
         inputs = (x, weight, bias, scale, gains, shift)
         gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        weights = (self.ppc_weight, self.ppd_weight)
         with torch.no_grad():
+            constants = tuple(None if t is None else t.detach() for t in inputs)
+            step = Step(
+                *constants[:3], self.feat_norm.eps, p, labels, ignored, self.confidence == "length" and self.scores != "norm",
+                temperature, *constants[3:], self.mask_norm.eps if gains is not None else 0.0, self.class_weight,
+                self.label_smoothing, self.align_corners, self.ppc_temperature, self.band_pixels or 0,
+            )  # fmt: skip
             total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, ignored, sampled, joint=update))
             # gradients are made of `unit` times the loss: in half precision they get the size of probabilities and unit vectors
             unit = torch.ones_like(count)
             if x.dtype in (torch.float16, torch.bfloat16):
                 unit = count * temperature if scale is None else count * temperature / scale
-            pull, contrast, distance = unit / total_weight, self.ppc_weight * unit / count, self.ppd_weight * unit / count
+            contrast, distance = (weight * unit / count if weight else None for weight in weights)
+            factors = Factors(unit / total_weight, contrast, distance)
             needs_embedding = update and (self._start_pending or self.revive_after is not None)
-            total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, e = first_pass(
-                x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, ignored, sampled,
-                self.confidence == "length" and self.scores != "norm", temperature, *_detached(scale, gains, shift),
-                self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
-                pull, contrast if self.ppc_weight else None, self.ppc_temperature, gradient,
-                needs_embedding or (update and self.checkpoint == "scores"), self.band_pixels or 0,
-            )  # fmt: skip
+            first = run_first(
+                step, factors, sampled, gradient, needs_embedding or (update and self.checkpoint == "scores")
+            )
+            total, prediction, own, lse, *_, e = first
             finite = prediction >= 0
             _, correct, accuracy = self._judge(prediction, finite, small)
             cross_entropy = total / total_weight
             ppc = ppd = total.new_zeros(())
-            target = to_target = moving = None
-            if update or self.ppc_weight or self.ppd_weight:
-                target = self.cluster(own, torch.where(finite, sampled, -1), joint=update)
-                counted = target >= 0
-                towards = own.gather(1, (target.clamp(min=0) % self.num_subcentroids)[:, None])[:, 0]
-                to_target = torch.zeros_like(towards)
+            target = towards = moving = None
+            if update or any(weights):
+                target = self._cluster(own, torch.where(finite, sampled, -1), joint=update)
+                counted, towards = target >= 0, to_target(own, target)
                 if self.ppc_weight:
                     ppc = torch.where(counted, lse - towards / self.ppc_temperature, 0).sum() / count
-                    to_target -= contrast / self.ppc_temperature
                 if self.ppd_weight:
                     ppd = torch.where(counted, (1 - towards).square(), 0).sum() / count
-                    to_target -= 2 * distance * (1 - towards)
-                to_target = torch.where(counted, to_target, 0) if self.ppc_weight or self.ppd_weight else None
                 if update:
                     moving = torch.where(correct, target, -1) if self.update_from == "correct" else target
-            grad_affine, sums, counts = second_pass(
-                grad, x.detach(), e, weight.detach(), bias.detach(), self.feat_norm.eps, statistics, grad_rstd, p,
-                target, to_target, moving, gradient, self.band_pixels or 0,
-            )  # fmt: skip
+            made, sums, counts = run_second(step, factors, first, target, towards, moving, gradient)
+            loss = self._weighted(cross_entropy, ppc, ppd)
+            again = None
+            if gradient and target is not None and any(weights) and not torch.compiler.is_compiling():
+                again = Again(step, target, total_weight, count, unit)
             if update:
                 assert target is not None
                 tally = self._tally(small.reshape(-1), finite, wrong)
                 self._write_down(self._update(e if needs_embedding else None, target, correct, own, tally, sums=(sums, counts)))
-            loss = self._weighted(cross_entropy, ppc, ppd)
-        if gradient:
-            made = (grad, *grad_affine, grad_scale, *grad_norm)
-            loss = Made.apply(loss * unit, *made, *inputs) / unit
+        if gradient and torch.compiler.is_compiling():
+            # a graph would make the gradients of the parts in every step
+            loss = Made.apply(loss, unit, *made, *inputs)
+        elif gradient:
+            loss, cross_entropy, ppc, ppd = MadeInParts.apply(
+                again, weights, loss, cross_entropy, ppc, ppd, unit, *made, *inputs
+            )
         return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
 
     def _compose(
@@ -279,7 +283,7 @@ class DNCHead(CentroidModel):
                 with torch.no_grad():
                     self._write_down(self._update(e, cluster, correct, own, self._tally(small.reshape(-1), finite, wrong)))
         loss = self._weighted(cross_entropy, ppc, ppd)
-        return DNCLoss(loss, cross_entropy.detach(), ppc.detach(), ppd.detach(), accuracy)
+        return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
 
     def step_bytes(self, features: Sequence[int], labels: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Memory that `loss` and its backward need on a CPU beside features, labels and the head itself, at most: a formula.
@@ -337,6 +341,3 @@ class DNCHead(CentroidModel):
         weights = f"ppc_weight={self.ppc_weight}, ppd_weight={self.ppd_weight}"
         return f"in_channels={self.in_channels}, {super().extra_repr()}, scores={self.scores!r}, {weights}"
 
-
-def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.detach() for t in tensors)

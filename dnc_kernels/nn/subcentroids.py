@@ -143,6 +143,8 @@ class SubCentroids(nn.Module):
         # again in the buffer's own precision
         self.prototypes.copy_(F.normalize(self.prototypes, dim=2))
 
+    def _cluster(self, own, labels, *, joint): return self.cluster(own, labels, joint=joint)
+
     @torch.no_grad()
     def cluster(self, own_similarity: Tensor, labels: Tensor, *, joint: bool = True) -> Tensor:
         """Sub-centroid of every pixel, by optimal transport within its class (DNC, eq. 5-7).
