@@ -90,7 +90,7 @@ def whole_number(op: str, argument: str, value: Any, least: int | None = 1, expe
             number = None
         check_dtype(number is not None, op, argument, expected, value)
     check_value(least is None or bool(number >= least), op, argument, expected, value)
-    return number  # type: ignore[no-any-return]
+    return number
 
 
 def map_size(op: str, size: int | Sequence[int], argument: str = "size") -> tuple[int, int]:

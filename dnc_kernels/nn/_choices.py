@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scores": get_args(Scores),
     "confidence": get_args(Confidence),
     "label_mode": get_args(LabelMode),
+    "mode": get_args(LabelMode),  # of `resize_labels`
     "assignment": get_args(Assignment),
     "update_from": get_args(UpdateFrom),
     "sync": get_args(Sync),

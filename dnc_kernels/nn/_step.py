@@ -502,9 +502,7 @@ class Again:
             return None if gradient is None else gradient / size * self.unit / over
 
         pull = factor(cross_entropy, self.total_weight)
-        factors = Factors(
-            torch.zeros_like(size) if pull is None else pull, factor(ppc, self.count), factor(ppd, self.count)
-        )
+        factors = Factors(torch.zeros_like(size) if pull is None else pull, factor(ppc, self.count), factor(ppd, self.count))
         # the class of the pixels that have a target
         sampled = torch.div(self.target, self.step.centroids.shape[1], rounding_mode="floor")
         first = run_first(self.step, factors, sampled, True, False)

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Generator, Tensor, nn
 
 from .. import ops
-from ..errors import check_value
-from ..ops._common import check_choice, compute_dtype
+from ..errors import check_value, map_size, whole_number
+from ..ops._common import compute_dtype, flat_pixels
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
-from ._labels import resize_labels, sample_of_each_class, sort_out_labels, without_ignored
+from ._choices import (
+    Assignment,
+    Checkpoint,
+    Confidence,
+    Init,
+    LabelMode,
+    LossSize,
+    Recipe,
+    Scores,
+    Sync,
+    UpdateFrom,
+    check_word,
+)
+from ._labels import pixels_at, sample_of_each_class, sort_out_labels, without_ignored
 from ._step import BAND_PIXELS, Again, Factors, Made, MadeInParts, Step, run_first, run_second, to_target
 from .subcentroids import Momentum
-
-LOSS_SIZES = ("labels", "features")
-CHECKPOINTS = ("none", "scores", "all")
 
 
 class DNCHead(CentroidModel):
@@ -79,43 +90,46 @@ class DNCHead(CentroidModel):
         momentum: Momentum | None = None,
         epsilon: float | None = None,
         iterations: int | None = None,
-        assignment: str | None = None,
+        assignment: Assignment | None = None,
         ignore_index: int = 255,
         ppc_weight: float | None = None,
         ppd_weight: float | None = None,
         align_corners: bool = False,
-        sync: str = "auto",
+        sync: Sync = "auto",
         *,
-        scores: str | None = None,
+        scores: Scores | None = None,
         temperature: float | None = None,
         scale: float | None = None,
-        confidence: str | None = None,
-        label_mode: str | None = None,
+        confidence: Confidence | None = None,
+        label_mode: LabelMode | None = None,
         ppc_temperature: float | None = None,
-        update_from: str | None = None,
-        init: str | None = None,
+        update_from: UpdateFrom | None = None,
+        init: Init | None = None,
         init_step: int | None = None,
         warmup_steps: int | None = None,
         revive_after: int | None = None,
         class_weight: Tensor | list[float] | None = None,
         label_smoothing: float | None = None,
-        loss_size: str = "labels",
-        checkpoint: str = "all",
+        loss_size: LossSize = "labels",
+        checkpoint: Checkpoint = "all",
         band_pixels: int | None = None,
         pixels_per_class: int | None = None,
         accumulation_steps: int = 1,
-        recipe: str | None = None,
+        recipe: Recipe | None = None,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value in (("in_channels", in_channels), ("embed_channels", embed_channels or 1)):
-            check_value(isinstance(value, int) and value > 0, "DNCHead", name, "a positive integer", value)
-        check_choice("DNCHead", "loss_size", loss_size, LOSS_SIZES)
-        check_choice("DNCHead", "checkpoint", checkpoint, CHECKPOINTS)
-        for name, number in (("band_pixels", band_pixels), ("pixels_per_class", pixels_per_class)):
-            positive = number is None or (isinstance(number, int) and number > 0)
-            check_value(positive, "DNCHead", name, "None or a positive integer", number)
+        op = type(self).__name__
+        in_channels = whole_number(op, "in_channels", in_channels)
+        if embed_channels is not None:
+            embed_channels = whole_number(op, "embed_channels", embed_channels, 1, "None or a positive integer")
+        for name, word in (("loss_size", loss_size), ("checkpoint", checkpoint)):
+            check_word(op, name, word)
+        if band_pixels is not None:
+            band_pixels = whole_number(op, "band_pixels", band_pixels, 1, "None or a positive integer")
+        if pixels_per_class is not None:
+            pixels_per_class = whole_number(op, "pixels_per_class", pixels_per_class, 1, "None or a positive integer")
         super().__init__(
             embed_channels or in_channels, num_classes, num_subcentroids,
             recipe=recipe, ignore_index=ignore_index, class_weight=class_weight, sync=sync,
@@ -129,20 +143,37 @@ class DNCHead(CentroidModel):
                 "revive_after": revive_after, "label_smoothing": label_smoothing,
             },
         )  # fmt: skip
-        self.in_channels, self.align_corners, self.loss_size = in_channels, align_corners, loss_size
+        self.in_channels, self.embed_channels = in_channels, embed_channels
+        self.align_corners, self.loss_size = align_corners, loss_size
         self.checkpoint, self.band_pixels, self.pixels_per_class = checkpoint, band_pixels, pixels_per_class
-        self.projection = nn.Conv2d(in_channels, embed_channels, 1, device=device, dtype=dtype) if embed_channels else None
+        self.projection = None
+        if embed_channels is not None:
+            self.projection = nn.Conv2d(in_channels, embed_channels, 1, device=device, dtype=dtype)
 
     def embed(self, features: Tensor) -> Tensor:
         """Unit-length embedding [B,D,h,w] of features [B,in_channels,h,w], after the projection if there is one."""
+        self._check_features("embed", features)
         return super().embed(self._projected(features))
 
+    def _check_features(self, function: str, features: Tensor) -> None:
+        check_features(f"{type(self).__name__}.{function}", features, 4, self.in_channels)
+
     def _projected(self, features: Tensor) -> Tensor:
-        check_features("DNCHead", features, 4, self.in_channels)
         return features if self.projection is None else self.projection(features)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits [B,C,h,w] of features [B,in_channels,h,w]; float32, or float64 for float64 features."""
+    @overload
+    def forward(self, features: Tensor, labels: None = None, *, update: None = None) -> Tensor: ...
+    @overload
+    def forward(self, features: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss: ...
+    def forward(self, features: Tensor, labels: Tensor | None = None, *, update: bool | None = None) -> Tensor | DNCLoss:
+        """Logits [B,C,h,w] of features [B,in_channels,h,w]; float32, or float64 for float64 features.
+
+        With labels [B,H,W] what `loss` gives: the form that ``torch.compile(head)`` and DistributedDataParallel see.
+        """
+        if labels is not None:
+            return self.loss(features, labels, update=update)
+        check_value(update is None, f"{type(self).__name__}.forward", "update", "None without labels", update)
+        self._check_features("forward", features)
         e, gain = self._embed_with_gain(self._projected(features))
         return self.logits(ops.class_scores(e, self.snapshot()).scores, gain)
 
@@ -155,30 +186,34 @@ class DNCHead(CentroidModel):
 
         Args:
             features: [B,in_channels,h,w], any float dtype, either memory format.
-            labels: [B,H,W], any integer dtype, in [0,C) or `ignore_index`.
+            labels: [B,H,W], any integer dtype, in [0,C); `ignore_index` or any negative id leaves a pixel out.
             update: move the sub-centroids; None: in training mode. With several ranks an update is a collective call.
 
         Returns:
-            `DNCLoss`. `accuracy` is that of the labelled pixels at feature size. Without any labelled pixel: zeros with zero
-            gradients, and nothing moves. A NaN or Inf feature makes the loss NaN, as in torch, and moves nothing.
+            `DNCLoss`, whose parts carry gradients too. `accuracy` is that of the labelled pixels at feature size. Without any
+            labelled pixel: zeros with zero gradients, and nothing moves. A NaN or Inf feature makes the loss NaN, as in torch,
+            and moves nothing.
 
         Raises:
-            ValueError, TypeError: wrong shape, device or dtype; a label out of range (on CUDA or when compiled such labels are
-                left out and counted in `bad_labels`; DNC_KERNELS_DEBUG=1 makes CUDA raise too).
+            ValueError, TypeError: wrong shape, device or dtype; a label at or beyond C that is not `ignore_index` (on CUDA or
+                when compiled such labels are left out and counted in `bad_labels`; DNC_KERNELS_DEBUG=1 makes CUDA raise too).
             RuntimeError: a step that moves sub-centroids runs inside a backward pass (activation checkpointing around the
                 head), or backward is called with create_graph=True.
         """
-        check_features("DNCHead", features, 4, self.in_channels)
-        check_labels("DNCHead", labels, features)
+        op = f"{type(self).__name__}.loss"
+        self._check_features("loss", features)
+        if features.shape[2] == 0 or features.shape[3] == 0:
+            check_value(False, op, "features", "of at least one row and column", features)
+        check_labels(op, labels, features)
         update = self.training if update is None else update
         if update and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "DNCHead.loss: run again inside a backward pass, as activation checkpointing does, it would move the "
+                f"{op}: run again inside a backward pass, as activation checkpointing does, it would move the "
                 "sub-centroids twice; put the checkpoint around the backbone alone (DNCHead(checkpoint=...) saves the head's "
                 "own memory)"
             )
-        labels, ignored, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
-        small = without_ignored(resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
+        labels, ignored, wrong = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
+        small = without_ignored(pixels_at(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
         if self.loss_size == "features":
             labels, ignored = small, -1
         sampled = small.reshape(-1)
@@ -204,11 +239,12 @@ class DNCHead(CentroidModel):
         gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         weights = (self.ppc_weight, self.ppd_weight)
         with torch.no_grad():
-            constants = tuple(None if t is None else t.detach() for t in inputs)
+            fixed_scale, fixed_gains, fixed_shift = (None if t is None else t.detach() for t in (scale, gains, shift))
             step = Step(
-                *constants[:3], self.feat_norm.eps, p, labels, ignored, self.confidence == "length" and self.scores != "norm",
-                temperature, *constants[3:], self.mask_norm.eps if gains is not None else 0.0, self.class_weight,
-                self.label_smoothing, self.align_corners, self.ppc_temperature, self.band_pixels or 0,
+                x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, ignored,
+                self.confidence == "length" and self.scores != "norm", temperature, fixed_scale, fixed_gains, fixed_shift,
+                self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
+                self.ppc_temperature, self.band_pixels or 0,
             )  # fmt: skip
             total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, ignored, sampled, joint=update))
             # gradients are made of `unit` times the loss: in half precision they get the size of probabilities and unit vectors
@@ -218,9 +254,7 @@ class DNCHead(CentroidModel):
             contrast, distance = (weight * unit / count if weight else None for weight in weights)
             factors = Factors(unit / total_weight, contrast, distance)
             needs_embedding = update and (self._start_pending or self.revive_after is not None)
-            first = run_first(
-                step, factors, sampled, gradient, needs_embedding or (update and self.checkpoint == "scores")
-            )
+            first = run_first(step, factors, sampled, gradient, needs_embedding or (update and self.checkpoint == "scores"))
             total, prediction, own, lse, *_, e = first
             finite = prediction >= 0
             _, correct, accuracy = self._judge(prediction, finite, small)
@@ -263,6 +297,7 @@ class DNCHead(CentroidModel):
         if self.loss_size == "labels":
             scores, _, own = ops.class_scores(e, p, sampled.view_as(small))
             assert own is not None
+            own = flat_pixels(own)
             logits = self.logits(scores, gain)
             total = ops.upsample_cross_entropy(
                 logits, labels, align_corners=self.align_corners, class_weight=self.class_weight, ignore_index=ignored,
@@ -277,7 +312,7 @@ class DNCHead(CentroidModel):
         _, correct, accuracy = self._judge(prediction, finite, small)
         ppc = ppd = cross_entropy.new_zeros(())
         if update or self.ppc_weight or self.ppd_weight:
-            cluster = self.cluster(own, torch.where(finite, sampled, -1), joint=update)
+            cluster = self._cluster(own, torch.where(finite, sampled, -1), joint=update)
             ppc, ppd = self._contrast(e, p, cluster, own, count)
             if update:
                 with torch.no_grad():
@@ -310,13 +345,19 @@ class DNCHead(CentroidModel):
         return n * row * (1 + (self.checkpoint == "scores")) + band * (8 * channels + 32 * self.num_classes) + rest
 
     @torch.no_grad()
-    def predict(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Classes [B,H,W] int64 at `size` (None: that of the features): argmax of the upsampled logits, never stored."""
+    def predict(self, features: Tensor, size: int | Sequence[int] | None = None) -> Tensor:
+        """Classes [B,H,W] int64: argmax of the upsampled logits, which are never stored.
+
+        Args:
+            features: [B,in_channels,h,w].
+            size: (H, W), or one number for both; None: that of the features.
+        """
+        self._check_features("predict", features)
+        height, width = features.shape[2:] if size is None else map_size(f"{type(self).__name__}.predict", size)
         logits = self(features)
-        if size is None or tuple(size) == tuple(features.shape[2:]):
+        if (height, width) == (features.shape[2], features.shape[3]):
             return logits.argmax(1)
-        check_value(len(size) == 2 and min(size) > 0, "DNCHead", "size", "(height, width)", size)
-        return ops.upsample_argmax(logits, tuple(size), align_corners=self.align_corners)
+        return ops.upsample_argmax(logits, (height, width), align_corners=self.align_corners)
 
     @torch.no_grad()
     def explain(self, features: Tensor) -> ops.NearestCentroid:
@@ -325,19 +366,17 @@ class DNCHead(CentroidModel):
 
         `label` is the prediction at feature size unless the affine of the LayerNorm over classes overrules the nearest.
         """
+        self._check_features("explain", features)
         return ops.nearest_centroid(self.embed(features), self.snapshot())
 
     @torch.no_grad()
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:
-        """Start the sub-centroids from features [B,in_channels,h,w] and labels [B,H,W]; see `SubCentroids.initialize_from_`."""
-        check_features("DNCHead", features, 4, self.in_channels)
-        check_labels("DNCHead", labels, features)
-        labels, ignored, _ = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
-        small = without_ignored(resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
+        """Start the sub-centroids from features [B,in_channels,h,w] and labels [B,H,W] as of `loss`; see
+        `SubCentroids.initialize_from_`.
+        """
+        op = f"{type(self).__name__}.initialize_from_"
+        self._check_features("initialize_from_", features)
+        check_labels(op, labels, features)
+        labels, ignored, _ = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
+        small = without_ignored(pixels_at(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
         return super().initialize_from_(self.embed(features), small, refinements=refinements)
-
-    def extra_repr(self) -> str:
-        """Sizes and the choices that differ in kind."""
-        weights = f"ppc_weight={self.ppc_weight}, ppd_weight={self.ppd_weight}"
-        return f"in_channels={self.in_channels}, {super().extra_repr()}, scores={self.scores!r}, {weights}"
-
