@@ -40,7 +40,7 @@ class Rings:
 
     def push(self, features, labels):
         for feature, label in zip(features, labels.tolist(), strict=True):
-            if 0 <= label < len(self.lists) and feature.isfinite().all():
+            if label >= 0 and feature.isfinite().all():
                 self.lists[label][self.pushed[label] % self.size] = feature
                 self.pushed[label] += 1
 
@@ -52,7 +52,7 @@ def test_memory_is_a_ring_for_each_class(classes, size, batches, seed):
     for n in batches:
         features = torch.randn(n, 3, generator=g)
         features[torch.rand(n, generator=g) < 0.1] = float("nan")
-        labels = torch.randint(-2, classes + 1, (n,), generator=g)
+        labels = torch.randint(-2, classes, (n,), generator=g)
         memory.push(features, labels)
         rings.push(features, labels)
     held, labels = memory.read()
@@ -100,12 +100,14 @@ def test_memory_resumes_exactly_and_forgets_on_demand():
 
 def test_memory_checks_its_input():
     memory = nn.FeatureMemory(2, 3, 4)
-    with pytest.raises(ValueError, match=r"FeatureMemory: features must be \[N,4\]"):
+    with pytest.raises(ValueError, match=r"FeatureMemory\.push: features must be \[N,4\]"):
         memory.push(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels must be \[2\] to match features"):
         memory.push(torch.zeros(2, 4), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="labels must be an integer tensor"):
         memory.push(torch.zeros(2, 4), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"push: labels must be in \[0,C\); any negative id .* out; got 2 at pixel 1 \(C=2\)"):
+        memory.push(torch.zeros(2, 4), torch.tensor([-5, 2]))
     with pytest.raises(ValueError, match="size must be a positive integer"):
         nn.FeatureMemory(2, 0, 4)
 
@@ -230,13 +232,13 @@ def test_class_counts_and_wrong_labels():
     model.loss(x, labels)
     assert model.class_counts.tolist() == torch.bincount(labels[labels >= 0], minlength=C).tolist()
     labels[3] = C
-    with pytest.raises(ValueError, match=r"DNCClassifier: labels must be in \[0,6\) or ignore_index -100; got 6 at pixel 3"):
+    with pytest.raises(ValueError, match=r"DNCClassifier\.loss: labels must be in \[0,6\); ignore_index -100 .*; got 6 at pixel 3"):
         model.loss(x, labels)
     with pytest.raises(ValueError, match=r"features must be \[N,12\]"):
         model.loss(torch.randn(4, D + 1), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"ignore_index must be outside the 6 classes"):
         make(ignore_index=2)
-    with pytest.raises(ValueError, match="memory_size must be non-negative"):
+    with pytest.raises(ValueError, match="memory_size must be a non-negative integer"):
         make(memory_size=-1)
 
 
@@ -327,7 +329,7 @@ def test_nearest_samples_are_those_of_a_search(classes, k, maps, nearest_only, c
     shape = (7, 4, 2, 3) if maps else (17, 4)
     x = F.normalize(torch.randn(shape, generator=g, dtype=torch.float64), dim=1)
     x[2] = float("nan")
-    labels = torch.randint(-1, classes + 1, shape[:1] + shape[2:], generator=g)
+    labels = torch.randint(-2, classes, shape[:1] + shape[2:], generator=g)
     accumulator = nn.NearestSamples(model, count, nearest_only=nearest_only)
     for part in (slice(0, 3), slice(3, 3), slice(3, None)):  # one of the batches is empty
         accumulator.add(x[part], labels[part])
@@ -368,7 +370,7 @@ def test_nearest_samples_do_not_follow_later_training():
 
 def test_nearest_samples_check_their_input():
     accumulator = nn.NearestSamples(make(), 2)
-    with pytest.raises(ValueError, match=r"NearestSamples: labels must be \[N\]=\[3\] to match embedding"):
+    with pytest.raises(ValueError, match=r"NearestSamples\.add: labels must be \[N\]=\[3\] to match embedding"):
         accumulator.add(torch.zeros(3, D), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"samples must be \[3\]"):
         accumulator.add(torch.zeros(3, D), torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))

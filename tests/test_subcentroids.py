@@ -115,9 +115,9 @@ def test_empty_batch_starts_nothing():
 
 def test_cluster_numbers_the_assignment_of_the_op():
     module = nn.SubCentroids(4, 3, 8)
-    x, labels = unit(50, 8), torch.randint(-1, 5, (50,))
+    x, labels = unit(50, 8), torch.randint(-3, 4, (50,))
     own = own_similarity(module, x, labels)
-    group = torch.where(labels < 4, labels, -1)
+    group = labels.clamp(min=-1)
     sub = ops.sinkhorn_assign(own, group, 4)
     assert torch.equal(module.cluster(own, labels), torch.where(group < 0, -1, group * 3 + sub))
 
@@ -354,12 +354,12 @@ def test_reset_starts_over():
         ({"momentum": (0.9, 1.0)}, r"momentum must be \(start, end, steps\)"),
         ({"epsilon": 0.0}, "epsilon must be positive and finite; got 0.0"),
         ({"epsilon": float("nan")}, "epsilon must be positive and finite; got nan"),
-        ({"iterations": -1}, "iterations must be non-negative"),
+        ({"iterations": -1}, "iterations must be a non-negative integer"),
         ({"assignment": "soft"}, "assignment must be one of argmax, gumbel; got 'soft'"),
         ({"update_from": "none"}, "update_from must be one of correct, all"),
         ({"sync": "mean"}, "sync must be one of auto, sums, average, none"),
         ({"init": "zeros"}, "init must be one of random, orthogonal, data"),
-        ({"revive_after": -1}, "revive_after must be None or non-negative"),
+        ({"revive_after": -1}, "revive_after must be None or a non-negative integer"),
         ({"dtype": torch.int32}, "dtype must be a float dtype"),
     ],
 )
