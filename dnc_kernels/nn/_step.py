@@ -562,7 +562,6 @@ class MadeInParts(torch.autograd.Function):
         if again is None or all(g is None for g in parts):
             made = _scaled(ctx, _sum(loss, parts[0]))
         else:
-            _ = ctx.saved_tensors  # of a graph that is gone: the error of torch
             shares = (None if loss is None or not w else w * loss for w in (1, *ctx.weights))
             made = _needed(ctx, again.gradients(*(_sum(a, b) for a, b in zip(shares, parts, strict=True))))
         if not torch._C._autograd._get_current_graph_task_keep_graph():

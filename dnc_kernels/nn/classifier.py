@@ -21,24 +21,46 @@ class DNCClassifier(CentroidModel):
     """Samples are classified by their nearest sub-centroid, from the fused kernel; a memory of past features helps to cluster a
     batch.
 
-    A batch holds a sample or none of most classes, too few to share among K sub-centroids: clustering sees the batch and the
+    A batch holds at most one sample of most classes, too few to share among K sub-centroids: clustering sees the batch and the
     memory together. The loss and the momentum update see the batch alone, so no gradient and no update comes from stale
     features.
+
+    An option that is None takes its default from the recipe (`RECIPES`), given here as "Default"; `DNCHead` says more of each.
 
     Args:
         in_features: D.
         num_classes: C.
         num_subcentroids: K, at most 256.
         memory_size: features kept of each class; 0: no memory.
-        momentum, epsilon, iterations, assignment, update_from, init, init_step, warmup_steps, revive_after: see `SubCentroids`.
-            A data start takes the batch and the memory of update `init_step`.
-        ignore_index: label to leave out; outside [0,C).
+        momentum: share of the old sub-centroid that an update keeps; a number, a ramp or a function (`SubCentroids`).
+            Default: 0.999.
+        epsilon: entropy of the optimal transport. Default: 0.05.
+        iterations: of the optimal transport. Default: 3.
+        assignment: ``argmax`` of the transport plan, or ``gumbel`` (`SubCentroids`). Default: ``argmax``.
+        ignore_index: label to leave out, outside [0,C). Any negative label is left out too.
+        ppc_weight: weight of the sample-to-sub-centroid contrast; 0: not computed, reported as 0. Default: 0.01.
+        ppd_weight: weight of the sample-to-sub-centroid distance; 0: not computed, reported as 0. Default: 0.001.
         sync: data parallel, see `SubCentroids`. With ``auto`` and ``sums`` the embedded batches of all ranks are gathered:
-            clustering, update and memory are those of one process with all the data (one host sync a step, for the batch
+            clustering, update and memory are those of one process with all the data (one host sync per step, for the batch
             sizes).
-        scores, temperature, scale, confidence, ppc_weight, ppc_temperature, ppd_weight, class_weight, label_smoothing, recipe,
-        generator, device, dtype:
-            see `DNCHead`.
+        scores: how similarities become logits: ``norm``, ``temperature`` or ``scale``. Default: ``scale`` (released: ``norm``).
+        temperature: of ``scores="temperature"``. Default: 0.1.
+        scale: what ``scores="scale"`` begins with. Default: 10.0.
+        confidence: ``length``: logits are also multiplied by the length of the feature; ``none``: they are not.
+            Default: ``length`` (released: ``none``).
+        ppc_temperature: divides the similarities of the contrast loss. Default: 1.0.
+        update_from: ``correct``: only correctly classified samples move sub-centroids; ``all``: every labelled sample.
+            Default: ``correct``.
+        init: ``random``, ``orthogonal`` or ``data``, which takes the batch and the memory of update `init_step`.
+            Default: ``orthogonal`` (released: ``random``).
+        init_step: the update that ``init="data"`` replaces. Default: 0.
+        warmup_steps: updates that are counted but move nothing. Default: 0.
+        revive_after: move a sub-centroid without a sample in this many updates (`SubCentroids`); 0: never. Default: None.
+        class_weight: [C] weights of the cross-entropy; None: all are 1.
+        label_smoothing: of the cross-entropy, in [0,1]. Default: 0.0.
+        recipe: name in `RECIPES`; None: ``default``.
+        generator: source of every draw; None: torch's global one.
+        device, dtype: of parameters; None: torch's defaults. Sub-centroids stay in float32 at least.
 
     Attributes:
         memory: `FeatureMemory` or None; in the state dict as `memory.storage` and `memory.pushed`.

@@ -34,35 +34,49 @@ from .subcentroids import Momentum
 class DNCHead(CentroidModel):
     """Pixels are classified by their nearest sub-centroid; the loss trains the features, clustering moves the sub-centroids.
 
-    Everything that is None by default comes from the recipe (`RECIPES`); naming an option overrides the recipe's.
+    An option that is None takes its default from the recipe (`RECIPES`), given here as "Default"; naming an option overrides
+    that of the recipe.
 
     Args:
         in_channels: channels of the features.
         num_classes: C.
         num_subcentroids: K, at most 256.
         embed_channels: project the features to this many channels first, with a 1x1 convolution; None: no projection.
-        momentum, epsilon, iterations, assignment, update_from, init, init_step, warmup_steps, revive_after: see `SubCentroids`.
-        ignore_index: label to leave out; outside [0,C).
-        ppc_weight, ppd_weight: of the pixel-to-sub-centroid contrast and distance losses. 0: not computed, reported as 0.
+        momentum: share of the old sub-centroid that an update keeps; a number, a ramp or a function (`SubCentroids`).
+            Default: 0.999.
+        epsilon: entropy of the optimal transport. Default: 0.05.
+        iterations: of the optimal transport. Default: 3.
+        assignment: ``argmax`` of the transport plan, or ``gumbel`` (`SubCentroids`). Default: ``argmax``.
+        ignore_index: label to leave out, outside [0,C). Any negative label is left out too.
+        ppc_weight: weight of the pixel-to-sub-centroid contrast; 0: not computed, reported as 0. Default: 0.01.
+        ppd_weight: weight of the pixel-to-sub-centroid distance; 0: not computed, reported as 0. Default: 0.001.
         align_corners: of the bilinear upsampling of logits.
         sync: data parallel, see `SubCentroids`.
         scores: how similarities in [-1,1] become logits. ``norm``: LayerNorm over the classes, as released, which bounds a
             logit by sqrt(C-1) times its gain; ``temperature``: divided by `temperature`; ``scale``: times exp(logit_scale),
-            learnable.
-        temperature: of ``scores="temperature"``.
-        scale: what ``scores="scale"`` begins with.
+            learnable. Default: ``scale`` (released: ``norm``).
+        temperature: of ``scores="temperature"``. Default: 0.1.
+        scale: what ``scores="scale"`` begins with. Default: 10.0.
         confidence: ``length``: a pixel's logits are also multiplied by the length (standard deviation over the channels) that
-            LayerNorm takes from its feature, so that it can say how sure it is; the nearest sub-centroid stays the same.
-            ``none``: as released. Without effect with ``scores="norm"``.
-        label_mode: which label a feature gets, as in `F.interpolate`: ``nearest`` (as released: the first pixel of its cell) or
+            LayerNorm takes from its feature. It scales the confidence and never changes which sub-centroid is nearest.
+            ``none``: they are not. Without effect with ``scores="norm"``. Default: ``length`` (released: ``none``).
+        label_mode: which label a feature gets, as in `F.interpolate`: ``nearest`` (the first pixel of its cell) or
             ``nearest-exact`` (the middle one, where upsampling without align_corners puts the feature).
-        ppc_temperature: divides the similarities of the contrast loss.
-        class_weight: [C] weights of the cross-entropy.
-        label_smoothing: of the cross-entropy, in [0,1].
+            Default: ``nearest-exact`` (released: ``nearest``).
+        ppc_temperature: divides the similarities of the contrast loss. Default: 1.0.
+        update_from: ``correct``: only correctly classified pixels move sub-centroids; ``all``: every labelled pixel.
+            Default: ``correct``.
+        init: where sub-centroids start: ``random``, ``orthogonal`` or ``data`` (`SubCentroids`).
+            Default: ``orthogonal`` (released: ``random``).
+        init_step: the update that ``init="data"`` replaces. Default: 0.
+        warmup_steps: updates that are counted but move nothing. Default: 0.
+        revive_after: move a sub-centroid without a pixel in this many updates (`SubCentroids`); 0: never. Default: None.
+        class_weight: [C] weights of the cross-entropy; None: all are 1.
+        label_smoothing: of the cross-entropy, in [0,1]. Default: 0.0.
         loss_size: ``labels``: logits upsampled to the labels (as released); ``features``: labels reduced to the features.
-        checkpoint: what a training step makes again instead of keeping it: ``all``: embedding and scores, band by band of rows;
-            ``scores``: the scores; ``none``: nothing, every part of the step is an op of its own. docs/layer.md has the memory
-            formula of each. The gradients are the same to rounding.
+        checkpoint: what is recomputed in a training step: ``all``: embedding and scores, band by band of rows; ``scores``: the
+            scores; ``none``: nothing, every part of the step is an op of its own. docs/layer.md has the memory formula of each.
+            The gradients are the same to rounding.
         band_pixels: about how many pixels a band of ``checkpoint="all"`` and ``"scores"`` has; None: 2048 on a CPU, 32768 on
             other devices. Longer bands are fewer calls and more memory.
         pixels_per_class: at most so many pixels of each class, drawn anew in every step, take part in clustering, contrast and
@@ -71,7 +85,7 @@ class DNCHead(CentroidModel):
             sub-centroids move once, at the last.
         recipe: name in `RECIPES`; None: ``default``.
         generator: source of every draw; None: torch's global one.
-        device, dtype: of parameters; sub-centroids stay in float32 at least.
+        device, dtype: of parameters; None: torch's defaults. Sub-centroids stay in float32 at least.
 
     Attributes:
         prototypes, feat_norm, mask_norm: the released state-dict names (mask_norm with ``scores="norm"`` only). `logit_scale`
@@ -329,7 +343,8 @@ class DNCHead(CentroidModel):
             scores  the same, and N D b for the embedding
             none    N (5 D b + 26 C + 4 K + 60) + 20 L + 48 M D + 8 MB
 
-        The gradient of the features is the N D b of ``all``. A projection's own output and gradient come on top.
+        The gradient of the features is the N D b of ``all``. A backward pass from the parts of the loss takes a second one
+        there (`DNCLoss`). A projection's own output and gradient come on top.
 
         Args:
             features: shape [B,D,h,w] of the features, after the projection if there is one.

@@ -45,7 +45,7 @@ class SubCentroids(nn.Module):
         init_step: the update that ``init="data"`` replaces; 0 is the first.
         warmup_steps: updates that are counted but move nothing.
         revive_after: give a sub-centroid that got no pixel in this many updates in which its class did the pixel of its class
-            that is least like any of its sub-centroids; at most one a class and update. None or 0: never.
+            that is least like any of its sub-centroids; at most one per class and update. None or 0: never.
         accumulation_steps: calls of `update_` whose sums add up before the sub-centroids move once; `num_updates` counts moves.
         generator: source of every draw (start, Gumbel noise); None: torch's global one. Copied and pickled with the module.
         device, dtype: of the sub-centroids; float32 (default) or float64.
