@@ -138,7 +138,8 @@ def holds_a_loss(result: type[Result]) -> type[Result]:
 
     def missing(self: Result, attribute: str) -> Any:
         if not attribute.startswith("_") and hasattr(Tensor, attribute):
-            raise AttributeError(f"{name} is a tuple ({fields}) and has no {attribute!r}: use .loss.{attribute}")
+            call = "()" if callable(getattr(Tensor, attribute)) else ""
+            raise AttributeError(f"{name} is a tuple ({fields}) and has no {attribute!r}: use .loss.{attribute}{call}")
         raise AttributeError(f"{name} has no attribute {attribute!r}")
 
     def no_arithmetic(sign: str) -> Callable[[Result, Any], Any]:

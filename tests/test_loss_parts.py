@@ -187,12 +187,12 @@ def test_second_derivatives_are_refused(part):
         torch.autograd.grad(getattr(result, part), x, create_graph=True)
 
 
-@pytest.mark.parametrize("what", ("labels", "x", "weight", "class_weight"))
+@pytest.mark.parametrize("what", ("labels", "x", "weight"))
 def test_what_changes_after_the_loss_is_an_error_where_it_counts(what):
-    head, (x, labels) = make_head(class_weight=[1.0, 2.0, 1.0, 1.0, 3.0]), problem()
+    head, (x, labels) = make_head(), problem()
     leaf = x.clone().requires_grad_()
     x = leaf * 1  # as a backbone's output
-    changed = {"labels": labels, "x": x, "weight": head.feat_norm.weight, "class_weight": head.class_weight}[what]
+    changed = {"labels": labels, "x": x, "weight": head.feat_norm.weight}[what]
     result = head.loss(x, labels)
     with torch.no_grad():
         changed.mul_(1)
@@ -214,6 +214,16 @@ def test_what_is_kept_for_backward_goes_with_it(part):
     gc.collect()
     assert all(ref() is None for ref in held), "result.cross_entropy may be in a list for the log"
     assert result.cross_entropy.requires_grad
+
+
+def test_buffers_may_be_written_before_backward():
+    head, (x, labels) = make_head(class_weight=[1.0, 2.0, 1.0, 1.0, 3.0]), problem()
+    expected = gradients(head, x, labels, {"cross_entropy": 1.0})["x"]
+    result = head.loss(x.requires_grad_(), labels)
+    for buffer in head.buffers():
+        buffer.zero_()
+    result.cross_entropy.backward()
+    assert torch.equal(x.grad, expected)
 
 
 def test_a_loss_without_gradients_keeps_nothing():
@@ -332,6 +342,11 @@ def test_a_loss_taken_for_a_tensor_says_what_to_write(name):
 def test_arithmetic_with_a_loss_says_what_to_write(calculate):
     with pytest.raises(TypeError, match=r"DNCLoss is a tuple .* not a tensor: use \.loss"):
         calculate(some_loss())
+
+
+def test_a_loss_says_how_to_go_backward():
+    with pytest.raises(AttributeError, match=r"use \.loss\.backward\(\)$"):
+        some_loss().backward()
 
 
 def test_a_loss_is_a_named_tuple_still():

@@ -476,8 +476,9 @@ class Again:
     """
 
     def __init__(self, step: Step, target: Tensor, total_weight: Tensor, count: Tensor, unit: Tensor) -> None:
-        # an update moves the sub-centroids before backward
-        self.step = step._replace(centroids=step.centroids.clone())
+        # an update moves the sub-centroids before backward, and DistributedDataParallel writes to every buffer
+        weight = None if step.class_weight is None else step.class_weight.clone()
+        self.step = step._replace(centroids=step.centroids.clone(), class_weight=weight)
         self.target, self.total_weight, self.count, self.unit = target, total_weight, count, unit
         self.versions = self._versions()
 
