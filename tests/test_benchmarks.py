@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -446,6 +447,23 @@ def test_what_a_gpu_would_measure_can_be_listed_without_one(capsys):
     with pytest.raises(SystemExit):
         command.main(["run", "--device", "cuda"])
     assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_help_explains_every_option_and_a_case_that_is_unknown_is_answered_with_the_names(capsys):
+    for command_line in ([], ["run"], ["report"]):
+        with pytest.raises(SystemExit, match="0"):
+            command.main([*command_line, "--help"])
+        text = capsys.readouterr().out
+        if not command_line:
+            assert "peak" not in text  # `run` starts it for itself
+            assert all(f"benchmarks.{name} " in text for name in ("tune", "dispatch", "aot", "prove", "sanitize", "gpu_run"))
+        assert not re.search(r"^  -\S+( \S+)?\n(?=  -|\n|$)", text, re.M), "an option without help"
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["run", "--op", "upsample", "--case", "ade"])
+    assert "cases: 'ade20k_x4'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["run", "--op", "upsampling"])
+    assert "upsample_argmax" in capsys.readouterr().err
 
 
 def test_every_op_with_two_kernels_on_gpus_is_measured():
