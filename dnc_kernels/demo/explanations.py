@@ -17,7 +17,7 @@ from .scenes import NUM_CLASSES
 from .training import EVALUATION_BATCH, Run, Scenes, SegmentationNetwork, Settings
 
 SAMPLES = 6  # training pixels shown for a sub-centroid
-TRAIN_SCENES = 512  # searched for them; a class has thousands of pixels in half as many
+TRAIN_SCENES = 512  # searched for them; half as many already hold thousands of pixels of a class
 
 
 class SubCentroid(NamedTuple):
@@ -50,7 +50,7 @@ class Explained:
     nearest: Nearest
     """Training scene, pixel of the feature map and cosine, each [C,K,SAMPLES]."""
     share: NDArray[np.float64]
-    """[C,K]: share of the class's training pixels that are nearest to the sub-centroid, of its class's."""
+    """[C,K]: share of the class's training pixels whose nearest sub-centroid, among those of the class, is this one."""
     feature_width: int
 
 
@@ -127,12 +127,12 @@ def _cases(network: SegmentationNetwork, head: DNCHead, scenes: Scenes, seed: in
 
 
 def centre(feature: int) -> int:
-    """Row or column of the scene's pixel for which a feature speaks: bilinear upsampling puts it there, within half a pixel."""
+    """Row or column of the scene's pixel where bilinear upsampling puts a feature, within half a pixel."""
     return feature * SmallBackbone.stride + SmallBackbone.stride // 2
 
 
 def at_centres(labels: Tensor) -> Tensor:
-    """Labels [n,H,W] of the pixels for which features speak, [n,H/4,W/4]. The head's own labels are those of the corners."""
+    """Labels [n,H/4,W/4] of the pixels at the centres of the features, from labels [n,H,W]."""
     stride = SmallBackbone.stride
     return labels[:, centre(0) :: stride, centre(0) :: stride]
 
