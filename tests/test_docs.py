@@ -180,7 +180,7 @@ def help_texts():
 @pytest.mark.parametrize("command", sorted(COMMANDS), ids=lambda command: " ".join(command).strip())
 def test_command_exists_and_has_its_options(command, help_texts):
     status, text = help_texts[command]
-    if status and re.search(r"pip install", text) and not text.startswith("usage"):
+    if status and "pip install" in text and not text.startswith("usage"):
         pytest.skip(text)
     assert not status, f"{COMMANDS[command]['']}: {status}: {text}"
     unknown = [f"{where}: {option}" for option, where in COMMANDS[command].items() if option not in text]
