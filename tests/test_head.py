@@ -3,8 +3,6 @@
 import copy
 import math
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -579,11 +577,3 @@ def test_head_starts_from_data():
     assert torch.equal(head.prototypes[2:], before[2:])
     rows = head.embed(x).detach().permute(0, 2, 3, 1).reshape(-1, D)
     assert ((head.prototypes[:2].flatten(0, 1) @ rows.T).amax(1) > (before[:2].flatten(0, 1) @ rows.T).amax(1)).all()
-
-
-def test_example_of_the_page_runs():
-    page = (Path(__file__).parent.parent / "docs" / "layer.md").read_text()
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        names = {}
-        exec(block, names)
-        assert names["prediction"].shape == (2, 64, 128)
