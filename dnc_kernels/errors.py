@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import operator
+import warnings
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -59,3 +65,57 @@ def check_device(op: str, argument: str, tensor: Tensor, like: Tensor, like_name
         tensor.device == like.device,
         op, argument, f"on {like.device} like {like_name}", str(tensor.device), f"move it with .to({like_name}.device)",
     )  # fmt: skip
+
+
+def whole_number(op: str, argument: str, value: Any, least: int | None = 1) -> int:
+    """`value` as an int of at least `least` (None: any).
+
+    Numpy integers and 0-d integer tensors count, bool does not; a torch.SymInt stays what it is.
+    """
+    expected = "an integer" if least is None else {0: "0 or more", 1: "a positive integer"}.get(least, f"an integer >= {least}")
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        try:
+            number = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None:
+            check_dtype(False, op, argument, expected, value)
+    if least is not None and number < least:
+        check_value(False, op, argument, expected, value)
+    return number
+
+
+def map_size(op: str, size: int | Iterable[int]) -> tuple[int, int]:
+    """(H, W) of one whole number for both, or of a pair of them."""
+    one = isinstance(size, (int, torch.SymInt)) or getattr(size, "ndim", 1) == 0
+    pair: tuple[Any, ...] = (size, size) if one else tuple(size) if isinstance(size, Iterable) else ()
+    if len(pair) != 2:
+        check_value(False, op, "size", "an integer or a pair (H, W) of integers", size)
+    return whole_number(op, "size", pair[0]), whole_number(op, "size", pair[1])
+
+
+def renamed(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator: keyword arguments go by their old names too, for one version, with a FutureWarning.
+
+    Args:
+        names: old name -> new name.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            for old, new in names.items():
+                if old in kwargs:
+                    if new in kwargs:
+                        raise TypeError(f"{function.__name__}: {old} is the old name of {new}; give {new} alone")
+                    warnings.warn(
+                        f"{function.__name__}: the argument {old} is called {new} now; {old} will go in version 0.2",
+                        FutureWarning, stacklevel=2,
+                    )  # fmt: skip
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
