@@ -105,7 +105,7 @@ def test_an_id_at_or_beyond_the_bound_is_an_error_that_names_the_call(op, backen
     for value in (bound, 254, 2**40):
         y = ids(bound)
         y[1, 0, 2] = value
-        number = rf"(\d+|C|C\*K|num_classes|num_clusters)"
+        number = r"(\d+|C|C\*K|num_classes|num_clusters)"
         text = rf"^{op}: labels must be in \[0,{number}\), ignore_index or negative; got {value} at pixel 17$"
         with pytest.raises(ValueError, match=text):
             call(op, backend, y, ignore_index=255)
@@ -195,7 +195,7 @@ def test_an_old_name_works_for_one_version_and_says_so(old, new, f):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = f(x, features()[1], y, {now: value})
-    with pytest.warns(FutureWarning, match=rf"^\w+: the argument {before} is called {now} now; {before} will go") as record:
+    with pytest.warns(FutureWarning, match=rf"^\w+: {before} is now called {now}; {before} will go in 0.2") as record:
         assert torch.equal(f(x, p, y, {before: value}), expected)
     assert record[0].filename == __file__
     with pytest.raises(TypeError, match=f"{before} is the old name of {now}"):
@@ -206,7 +206,6 @@ def test_numbers_of_numpy_are_numbers():
     x, p = features()
     y = ids(C)
     assert torch.equal(ops.upsample_argmax(x, np.int64(7)), ops.upsample_argmax(x, (7, 7)))
-    assert torch.equal(ops.upsample_argmax(x, np.array([6, 9])), ops.upsample_argmax(x, (6, 9)))
     assert torch.equal(ops.upsample_argmax(x, torch.Size((6, 9))), ops.upsample_argmax(x, [np.int32(6), 9]))
     own = ops.class_scores(x, p, y).own_similarity
     assert torch.equal(
@@ -214,7 +213,7 @@ def test_numbers_of_numpy_are_numbers():
     )
     assert torch.equal(ops.cluster_sums(x, y, np.uint8(C)).sums, ops.cluster_sums(x, y, C).sums)
     for size in (True, 2.0, (3, 0), (3,), (1, 2, 3), "ab", None):
-        with pytest.raises((ValueError, TypeError), match="^upsample_argmax: size must be"):
+        with pytest.raises((ValueError, TypeError), match=r"^upsample_argmax: size must be"):
             ops.upsample_argmax(x, size)
 
 

@@ -589,7 +589,7 @@ S, GROUP = torch.zeros(6, 4), torch.zeros(6, dtype=torch.int64)
         ((S, GROUP, 2), {"epsilon": -1.0}, ValueError, r"epsilon must be finite and positive; got -1.0"),
         ((S, GROUP, 2), {"epsilon": math.inf}, ValueError, r"epsilon must be finite and positive; got inf"),
         ((S, GROUP, 2), {"epsilon": math.nan}, ValueError, r"epsilon must be finite and positive; got nan"),
-        ((S, GROUP, 2), {"iterations": -1}, ValueError, r"iterations must be 0 or more; got -1"),
+        ((S, GROUP, 2), {"iterations": -1}, ValueError, r"iterations must be a non-negative integer; got -1"),
         ((S, GROUP, 2), {"tolerance": -1e-3}, ValueError, r"tolerance must be None or 0 or more; got -0.001"),
         ((S, GROUP, 2), {"tolerance": math.nan}, ValueError, r"tolerance must be None or 0 or more; got nan"),
         ((S, GROUP, 2), {"backend": "cuda"}, RuntimeError, r"backend 'cuda' was asked for but cannot run"),

@@ -352,10 +352,10 @@ SCORES, LABELS = torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64
         (ValueError, r"reduction must be one of none, mean, sum; got 'avg'", SCORES, LABELS, {"reduction": "avg"}),
         (ValueError, r"label_smoothing must be in \[0,1\]; got 1.5", SCORES, LABELS, {"label_smoothing": 1.5}),
         (ValueError, r"label_smoothing must be in \[0,1\]; got nan", SCORES, LABELS, {"label_smoothing": float("nan")}),
-        (ValueError, r"class_weight must be \[C\]=\[3\] to match scores; got \[4\]", SCORES, LABELS,
-         {"class_weight": torch.ones(4)}),
-        (TypeError, r"class_weight must be a float32.*; got \[3\] int64", SCORES, LABELS,
-         {"class_weight": torch.ones(3).long()}),
+        (ValueError, r"weight must be \[C\]=\[3\] to match scores; got \[4\]", SCORES, LABELS,
+         {"weight": torch.ones(4)}),
+        (TypeError, r"weight must be a float32.*; got \[3\] int64", SCORES, LABELS,
+         {"weight": torch.ones(3).long()}),
         (RuntimeError, r"upsample_cross_entropy: .* the cuda backend runs on cuda tensors, not cpu", SCORES, LABELS, {"backend": "cuda"}),
     ],
 )  # fmt: skip
@@ -367,12 +367,12 @@ def test_wrong_loss_arguments(error, pattern, scores, labels, options):
 @pytest.mark.parametrize(
     ("error", "pattern", "size"),
     [
-        (ValueError, r"upsample_argmax: size must be one or two positive integers; got 0", 0),
-        (ValueError, r"size must be one or two positive integers; got \(4, -1\)", (4, -1)),
-        (ValueError, r"size must be one or two positive integers; got \(4, 4, 4\)", (4, 4, 4)),
-        (TypeError, r"size must be an integer or a pair \(H, W\) of integers; got 2.0", 2.0),
-        (TypeError, r"size must be an integer or a pair \(H, W\) of integers; got \(2, 2.5\)", (2, 2.5)),
-        (TypeError, r"size must be an integer or a pair \(H, W\) of integers; got None", None),
+        (ValueError, r"upsample_argmax: size must be a positive integer or a pair \(H, W\) of them; got 0", 0),
+        (ValueError, r"size must be a positive integer or a pair \(H, W\) of them; got -1", (4, -1)),
+        (ValueError, r"size must be a positive integer or a pair \(H, W\) of them; got \(4, 4, 4\)", (4, 4, 4)),
+        (TypeError, r"size must be a positive integer or a pair \(H, W\) of them; got 2.0", 2.0),
+        (TypeError, r"size must be a positive integer or a pair \(H, W\) of them; got 2.5", (2, 2.5)),
+        (TypeError, r"size must be a positive integer or a pair \(H, W\) of them; got None", None),
     ],
 )
 def test_wrong_argmax_size(error, pattern, size):

@@ -31,7 +31,8 @@ def sinkhorn_assign(
     Args:
         similarity: [N,K] or [B,K,H,W], of pixels and the K sub-centroids of their own class, as `class_scores` gives it
             (`own_similarity`; read in place, as are rows of any strides); float32, float64, float16 or bfloat16.
-        labels: [N] or [B,H,W], any integer dtype, in [0,num_classes); `ignore_index` or any negative id leaves a pixel out.
+        labels: [N] or [B,H,W] (for rows any shape of N elements), any integer dtype, in [0,num_classes); `ignore_index` or any
+            negative id leaves a pixel out.
         num_classes: C > 0. Classes may have any number of pixels, none included.
         ignore_index: outside [0,num_classes).
         epsilon: entropy weight, finite and > 0, in the unit of `similarity`; the plan stays finite however small it is.
@@ -145,6 +146,8 @@ def _check_labels(
         raise ValueError(f"{op}: num_classes must be given with labels; got None")
     classes = whole_number(op, "num_classes", num_classes)
     ignored = check_ignore_index(op, ignore_index, classes)
+    if similarity.ndim == 2 and isinstance(labels, Tensor) and labels.numel() == similarity.shape[0]:
+        labels = labels.reshape(-1)  # a label map of rows: the order is the same
     return without_ignored(check_labels(op, labels, similarity, "similarity"), ignored), classes
 
 
