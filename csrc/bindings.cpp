@@ -42,8 +42,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("current_isa", [] { return int(current_isa()); });
   m.def("set_isa", [](int isa) { return set_isa(Isa(isa)); });
 
-  m.def("cluster_sums", [](View x, View cluster, View sums, View counts, int threads) {
-    run("cluster_sums", cluster_sums, ClusterSums{x, cluster, sums, counts, threads});
+  m.def("cluster_sums", [](const char* op, View x, View cluster, View sums, View counts, int threads) {
+    run(op, cluster_sums, ClusterSums{x, cluster, sums, counts, threads});
   });
   m.def("apply_momentum_", [](View centroids, View sums, View counts, double momentum, int threads) {
     run("apply_momentum_", apply_momentum, ApplyMomentum{centroids, sums, counts, momentum, threads});

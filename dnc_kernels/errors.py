@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Result = TypeVar("Result", bound=tuple[Any, ...])
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -59,3 +66,89 @@ def check_device(op: str, argument: str, tensor: Tensor, like: Tensor, like_name
         tensor.device == like.device,
         op, argument, f"on {like.device} like {like_name}", str(tensor.device), f"move it with .to({like_name}.device)",
     )  # fmt: skip
+
+
+def whole_number(op: str, argument: str, value: Any, least: int | None = 1, expected: str = "") -> int:
+    """`value` as an int of at least `least` (None: any).
+
+    A numpy integer becomes an int. A torch.SymInt stays as it is: it may vary. Under torch.jit.trace, where sizes are 0-d
+    tensors, the number of the example is taken.
+
+    Raises:
+        TypeError: not a whole number (a bool is none either).
+        ValueError: below `least`.
+    """
+    if not expected:
+        names = {None: "an integer", 0: "a non-negative integer", 1: "a positive integer"}
+        expected = names.get(least, f"an integer of at least {least}")
+    number = value
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        whole = not isinstance(value, (bool, Tensor)) or (isinstance(value, Tensor) and torch.jit.is_tracing())
+        try:
+            number = operator.index(value) if whole else None
+        except TypeError:
+            number = None
+        check_dtype(number is not None, op, argument, expected, value)
+    check_value(least is None or bool(number >= least), op, argument, expected, value)
+    return number
+
+
+def map_size(op: str, size: int | Sequence[int], argument: str = "size") -> tuple[int, int]:
+    """(H, W) of one whole number for both or of a pair of them, each as `whole_number` takes it.
+
+    Raises:
+        TypeError: neither; ValueError: not two, or one below 1.
+    """
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    check_value(len(pair) == 2, op, argument, "a positive integer or a pair (H, W) of them", size)
+    height, width = (whole_number(op, argument, n, 1, "a positive integer or a pair (H, W) of them") for n in pair)
+    return height, width
+
+
+def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a function whose keywords have new names, ``@renamed(old="new")``: an old one still works, and warns.
+
+    Raises:
+        TypeError: both names are given.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        op = function.__qualname__
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if kwargs:
+                for old, new in names.items():
+                    if old in kwargs:
+                        if new in kwargs:
+                            raise TypeError(f"{op}: {old} is the old name of {new}; both were given")
+                        if not torch.compiler.is_compiling():  # a graph cannot warn
+                            warnings.warn(f"{op}: {old} is now called {new}; {old} will go in 0.2", FutureWarning, stacklevel=2)
+                        kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def holds_a_loss(result: type[Result]) -> type[Result]:
+    """Decorator of a named tuple with a field `loss`: used as if it were that tensor, it says what to write instead."""
+    name, fields = result.__name__, ", ".join(result._fields)  # type: ignore[attr-defined]
+
+    def missing(self: Result, attribute: str) -> Any:
+        if not attribute.startswith("_") and hasattr(Tensor, attribute):
+            raise AttributeError(f"{name} is a tuple ({fields}) and has no {attribute!r}: use .loss.{attribute}")
+        raise AttributeError(f"{name} has no attribute {attribute!r}")
+
+    def no_arithmetic(sign: str) -> Callable[[Result, Any], Any]:
+        def calculate(self: Result, other: Any = None) -> Any:
+            raise TypeError(f"{name} is a tuple ({fields}), not a tensor: use .loss with {sign!r}")
+
+        return calculate
+
+    result.__getattr__ = missing  # type: ignore[attr-defined]
+    for method, sign in (("mul", "*"), ("add", "+"), ("sub", "-"), ("truediv", "/")):
+        setattr(result, f"__{method}__", no_arithmetic(sign))
+        setattr(result, f"__r{method}__", no_arithmetic(sign))
+    return result

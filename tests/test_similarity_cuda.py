@@ -64,7 +64,8 @@ def check_scores(x, p, labels, metric="dot"):
     actual = ops.class_scores(x, p, labels, metric=metric, backend="cuda")
     pixels, rows = wide(x, p, metric)
     pixels, plain = seen(pixels, metric)
-    expected = ops.class_scores(pixels, rows, labels, metric=plain, backend="reference")
+    inside = torch.where(labels < len(p), labels, -100)  # the CPU reference raises; GPU kernels leave these out
+    expected = ops.class_scores(pixels, rows, inside, metric=plain, backend="reference")
     d = x.shape[1]
     assert actual.scores.dtype == torch.float32
     assert_close(actual.scores.cpu(), expected.scores.cpu(), "similarity", terms=d, scale=scale_of(metric))

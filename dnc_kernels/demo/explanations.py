@@ -78,7 +78,7 @@ def explain(run: Run, scenes: Scenes, settings: Settings) -> Explained:
         samples.add(embedding, small)
         own = ops.class_scores(embedding, head.prototypes, small).own_similarity
         assert own is not None
-        used += torch.zeros_like(used).index_put_((small.flatten().cpu(), own.argmax(1).cpu()), torch.ones(()), accumulate=True)
+        used += torch.zeros_like(used).index_put_((small.cpu(), own.argmax(1).cpu()), torch.ones(()), accumulate=True)
     nearest = Nearest(*(values.cpu() for values in samples.result()))
     share = (used / used.sum(1, keepdim=True).clamp(min=1)).double().numpy()
     return Explained(_cases(network, head, scenes, run.seed), nearest, share, settings.width // SmallBackbone.stride)
@@ -100,7 +100,7 @@ def _cases(network: SegmentationNetwork, head: DNCHead, scenes: Scenes, seed: in
         truth.append(at_centres(full).long())
         own = ops.class_scores(embedding, head.prototypes, truth[-1].to(embedding.device)).own_similarity
         assert own is not None
-        similarity.append(torch.cat([own.cpu(), won.score.reshape(-1, 1).cpu()], 1).view(*truth[-1].shape, -1))
+        similarity.append(torch.cat([own.cpu(), won.score[:, None].cpu()], 1).movedim(1, -1))
     label, sub, true, cosine = torch.cat(labels), torch.cat(subs), torch.cat(truth), torch.cat(similarity)
     inside = _inside(true)
     generator = np.random.default_rng(seed)

@@ -128,10 +128,10 @@ class CentroidModel(SubCentroids):
             norm = {"norm_weight": self.mask_norm.weight, "norm_bias": self.mask_norm.bias, "norm_eps": self.mask_norm.eps}
         result = ops.centroid_cross_entropy(
             e if gain is None else e * gain, p, labels, **norm, temperature=self.logit_temperature(),
-            class_weight=self.class_weight, ignore_index=-1, label_smoothing=self.label_smoothing, reduction="sum",
+            weight=self.class_weight, ignore_index=-1, label_smoothing=self.label_smoothing, reduction="sum",
         )  # fmt: skip
         # <gain * e, p> = gain * <e, p>: clustering and contrast want the cosines back
-        return result if gain is None else result._replace(own_similarity=result.own_similarity / gain.detach().reshape(-1, 1))
+        return result if gain is None else result._replace(own_similarity=result.own_similarity / gain.detach())
 
     def _denominators(self, labels: Tensor, ignored: int, sampled: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
         """What sums over pixels are divided by: the class weights of labelled pixels, and the number of sampled ones.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import check_integer, check_value
-from ..ops._common import check_pixels
+from ..ops._common import check_pixels, flat_pixels
 from .subcentroids import SubCentroids
 
 
@@ -72,9 +72,11 @@ class NearestSamples:
         if pixels == 0:
             return
         labels = labels.reshape(-1).to(torch.int64)
-        own = ops.class_scores(embedding, self.prototypes, labels.view(batch, *embedding.shape[2:])).own_similarity
+        inside = (labels >= 0) & (labels < classes)
+        own = ops.class_scores(embedding, self.prototypes, torch.where(inside, labels, -1)).own_similarity
         assert own is not None
-        keep = (labels >= 0) & (labels < classes) & own.isfinite().all(1)
+        own = flat_pixels(own)
+        keep = inside & own.isfinite().all(1)
         value = torch.where(keep[:, None], own.to(self._similarity.dtype), -torch.inf)
         if self.nearest_only:
             nearest = torch.nn.functional.one_hot(value.argmax(1), k).bool()

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from .. import ops
 from ..errors import check_value
-from ..ops._common import check_choice, compute_dtype
+from ..ops._common import check_choice, compute_dtype, flat_pixels
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._labels import resize_labels, sample_of_each_class, sort_out_labels, without_ignored
 from ._step import BAND_PIXELS, Made, first_pass, second_pass
@@ -261,7 +261,7 @@ class DNCHead(CentroidModel):
             assert own is not None
             logits = self.logits(scores, gain)
             total = ops.upsample_cross_entropy(
-                logits, labels, align_corners=self.align_corners, class_weight=self.class_weight, ignore_index=ignored,
+                logits, labels, align_corners=self.align_corners, weight=self.class_weight, ignore_index=ignored,
                 label_smoothing=self.label_smoothing, reduction="sum",
             )  # fmt: skip
             # a pixel with a non-finite feature has NaN scores in every class
@@ -269,7 +269,7 @@ class DNCHead(CentroidModel):
         else:
             total, prediction, own = self._fused_cross_entropy(e, p, small, gain)
             finite, prediction = (prediction >= 0).reshape(-1), prediction.reshape(-1)
-        cross_entropy = total / total_weight
+        own, cross_entropy = flat_pixels(own), total / total_weight
         _, correct, accuracy = self._judge(prediction, finite, small)
         ppc = ppd = cross_entropy.new_zeros(())
         if update or self.ppc_weight or self.ppd_weight:
