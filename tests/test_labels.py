@@ -222,3 +222,16 @@ def test_numbers_of_numpy_are_numbers():
 def test_labels_of_another_shape_are_an_error(op, bad):
     with pytest.raises(ValueError, match=rf"^{op}: labels must be \[B,H,W\]=\[{B}, {H}, {W}\] to match "):
         call(op, "cpu", bad)
+
+
+def test_a_loss_in_a_tuple_says_where_it_is():
+    x, p = features()
+    result = ops.centroid_cross_entropy(x, p, ids(C))
+    with pytest.raises(
+        AttributeError, match=r"^CentroidLoss is a tuple \(loss, prediction, own_similarity\) .*: use .loss.backward"
+    ):
+        result.backward()
+    with pytest.raises(TypeError, match=r"use .loss with '\*'"):
+        result * 2
+    loss, *_ = result
+    assert loss is result.loss and not hasattr(result, "no_such_thing")

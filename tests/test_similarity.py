@@ -66,9 +66,7 @@ def loss_and_grads(backend, x, centroids, labels, incoming=1.7, centroid_grad=Fa
     x, centroids = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(), centroids.detach().clone()
     centroids.requires_grad_(centroid_grad)
     learnable = {
-        k: v.detach().clone().requires_grad_()
-        for k, v in options.items()
-        if isinstance(v, torch.Tensor) and k != "weight"
+        k: v.detach().clone().requires_grad_() for k, v in options.items() if isinstance(v, torch.Tensor) and k != "weight"
     }
     out = ops.centroid_cross_entropy(x, centroids, labels, backend=backend, **{**options, **learnable})
     loss = out.loss

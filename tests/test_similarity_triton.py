@@ -203,7 +203,7 @@ def options_of(c, norm, weighted, smoothing):
     if norm:
         made |= {"norm_weight": torch.rand(c, device=DEVICE) + 0.5, "norm_bias": torch.randn(c, device=DEVICE)}
     if weighted:
-        made["class_weight"] = torch.rand(c, device=DEVICE) + 0.1
+        made["weight"] = torch.rand(c, device=DEVICE) + 0.1
     return made
 
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_dtype, check_float, check_value, renamed
+from ...errors import check_device, check_dtype, check_float, check_value, holds_a_loss, renamed
 from .._common import (
     METRICS,
     REDUCTIONS,
@@ -46,6 +46,7 @@ class NearestCentroid(NamedTuple):
     score: Tensor
 
 
+@holds_a_loss
 class CentroidLoss(NamedTuple):
     """Result of `centroid_cross_entropy`."""
 
@@ -282,7 +283,7 @@ def subcentroid_cross_entropy(
         centroids: [C,K,D].
         labels: [N] or [B,H,W], any integer dtype, sub-centroids ``c*K + k`` in [0,C*K); `ignore_index` or any negative id
             leaves a pixel out.
-        temperature: divides the similarities <x,p>.
+        temperature: positive number that divides the similarities <x,p>; a tensor is refused, as it would get no gradient.
         ignore_index: outside [0,C*K).
         reduction: ``mean``, ``sum`` or ``none``.
         backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
@@ -305,6 +306,8 @@ def subcentroid_cross_entropy(
     flat = check_labels(op, labels, x)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     ignore_index = check_ignore_index(op, ignore_index, classes * k)
+    fix = "it gets no gradient here; `centroid_cross_entropy` has one"
+    check_dtype(isinstance(temperature, (int, float)), op, "temperature", "a number", temperature, fix)
     check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
     arguments = (x, centroids, flat, float(temperature), ignore_index, reduction)
     chosen = pick(op, x, backend, centroids, C=classes, K=k)
