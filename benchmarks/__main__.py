@@ -8,19 +8,28 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import bench_embedding, bench_head, bench_momentum, bench_similarity, bench_sinkhorn, bench_upsample
+from . import (
+    bench_embedding,
+    bench_head,
+    bench_momentum,
+    bench_segmentation,
+    bench_similarity,
+    bench_sinkhorn,
+    bench_upsample,
+)
 from .harness import BASELINES, Case, GpuLost, Row, Settings, chosen, demand_gpu, failed, run_case
 from .memory import on_cpu
 
 BENCHES: dict[str, Any] = {
     "similarity": bench_similarity, "sinkhorn": bench_sinkhorn, "momentum": bench_momentum, "embedding": bench_embedding,
-    "upsample": bench_upsample, "head": bench_head,
+    "upsample": bench_upsample, "head": bench_head, "segmentation": bench_segmentation,
 }  # fmt: skip
 _TABLE = (
     "variant", "p50_ms", "p20_ms", "p80_ms", "host_us", "pct_queued", "ratio_to_best_baseline", "pct_gemm_probe",
@@ -45,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="measure, print tables and write rows to --out")
     run.add_argument("--op", action="append", help=f"a benchmark file ({', '.join(BENCHES)}) or an op; may be repeated")
-    run.add_argument("--case", action="append", help="only cases of this name; may be repeated")
+    run.add_argument("--case", action="append", help="only cases of this name, or pattern ('hard_*'); may be repeated")
     run.add_argument("--out", type=Path, help="add rows to this file as JSON lines, each as soon as it is known")
     run.add_argument("--list", action="store_true", help="print what would be measured, and measure nothing; needs no GPU")
     run.add_argument("--device", default="cpu", help="where to measure: cpu, cuda or cuda:N (cpu)")
@@ -132,9 +141,10 @@ def case_rows(cases: Sequence[Case], settings: Settings) -> Iterator[Row]:
 
 
 def select(settings: Settings, ops: Sequence[str] | None = None, names: Sequence[str] | None = None) -> list[Case]:
-    """Cases of the chosen benchmarks or ops with the chosen names; None chooses all."""
+    """Cases of the chosen benchmarks or ops whose names match one of the patterns; None chooses all."""
     cases = [(bench, case) for bench, module in BENCHES.items() for case in module.cases(settings)]
-    return [c for bench, c in cases if (not ops or bench in ops or c.op in ops) and (not names or c.name in names)]
+    chosen = [c for bench, c in cases if not ops or bench in ops or c.op in ops]
+    return [c for c in chosen if not names or any(fnmatchcase(c.name, name) for name in names)]
 
 
 def print_list(cases: Sequence[Case], settings: Settings) -> None:

@@ -137,7 +137,7 @@ def _case(name: str, batch: int, height: int, width: int, classes: int, dtype: s
     return Case(
         op="head_step", name=name, dtype=dtype, data=_DATA,
         shape={"B": batch, "H": height, "W": width, "h": h, "w": w, "C": classes, "K": K, "D": CHANNELS},
-        inputs=inputs, reference=reference, check=_check,
+        inputs=inputs, reference=reference, check=check_step,
         variants=[
             *variants,
             Variant("eager", composition(eager)),
@@ -167,7 +167,7 @@ def graphed(call: Call) -> Call:
     return replay
 
 
-def _check(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+def check_step(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """Loss and moved sub-centroids to rounding; of the gradient at most one pixel in a thousand may be another one.
 
     Such a pixel's sub-centroids were a near-tie. With 16-bit features there are many, so only the gradient's size is held then.
