@@ -1,4 +1,4 @@
-"""Measure the ops against the best that torch and others offer, and print the rows (docs/benchmarks.md)."""
+"""Measure the ops against the best that torch and others offer, and print or quote the rows (docs/benchmarks.md)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from . import (
 )
 from .harness import BASELINES, Case, GpuLost, Row, Settings, chosen, demand_gpu, failed, run_case
 from .memory import on_cpu
+from .quote import quote
 
 BENCHES: dict[str, Any] = {
     "similarity": bench_similarity, "sinkhorn": bench_sinkhorn, "momentum": bench_momentum, "embedding": bench_embedding,
@@ -73,11 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--warm", action="store_true", help="CUDA: do not flush the L2 cache between calls")
     report = commands.add_parser("report", help="print the rows of files as tables")
     report.add_argument("files", nargs="+", type=Path, help="files of rows, as `run --out` writes them")
+    quoting = commands.add_parser("quote", help="write the measured tables of README.md and docs/ from benchmarks/results")
+    quoting.add_argument(
+        "--check", action="store_true", help="write nothing; print what differs, and return 1 if anything does"
+    )
     commands.add_parser("peak").add_argument("request")  # for `benchmarks.memory`
     options = parser.parse_args(arguments)
     if options.command == "report":
         print_rows([json.loads(line) for file in options.files for line in file.read_text().splitlines()])
         return 0
+    if options.command == "quote":
+        return quote(options.check)
     if options.command == "peak":
         print(json.dumps(_peak(json.loads(options.request))))
         return 0
@@ -143,8 +150,8 @@ def case_rows(cases: Sequence[Case], settings: Settings) -> Iterator[Row]:
 def select(settings: Settings, ops: Sequence[str] | None = None, names: Sequence[str] | None = None) -> list[Case]:
     """Cases of the chosen benchmarks or ops whose names match one of the patterns; None chooses all."""
     cases = [(bench, case) for bench, module in BENCHES.items() for case in module.cases(settings)]
-    chosen = [c for bench, c in cases if not ops or bench in ops or c.op in ops]
-    return [c for c in chosen if not names or any(fnmatchcase(c.name, name) for name in names)]
+    of_op = [c for bench, c in cases if not ops or bench in ops or c.op in ops]
+    return [c for c in of_op if not names or any(fnmatchcase(c.name, name) for name in names)]
 
 
 def print_list(cases: Sequence[Case], settings: Settings) -> None:
