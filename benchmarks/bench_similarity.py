@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_kernels import ops
+from dnc_kernels.backends import Backend
 from dnc_kernels.ops._common import flat_pixels
 
 from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
@@ -126,7 +127,7 @@ def _loss_case(
 
         return lambda i: lambda: call(i)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(
             lambda x, p, labels, w, b: (
                 ops.centroid_cross_entropy(
@@ -243,7 +244,7 @@ def _scores_case(name: str, sizes: dict[str, int], dtype: str, settings: Setting
 
         return lambda i: lambda: call(i)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         def scores(x: Tensor, p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             found = ops.class_scores(x, p, labels, backend=backend)
             assert found.own_similarity is not None
@@ -304,7 +305,7 @@ def _nearest_case(
     def timed(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], Call]:
         return lambda i: lambda: f(i.x.detach(), i.centroids)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         def nearest(x: Tensor, p: Tensor) -> Tensor:
             found = ops.nearest_centroid(x, p, backend=backend)
             return found.label * p.shape[1] + found.sub
@@ -351,7 +352,7 @@ def _contrast_case(name: str, sizes: dict[str, int], dtype: str, settings: Setti
 
         return lambda i: lambda: call(i)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(lambda x, p, target: ops.subcentroid_cross_entropy(x, p, target, backend=backend))
 
     def mm(x: Tensor, p: Tensor, target: Tensor) -> Tensor:

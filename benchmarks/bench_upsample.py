@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_kernels import ops
+from dnc_kernels.backends import Backend
 
 from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
 
@@ -65,7 +66,7 @@ def _loss_case(name: str, sizes: dict[str, int], dtype: str, goals: dict[str, fl
 
         return lambda i: lambda: call(i)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(lambda s, y: ops.upsample_cross_entropy(s, y, ignore_index=255, backend=backend))
 
     b, c, h, size = sizes.values()
@@ -110,7 +111,7 @@ def _argmax_case(name: str, sizes: dict[str, int], dtype: str, settings: Setting
     def timed(f: Callable[[Tensor, int], Tensor]) -> Callable[[Any], Call]:
         return lambda i: lambda: f(i.scores.detach(), i.size)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(lambda s, size: ops.upsample_argmax(s, size, backend=backend))
 
     def eager(scores: Tensor, size: int) -> Tensor:
