@@ -54,7 +54,7 @@ def cases(settings: Settings) -> list[Case]:
 def _case(name: str, batch: int, height: int, width: int, classes: int, dtype: str, settings: Settings) -> Case:
     h, w = height // STRIDE, width // STRIDE
 
-    def head(checkpoint: str, band_pixels: int | None = None) -> DNCHead:
+    def head(checkpoint: Any, band_pixels: int | None = None) -> DNCHead:
         return DNCHead(
             CHANNELS, classes, K, recipe="released", ppc_weight=PPC, ppd_weight=PPD, checkpoint=checkpoint,
             band_pixels=band_pixels, generator=torch.Generator().manual_seed(0),

@@ -40,7 +40,7 @@ class Rings:
 
     def push(self, features, labels):
         for feature, label in zip(features, labels.tolist(), strict=True):
-            if 0 <= label < len(self.lists) and feature.isfinite().all():
+            if label >= 0 and feature.isfinite().all():
                 self.lists[label][self.pushed[label] % self.size] = feature
                 self.pushed[label] += 1
 
@@ -52,7 +52,7 @@ def test_memory_is_a_ring_for_each_class(classes, size, batches, seed):
     for n in batches:
         features = torch.randn(n, 3, generator=g)
         features[torch.rand(n, generator=g) < 0.1] = float("nan")
-        labels = torch.randint(-2, classes + 1, (n,), generator=g)
+        labels = torch.randint(-2, classes, (n,), generator=g)
         memory.push(features, labels)
         rings.push(features, labels)
     held, labels = memory.read()
@@ -100,12 +100,14 @@ def test_memory_resumes_exactly_and_forgets_on_demand():
 
 def test_memory_checks_its_input():
     memory = nn.FeatureMemory(2, 3, 4)
-    with pytest.raises(ValueError, match=r"FeatureMemory: features must be \[N,4\]"):
+    with pytest.raises(ValueError, match=r"FeatureMemory\.push: features must be \[N,4\]"):
         memory.push(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels must be \[2\] to match features"):
         memory.push(torch.zeros(2, 4), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="labels must be an integer tensor"):
         memory.push(torch.zeros(2, 4), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"push: labels must be in \[0,C\); any negative id .* out; got 2 at pixel 1 \(C=2\)"):
+        memory.push(torch.zeros(2, 4), torch.tensor([-5, 2]))
     with pytest.raises(ValueError, match="size must be a positive integer"):
         nn.FeatureMemory(2, 0, 4)
 
@@ -230,13 +232,15 @@ def test_class_counts_and_wrong_labels():
     model.loss(x, labels)
     assert model.class_counts.tolist() == torch.bincount(labels[labels >= 0], minlength=C).tolist()
     labels[3] = C
-    with pytest.raises(ValueError, match=r"DNCClassifier: labels must be in \[0,6\) or ignore_index -100; got 6 at pixel 3"):
+    with pytest.raises(
+        ValueError, match=r"DNCClassifier\.loss: labels must be in \[0,6\); ignore_index -100 .*; got 6 at pixel 3"
+    ):
         model.loss(x, labels)
     with pytest.raises(ValueError, match=r"features must be \[N,12\]"):
         model.loss(torch.randn(4, D + 1), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"ignore_index must be outside the 6 classes"):
+    with pytest.raises(ValueError, match=r"ignore_index must be outside \[0,6\)"):
         make(ignore_index=2)
-    with pytest.raises(ValueError, match="memory_size must be non-negative"):
+    with pytest.raises(ValueError, match="memory_size must be a non-negative integer"):
         make(memory_size=-1)
 
 
@@ -327,7 +331,7 @@ def test_nearest_samples_are_those_of_a_search(classes, k, maps, nearest_only, c
     shape = (7, 4, 2, 3) if maps else (17, 4)
     x = F.normalize(torch.randn(shape, generator=g, dtype=torch.float64), dim=1)
     x[2] = float("nan")
-    labels = torch.randint(-1, classes + 1, shape[:1] + shape[2:], generator=g)
+    labels = torch.randint(-2, classes, shape[:1] + shape[2:], generator=g)
     accumulator = nn.NearestSamples(model, count, nearest_only=nearest_only)
     for part in (slice(0, 3), slice(3, 3), slice(3, None)):  # one of the batches is empty
         accumulator.add(x[part], labels[part])
@@ -368,9 +372,78 @@ def test_nearest_samples_do_not_follow_later_training():
 
 def test_nearest_samples_check_their_input():
     accumulator = nn.NearestSamples(make(), 2)
-    with pytest.raises(ValueError, match=r"NearestSamples: labels must be \[N\]=\[3\] to match embedding"):
+    with pytest.raises(ValueError, match=r"NearestSamples\.add: labels must be \[N\]=\[3\] to match embedding"):
         accumulator.add(torch.zeros(3, D), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"samples must be \[3\]"):
         accumulator.add(torch.zeros(3, D), torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="count must be a positive integer"):
         nn.NearestSamples(make(), 0)
+    with pytest.raises(
+        ValueError, match=r"labels must be in \[0,6\); ignore_index -100 or any negative id .*; got 6 at pixel 1"
+    ):
+        accumulator.add(torch.zeros(3, D), torch.tensor([-5, 6, 0]))
+    with pytest.raises(ValueError, match=r"labels must be in \[0,C\); any negative id leaves a pixel out; got 6 at pixel 1"):
+        nn.NearestSamples(nn.SubCentroids(C, K, D), 2).add(torch.zeros(3, D), torch.tensor([-5, 6, 0]))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4), (2, 3, 6), (3, 4, 6), (24,), (2, 1, 4, 6)], ids=str)
+def test_nearest_samples_refuse_labels_of_other_pixels(shape):
+    head = nn.DNCHead(D, C, K)
+    with pytest.raises(
+        ValueError, match=r"NearestSamples\.add: labels must be \[N\]=\[48\] or \[B,H,W\]=\[2, 4, 6\], or larger"
+    ):
+        nn.NearestSamples(head, 2).add(torch.zeros(2, D, 4, 6), torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("recipe", ["default", "released"])
+def test_nearest_samples_resize_the_labels_of_the_images_as_the_loss_does(recipe):
+    head = nn.DNCHead(D, C, K, recipe=recipe).eval()
+    e, labels = head.embed(torch.randn(2, D, 4, 6)).detach(), torch.randint(0, C, (2, 13, 18), dtype=torch.uint8)
+    labels[0, :5] = 255
+    mode = {"default": "nearest-exact", "released": "nearest"}[recipe]
+    small = F.interpolate(labels[:, None].double(), (4, 6), mode=mode)[:, 0].long()
+    expected = nn.nearest_samples(head, e, torch.where(small == 255, -1, small), 3)
+    for ids in (labels, small, small.reshape(-1)):
+        assert all(torch.equal(a, b) for a, b in zip(nn.nearest_samples(head, e, ids, 3), expected, strict=True))
+
+
+def test_nearest_samples_leave_out_what_the_caller_names():
+    module, x = nn.SubCentroids(C, K, D), F.normalize(torch.randn(30, D), dim=1)
+    labels = torch.randint(0, C, (30,))
+    labels[::3] = 77
+    expected = nn.nearest_samples(module, x, torch.where(labels == 77, -1, labels), 3)
+    odd = labels.clone()
+    odd[::6] = -9
+    for ids in (labels, odd):
+        assert all(
+            torch.equal(a, b) for a, b in zip(nn.nearest_samples(module, x, ids, 3, ignore_index=77), expected, strict=True)
+        )
+
+
+@pytest.mark.parametrize("function", ["forward", "embed", "predict", "explain", "loss", "initialize_from_"])
+def test_errors_name_the_function_that_was_called(function):
+    arguments = (torch.zeros(3, dtype=torch.int64),) if function in ("loss", "initialize_from_") else ()
+    with pytest.raises(ValueError, match=rf"^DNCClassifier\.{function}: features must be"):
+        getattr(make(), function)(torch.randn(3, D + 1), *arguments)
+
+
+def test_any_negative_label_leaves_a_sample_out():
+    (x, labels), outcomes = batch(), []
+    for ids in (labels, torch.where(labels < 0, torch.randint(-150, 0, labels.shape), labels)):
+        model, y = make(), x.clone().requires_grad_()
+        result = model.loss(y, ids)
+        result.loss.backward()
+        assert int(model.bad_labels) == 0
+        started = make().initialize_from_(x, ids)
+        outcomes.append([*result, y.grad, model.prototypes, model.class_counts, *model.memory.read(), started])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_forward_with_labels_is_the_loss():
+    model, twin, (x, labels) = make(), make(), batch()
+    assert all(torch.equal(a, b) for a, b in zip(model(x, labels), twin.loss(x, labels), strict=True))
+    assert torch.equal(model.prototypes, twin.prototypes) and int(model.memory.pushed.sum()) > 0
+    model.eval()(x, labels)
+    assert int(model.num_updates) == 1
+    with pytest.raises(ValueError, match=r"DNCClassifier\.forward: update must be None without labels"):
+        model(x, update=False)

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from tolerances import assert_close, assert_golden
 
 from dnc_kernels import nn, ops
-from dnc_kernels.nn._labels import resize_labels
 
 C, K, D = 5, 3, 16
 
@@ -67,7 +67,7 @@ def clusters(head, x, labels):
     small = F.interpolate(labels[:, None].double(), x.shape[2:], mode="nearest")[:, 0].long()
     small = torch.where(small == 255, -1, small)
     own = ops.class_scores(head.embed(x), head.prototypes, small).own_similarity
-    return head.cluster(own, small)
+    return head.cluster(own, small).flatten()
 
 
 @pytest.mark.parametrize("loss_size", ["labels", "features"])
@@ -148,11 +148,39 @@ def test_projection_comes_first():
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
-def test_labels_shrink_as_interpolate_does(height, width, h, w):
+def test_labels_are_resized_as_interpolate_does(height, width, h, w):
     labels = torch.arange(2 * height * width).view(2, height, width)
     for mode in ("nearest", "nearest-exact"):
         expected = F.interpolate(labels[:, None].double(), (h, w), mode=mode)[:, 0].long()
-        assert torch.equal(resize_labels(labels, (h, w), mode), expected)
+        assert torch.equal(nn.resize_labels(labels, (h, w), mode), expected)
+        assert torch.equal(nn.resize_labels(labels[1], (h, w), mode), expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("size", [5, (5, 5), [5, 5], np.int64(5), (np.int32(5), 5), torch.Size((5, 5))], ids=repr)
+def test_resized_labels_keep_their_dtype_and_take_any_size(dtype, size):
+    labels = torch.randint(0, 100, (2, 9, 11)).to(dtype)
+    resized = nn.resize_labels(labels, size)
+    assert resized.dtype == dtype
+    assert torch.equal(resized.double(), F.interpolate(labels[:, None].double(), (5, 5), mode="nearest-exact")[:, 0])
+
+
+def test_resizing_labels_checks_its_input_and_copies_nothing_in_vain():
+    labels = torch.zeros(2, 4, 6, dtype=torch.int64)
+    assert nn.resize_labels(labels, (4, 6)) is labels
+    assert nn.resize_labels(labels[:0], 3).shape == (0, 3, 3)
+    for bad, error, text in (
+        ((labels.float(), 2), TypeError, "resize_labels: labels must be an integer tensor"),
+        ((labels[0, 0], 2), ValueError, r"labels must be \[B,H,W\] or \[H,W\]"),
+        ((labels[:, :0], 2), ValueError, "labels must be of at least one row and column"),
+        ((labels, 0), ValueError, r"size must be a positive integer or a pair \(H, W\) of them; got 0"),
+        ((labels, (2, 3, 4)), ValueError, r"size must be a positive integer or a pair \(H, W\) of them"),
+        ((labels, 2.5), TypeError, "size must be a positive integer or a pair"),
+        ((labels, (True, 2)), TypeError, "size must be a positive integer or a pair"),
+        ((labels, 2, "bilinear"), ValueError, "mode must be one of nearest, nearest-exact"),
+    ):
+        with pytest.raises(error, match=text):
+            nn.resize_labels(*bad)
 
 
 @pytest.mark.parametrize("scores", ["temperature", "scale"])
@@ -181,17 +209,55 @@ def test_confidence_is_the_same_in_both_loss_modes():
     assert_close(heads[0].prototypes, heads[1].prototypes.double(), "head", terms=8)
 
 
-@pytest.mark.parametrize("bad, where", [(5, 3), (-1, 0), (254, 600)])
-def test_label_out_of_range_is_an_error(bad, where):
+@pytest.mark.parametrize("bad, where", [(5, 3), (256, 0), (254, 600)])
+def test_label_beyond_the_classes_is_an_error(bad, where):
     x, labels = batch()
     labels.view(-1)[where] = bad
-    text = rf"DNCHead: labels must be in \[0,5\) or ignore_index 255; got {bad} at pixel {where}"
-    with pytest.raises(ValueError, match=text):
+    text = rf"labels must be in \[0,5\); ignore_index 255 or any negative id leaves a pixel out; got {bad} at pixel {where}"
+    with pytest.raises(ValueError, match=rf"DNCHead\.loss: {text}"):
         make_head().loss(x, labels)
+    with pytest.raises(ValueError, match=rf"DNCHead\.initialize_from_: {text}"):
+        make_head().initialize_from_(x, labels)
+
+
+@pytest.mark.parametrize("ignore_index", [255, -1, -100])
+@pytest.mark.parametrize("checkpoint", ["none", "all"])
+@pytest.mark.parametrize("options", [{}, {"loss_size": "features"}, {"class_weight": [0.5, 1.0, 2.0, 0.0, 1.5]}], ids=str)
+def test_any_negative_label_leaves_a_pixel_out(ignore_index, checkpoint, options):
+    """As if it were ignore_index: in the loss, its gradient, the accuracy, the counters and the update."""
+    (x, labels), outcomes = batch(label_size=(12, 14)), []
+    left_out = labels == 255
+    for ids in (torch.full_like(labels, ignore_index), torch.randint(-9, 0, labels.shape)):
+        ids[0, 0, 0] = ignore_index
+        head = make_head(ignore_index=ignore_index, checkpoint=checkpoint, **options)
+        y = x.clone().requires_grad_()
+        result = head.loss(y, torch.where(left_out, ids, labels))
+        result.loss.backward()
+        assert int(head.bad_labels) == 0 and int(head.class_counts.sum()) < 2 * 6 * 7
+        outcomes.append([*result, y.grad, head.prototypes, head.class_counts, head.last_counts])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_negative_labels_start_no_sub_centroid():
+    x, labels = batch()
+    counts = make_head().initialize_from_(x, torch.where(labels == 255, -7, labels))
+    assert torch.equal(counts, make_head().initialize_from_(x, labels))
+
+
+def test_compiled_step_leaves_out_negative_labels_and_counts_those_beyond_the_classes():
+    head, twin, (x, labels) = make_head(), make_head(), batch()
+    odd = torch.where(labels == 255, -3, labels)
+    odd[0, 0, :4] = 255
+    compiled = torch.compile(head.loss, backend="aot_eager")
+    assert_close(compiled(x, odd).loss.detach(), twin.loss(x, labels).loss.detach().double(), "head", terms=D)
+    assert int(head.bad_labels) == 0
+    odd[1, 5, 5:7] = 254
+    compiled(x, odd)
+    assert int(head.bad_labels) == 2
 
 
 def test_ignore_index_that_is_a_class_is_an_error():
-    with pytest.raises(ValueError, match=r"ignore_index must be outside the 300 classes \[0,300\); got 255"):
+    with pytest.raises(ValueError, match=r"ignore_index must be outside \[0,300\); got 255"):
         nn.DNCHead(8, 300)
     assert nn.DNCHead(8, 300, ignore_index=-100).ignore_index == -100
 
@@ -245,15 +311,29 @@ def test_step_counts_its_classes():
 @pytest.mark.parametrize(
     "x, labels, text",
     [
-        ((2, D, 4), (2, 4, 4), r"DNCHead: features must be \[B,16,h,w\]"),
+        ((2, D, 4), (2, 4, 4), r"DNCHead\.loss: features must be \[B,16,h,w\]"),
         ((2, D + 1, 4, 4), (2, 4, 4), r"features must be \[B,16,h,w\]"),
         ((2, D, 4, 4), (3, 4, 4), r"labels must be \[2,H,W\] to match features"),
-        ((2, D, 4, 4), (2, 1, 4, 4), r"labels\[:, 0\]"),
+        ((2, D, 4, 4), (2, 1, 4, 4), r"DNCHead\.loss: labels .*labels\[:, 0\]"),
+        ((2, D, 0, 4), (2, 4, 4), r"DNCHead\.loss: features must be of at least one row and column"),
     ],
 )
 def test_shapes_are_checked(x, labels, text):
     with pytest.raises(ValueError, match=text):
         make_head().loss(torch.randn(x), torch.zeros(labels, dtype=torch.int64))
+
+
+def test_no_channel_is_dropped_from_what_is_no_label_map():
+    with pytest.raises(ValueError, match=r"labels must be \[2,H,W\]") as error:
+        make_head().loss(torch.randn(2, D, 4, 4), torch.zeros(2, 4, 4, 3, dtype=torch.int64))
+    assert "labels[:, 0]" not in str(error.value)
+
+
+@pytest.mark.parametrize("function", ["forward", "embed", "predict", "explain", "loss", "initialize_from_"])
+def test_errors_name_the_function_that_was_called(function):
+    arguments = (torch.zeros(1, 4, 4, dtype=torch.int64),) if function in ("loss", "initialize_from_") else ()
+    with pytest.raises(ValueError, match=rf"^DNCHead\.{function}: features must be"):
+        getattr(make_head(), function)(torch.randn(1, D + 1, 4, 4), *arguments)
 
 
 def test_dtypes_are_checked():
@@ -275,7 +355,7 @@ def test_dtypes_are_checked():
         ({"loss_size": "both"}, "loss_size must be one of labels, features"),
         ({"class_weight": [1.0]}, r"class_weight must be \[C\]=\[5\]"),
         ({"class_weight": [1.0, 1, 1, 1, -1]}, "class_weight must be non-negative"),
-        ({"embed_channels": -3}, "embed_channels must be a positive integer"),
+        ({"embed_channels": -3}, "DNCHead: embed_channels must be None or a positive integer"),
     ],
 )
 def test_options_are_checked(options, text):

@@ -128,6 +128,11 @@ def test_forward_with_labels_is_the_loss():
     images, labels = torch.randn(2, 3, 16, 16), torch.randint(0, 3, (2, 16, 16))
     assert torch.equal(network(images, labels).loss, network.loss(images, labels).loss)
     assert torch.equal(network(images), network.head(network.backbone(images)))
+    for call in (network, network.loss):
+        updates = int(network.head.num_updates)
+        call(images, labels, update=True)
+        assert int(network.head.num_updates) == updates + 1
+    assert torch.equal(network.predict(images, 16), network.predict(images))
 
 
 @pytest.mark.parametrize("name", ["segformer", "upernet-swin", "fcn_resnet50", "deeplabv3_resnet50"])

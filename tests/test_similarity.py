@@ -652,7 +652,7 @@ X, P, Y = torch.zeros(6, 4), torch.zeros(3, 2, 4), torch.zeros(6, dtype=torch.in
         (lambda: ops.class_scores(X, P, backend="cuda"), RuntimeError, r"class_scores: backend 'cuda' was asked for but cannot run"),
         (lambda: ops.centroid_distance(X, P, metric="dot"), ValueError, r"centroid_distance: metric must be one of cosine, sqeuclidean"),
         (lambda: ops.nearest_centroid(X, P[:, :0]), ValueError, r"nearest_centroid: centroids must be"),
-        (lambda: ops.centroid_cross_entropy(X, P, Y, ignore_index=2), ValueError, r"ignore_index must be outside the 3 ids \[0,3\); got 2"),
+        (lambda: ops.centroid_cross_entropy(X, P, Y, ignore_index=2), ValueError, r"ignore_index must be outside \[0,3\); got 2"),
         (lambda: ops.centroid_cross_entropy(X, P, Y + 3, backend="cpu"), ValueError, r"centroid_cross_entropy: labels must be in \[0,C\), ignore_index or negative; got 3 at pixel 0"),
         (lambda: ops.centroid_cross_entropy(X, P, Y + 3, backend="reference"), ValueError, r"labels must be in \[0,3\), ignore_index or negative; got 3 at pixel 0"),
         (lambda: ops.centroid_cross_entropy(X, P, Y, temperature=0), ValueError, r"temperature must be positive and finite; got 0"),

@@ -115,9 +115,9 @@ def test_empty_batch_starts_nothing():
 
 def test_cluster_numbers_the_assignment_of_the_op():
     module = nn.SubCentroids(4, 3, 8)
-    x, labels = unit(50, 8), torch.randint(-1, 5, (50,))
+    x, labels = unit(50, 8), torch.randint(-3, 4, (50,))
     own = own_similarity(module, x, labels)
-    group = torch.where(labels < 4, labels, -1)
+    group = labels.clamp(min=-1)
     sub = ops.sinkhorn_assign(own, group, 4)
     assert torch.equal(module.cluster(own, labels), torch.where(group < 0, -1, group * 3 + sub))
 
@@ -141,6 +141,79 @@ def test_cluster_balances_a_class():
     cluster = module.cluster(own_similarity(module, x, labels), labels)
     counts = torch.bincount(cluster, minlength=4)
     assert counts.min() > 80 and counts.max() < 120
+
+
+def test_maps_give_maps_and_rows_give_rows():
+    module, twin = (nn.SubCentroids(4, 3, 8, momentum=0.5, revive_after=1, generator=generator()) for _ in range(2))
+    maps, labels = unit(2, 5, 6, 8).permute(0, 3, 1, 2), torch.randint(-2, 4, (2, 5, 6), dtype=torch.int8)
+    rows, flat = maps.permute(0, 2, 3, 1).reshape(-1, 8), labels.flatten()
+    own = own_similarity(module, rows, flat)  # [N,K]
+    own_map = own.view(2, 5, 6, 3).permute(0, 3, 1, 2)
+    cluster, correct = module.cluster(own, flat), flat % 2 == 0
+    assert cluster.shape == (60,) and torch.equal(module.cluster(own_map, labels), cluster.view(2, 5, 6))
+    assert torch.equal(module.cluster(own_map, flat), cluster.view(2, 5, 6))
+    for _ in range(2):
+        module.update_(maps, cluster.view(2, 5, 6), correct=correct.view(2, 5, 6), own_similarity=own_map)
+        twin.update_(rows, cluster, correct=correct, own_similarity=own)
+    assert_close(module.prototypes, twin.prototypes.double(), "direction", terms=60)
+    assert torch.equal(module.last_counts, twin.last_counts) and torch.equal(module.idle_updates, twin.idle_updates)
+
+
+def test_any_negative_id_leaves_a_pixel_out():
+    x, labels, _ = clustered()
+    outcomes = []
+    for left_out in (torch.full_like(labels, -1), torch.randint(-90, 0, labels.shape)):
+        module = nn.SubCentroids(3, 4, 16, generator=generator())
+        ids = torch.where(torch.arange(len(labels)) % 5 == 0, left_out, labels)
+        own = own_similarity(module, x, ids.clamp(min=-1))
+        cluster = module.cluster(own, ids)
+        module.update_(x, torch.where(cluster < 0, left_out, cluster))
+        outcomes.append([cluster, module.prototypes.clone(), module.last_counts, module.initialize_from_(x, ids)])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize("function", ["cluster", "update_", "initialize_from_"])
+def test_an_id_beyond_the_bound_is_an_error_and_left_out_when_compiled(function):
+    module = nn.SubCentroids(3, 2, 8)
+    bound, name = (6, r"C\*K") if function == "update_" else (3, "C")
+    x, labels = unit(4, 2 if function == "cluster" else 8), torch.tensor([0, bound, -4, 1])
+    with pytest.raises(
+        ValueError, match=rf"SubCentroids\.{function}: labels must be in \[0,{name}\); any .* got {bound} at pixel 1"
+    ):
+        getattr(module, function)(x, labels)
+    twin = copy.deepcopy(module)
+    result = torch.compile(getattr(module, function), backend="aot_eager")(x, labels)
+    expected = getattr(twin, function)(x, labels.clamp(max=bound - 1) - bound * (labels == bound))
+    assert result is expected is None or torch.equal(result, expected)
+    assert function == "initialize_from_" or torch.equal(module.prototypes, twin.prototypes)  # which draws
+
+
+@pytest.mark.parametrize(
+    "function, arguments, text",
+    [
+        ("cluster", ((4, 3), (4,)), r"own_similarity must be \[N,K\] or \[B,K,H,W\] with K=2"),
+        ("cluster", ((4, 2), (5,)), r"labels must be \[N\]=\[4\] to match own_similarity"),
+        ("cluster", ((1, 2, 3, 4), (1, 4, 3)), r"labels must be \[N\]=\[12\] or \[B,H,W\]=\[1, 3, 4\] to match own_similarity"),
+        ("update_", ((4, 7), (4,)), r"x must be \[N,D\] or \[B,D,H,W\] with D=8"),
+        ("update_", ((1, 8, 3, 4), (1, 4, 3)), r"labels must be \[N\]=\[12\] or \[B,H,W\]=\[1, 3, 4\] to match x"),
+        ("update_", ((4, 8), (5,)), r"labels must be \[N\]=\[4\] to match x"),
+        ("initialize_from_", ((1, 8, 3, 4), (1, 4, 3)), r"labels must be .* to match features"),
+    ],
+)
+def test_shapes_are_checked(function, arguments, text):
+    x, labels = torch.zeros(arguments[0]), torch.zeros(arguments[1], dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"SubCentroids\.{function}: {text}"):
+        getattr(nn.SubCentroids(3, 2, 8), function)(x, labels)
+    with pytest.raises(TypeError, match=rf"SubCentroids\.{function}: labels must be an integer tensor"):
+        getattr(nn.SubCentroids(3, 2, 8), function)(torch.zeros(4, 2 if function == "cluster" else 8), torch.zeros(4))
+
+
+def test_update_checks_what_comes_with_it():
+    module, x, labels = nn.SubCentroids(3, 2, 8), unit(4, 8), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"update_: correct must be \[N\]=\[4\] to match x"):
+        module.update_(x, labels, correct=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"update_: own_similarity must be \[N,K\] or \[B,K,H,W\] to match x"):
+        module.update_(x, labels, own_similarity=torch.zeros(4, 3))
 
 
 def test_gumbel_keeps_about_a_quarter_of_the_assignments_at_ten_sub_centroids():
@@ -354,12 +427,12 @@ def test_reset_starts_over():
         ({"momentum": (0.9, 1.0)}, r"momentum must be \(start, end, steps\)"),
         ({"epsilon": 0.0}, "epsilon must be positive and finite; got 0.0"),
         ({"epsilon": float("nan")}, "epsilon must be positive and finite; got nan"),
-        ({"iterations": -1}, "iterations must be non-negative"),
+        ({"iterations": -1}, "iterations must be a non-negative integer"),
         ({"assignment": "soft"}, "assignment must be one of argmax, gumbel; got 'soft'"),
         ({"update_from": "none"}, "update_from must be one of correct, all"),
         ({"sync": "mean"}, "sync must be one of auto, sums, average, none"),
         ({"init": "zeros"}, "init must be one of random, orthogonal, data"),
-        ({"revive_after": -1}, "revive_after must be None or non-negative"),
+        ({"revive_after": -1}, "revive_after must be None or a non-negative integer"),
         ({"dtype": torch.int32}, "dtype must be a float dtype"),
     ],
 )

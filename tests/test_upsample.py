@@ -348,7 +348,7 @@ SCORES, LABELS = torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64
         (ValueError, r"labels must be of at least one row and column; got \[2, 0, 8\]", SCORES, LABELS[:, :0], {}),
         (ValueError, r"labels must be on cpu like scores; got meta", SCORES, LABELS.to("meta"), {}),
         (ValueError, r"labels must be in \[0,[3C]\), ignore_index.*; got 3 at pixel 0", SCORES, LABELS + 3, {}),
-        (ValueError, r"ignore_index must be outside the 3 ids \[0,3\); got 2", SCORES, LABELS, {"ignore_index": 2}),
+        (ValueError, r"ignore_index must be outside \[0,3\); got 2", SCORES, LABELS, {"ignore_index": 2}),
         (ValueError, r"reduction must be one of none, mean, sum; got 'avg'", SCORES, LABELS, {"reduction": "avg"}),
         (ValueError, r"label_smoothing must be in \[0,1\]; got 1.5", SCORES, LABELS, {"label_smoothing": 1.5}),
         (ValueError, r"label_smoothing must be in \[0,1\]; got nan", SCORES, LABELS, {"label_smoothing": float("nan")}),

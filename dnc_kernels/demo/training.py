@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from ..nn import DNCHead
+from ..nn._choices import Recipe
 from .network import SmallBackbone, SoftmaxHead
 from .scenes import NUM_CLASSES, SceneConfig, Split, make_scenes
 
@@ -45,7 +46,7 @@ class Settings:
     weight_decay: float = 0.01
     """AdamW's, on matrices and convolutions only: norms, biases and scales are left alone."""
     subcentroids: int = 4
-    recipe: str = "default"
+    recipe: Recipe = "default"
     device: str = "cpu"
     threads: int | None = None
     """CPU threads of torch and the kernels; None: torch's own choice."""
@@ -182,7 +183,7 @@ def train(head: HeadName, seed: int, scenes: Scenes, settings: Settings, report:
         optimiser.step()
         schedule.step()
         milliseconds.append(1000 * (_now(device) - start))
-        losses.append(float(result.cross_entropy))
+        losses.append(result.cross_entropy.item())
         accuracies.append(float(result.accuracy))
         miou = None
         if step in evaluate_at:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..nn import DNCHead, DNCLoss
@@ -19,15 +21,15 @@ class DNCSegmenter(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | DNCLoss:
-        """Logits [B,C,h,w] of images. With labels [B,H,W] the result of `loss`, so that DistributedDataParallel sees it."""
-        return self.head(self.backbone(images)) if labels is None else self.loss(images, labels)
+    def forward(self, images: Tensor, labels: Tensor | None = None, *, update: bool | None = None) -> Tensor | DNCLoss:
+        """What the head gives for the features of images [B,3,H,W]: logits [B,C,h,w], or with labels [B,H,W] its loss."""
+        return self.head(self.backbone(images), labels, update=update)
 
-    def loss(self, images: Tensor, labels: Tensor) -> DNCLoss:
+    def loss(self, images: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss:
         """Training loss of images and labels [B,H,W]; moves the sub-centroids in training mode (`DNCHead.loss`)."""
-        return self.head.loss(self.backbone(images), labels)
+        return self.head.loss(self.backbone(images), labels, update=update)
 
-    def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Classes [B,H,W] int64 of images, at `size` (None: the size of the images); call `eval()` first."""
+    def predict(self, images: Tensor, size: int | Sequence[int] | None = None) -> Tensor:
+        """Classes [B,H,W] int64 of images at `size` (None: the size of the images); call `eval()` first."""
         features = self.backbone(images)
         return self.head.predict(features, (images.shape[2], images.shape[3]) if size is None else size)

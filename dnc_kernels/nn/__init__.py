@@ -1,6 +1,7 @@
 """Layers on the ops: a segmentation head, a classifier, their sub-centroids and memory (page: docs/layer.md)."""
 
 from ._base import DNCLoss
+from ._labels import resize_labels
 from .classifier import DNCClassifier
 from .explain import Nearest, NearestSamples, nearest_samples
 from .head import DNCHead
@@ -22,4 +23,5 @@ __all__ = [
     "SubCentroids",
     "load_released_state_dict",
     "nearest_samples",
+    "resize_labels",
 ]

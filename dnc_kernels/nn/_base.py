@@ -10,19 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import check_device, check_dtype, check_integer, check_value
-from ..ops._common import check_choice, check_ignore_index, full_precision
+from ..errors import check_device, check_dtype, check_integer, check_value, holds_a_loss, whole_number
+from ..ops._common import check_ignore_index, flat_pixels, full_precision
 from . import _sync
+from ._choices import Recipe, Sync, check_word
 from .recipes import recipe_options
 from .subcentroids import SubCentroids
 
-SCORES = ("norm", "temperature", "scale")
-CONFIDENCES = ("none", "length")
-LABEL_MODES = ("nearest", "nearest-exact")
 
-
+@holds_a_loss
 class DNCLoss(NamedTuple):
-    """Loss of a head and its parts, all 0-d tensors; only `loss` is meant for backward."""
+    """Loss of a head and its parts, all 0-d tensors: ``head.loss(x, labels).loss.backward()``.
+
+    `loss` is ``cross_entropy + ppc_weight * ppc + ppd_weight * ppd``. The parts carry gradients too, for weights of one's own,
+    ``(result.cross_entropy + 0.3 * result.ppc).backward()``; a part whose weight in the head is 0 is not computed, and is 0
+    without a gradient. `accuracy` carries none.
+
+    `DNCHead` with ``checkpoint="all"`` or ``"scores"`` makes the gradients of `loss` in the forward pass. Those of any other
+    mixture take both passes over the features again, in backward, and once more the memory of the features' gradient; the
+    features and labels are kept until then, and must not be changed in place. Under torch.compile the parts of such a head
+    carry no gradient: set the weights in the constructor, or ``checkpoint="none"``.
+    """
 
     loss: Tensor
     cross_entropy: Tensor
@@ -49,7 +57,8 @@ class CentroidModel(SubCentroids):
         num_classes: int,
         num_subcentroids: int,
         *,
-        recipe: str | None,
+        recipe: Recipe | None,
+        sync: Sync,
         ignore_index: int,
         class_weight: Tensor | list[float] | None,
         device: torch.device | str | None,
@@ -60,17 +69,19 @@ class CentroidModel(SubCentroids):
         op = type(self).__name__
         chosen = recipe_options(op, recipe, **options)
         own = {key: chosen.pop(key) for key in (*_OWN_OPTIONS,)}
-        super().__init__(num_classes, num_subcentroids, channels, **chosen, **fixed, device=device, dtype=dtype)
+        super().__init__(num_classes, num_subcentroids, channels, **chosen, **fixed, sync=sync, device=device, dtype=dtype)
+        num_classes, channels = self.num_classes, self.channels
+        ignore_index = whole_number(op, "ignore_index", ignore_index, None)
         check_ignore_index(op, ignore_index, num_classes)
-        check_choice(op, "scores", own["scores"], SCORES)
-        check_choice(op, "confidence", own["confidence"], CONFIDENCES)
-        check_choice(op, "label_mode", own["label_mode"], LABEL_MODES)
+        for name in ("scores", "confidence", "label_mode"):
+            check_word(op, name, own[name])
         for name in ("temperature", "scale", "ppc_temperature"):
             check_value(0 < own[name] < math.inf, op, name, "positive and finite", own[name])
         for name in ("ppc_weight", "ppd_weight"):
             check_value(0 <= own[name] < math.inf, op, name, "non-negative and finite", own[name])
         check_value(0 <= own["label_smoothing"] <= 1, op, "label_smoothing", "in [0,1]", own["label_smoothing"])
-        self.ignore_index, self.recipe, self.scores, self.temperature = ignore_index, recipe, own["scores"], own["temperature"]
+        self.ignore_index, self.recipe = ignore_index, recipe or "default"
+        self.scores, self.temperature, self.scale = own["scores"], own["temperature"], own["scale"]
         self.ppc_weight, self.ppd_weight, self.ppc_temperature = own["ppc_weight"], own["ppd_weight"], own["ppc_temperature"]
         self.label_smoothing, self.confidence = own["label_smoothing"], own["confidence"]
         self.label_mode = own["label_mode"]
@@ -88,6 +99,24 @@ class CentroidModel(SubCentroids):
         self.register_buffer("class_counts", torch.zeros(num_classes, **count), persistent=False)  # type: ignore[arg-type]
         self.register_buffer("nonfinite_pixels", torch.zeros((), **count), persistent=False)  # type: ignore[arg-type]
         self.register_buffer("bad_labels", torch.zeros((), **count), persistent=False)  # type: ignore[arg-type]
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The parameters as groups for an optimizer: weight decay on matrices alone, none on norms, biases and `logit_scale`.
+
+        ``torch.optim.AdamW([{"params": backbone.parameters()}, *head.parameter_groups(0.01)], lr=1e-3)``
+
+        Args:
+            weight_decay: of the parameters with two axes or more, such as a projection's.
+
+        Returns:
+            One or two groups ``{"params": [...], "weight_decay": ...}``; none is empty. Sub-centroids are no parameters.
+        """
+        parameters = list(self.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
 
     def embed(self, features: Tensor) -> Tensor:
         """Unit-length embedding ``l2_normalize(LayerNorm(features))``, in the shape and dtype of the features."""
@@ -122,7 +151,7 @@ class CentroidModel(SubCentroids):
         return self.temperature if self.scores == "temperature" else 1.0
 
     def _fused_cross_entropy(self, e: Tensor, p: Tensor, labels: Tensor, gain: Tensor | None) -> ops.CentroidLoss:
-        """Sum of the cross-entropies at the pixels of `e`; labels of -1 left out."""
+        """Sum of the cross-entropies at the pixels of `e`; labels of -1 left out. Own similarities are rows [N,K]."""
         norm: dict[str, Any] = {}
         if self.scores == "norm":
             norm = {"norm_weight": self.mask_norm.weight, "norm_bias": self.mask_norm.bias, "norm_eps": self.mask_norm.eps}
@@ -130,8 +159,9 @@ class CentroidModel(SubCentroids):
             e if gain is None else e * gain, p, labels, **norm, temperature=self.logit_temperature(),
             weight=self.class_weight, ignore_index=-1, label_smoothing=self.label_smoothing, reduction="sum",
         )  # fmt: skip
+        own = flat_pixels(result.own_similarity)
         # <gain * e, p> = gain * <e, p>: clustering and contrast want the cosines back
-        return result if gain is None else result._replace(own_similarity=result.own_similarity / gain.detach())
+        return result._replace(own_similarity=own if gain is None else own / gain.detach().reshape(-1, 1))
 
     def _denominators(self, labels: Tensor, ignored: int, sampled: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
         """What sums over pixels are divided by: the class weights of labelled pixels, and the number of sampled ones.
@@ -212,7 +242,7 @@ def check_labels(op: str, labels: Tensor, features: Tensor) -> None:
     batch, ndim = features.shape[0], 3 if features.ndim == 4 else 1
     if labels.ndim != ndim or labels.shape[0] != batch:
         # the message is made on failure alone: torch.compile cannot format a symbolic size
-        fix = "drop the channel axis with labels[:, 0]" if labels.ndim == 4 else ""
+        fix = "drop the channel axis with labels[:, 0]" if labels.ndim == 4 and labels.shape[1] == 1 else ""
         check_value(False, op, "labels", f"[{batch}{',H,W' if ndim == 3 else ''}] to match features", labels, fix)
     check_device(op, "labels", labels, features, "features")
 

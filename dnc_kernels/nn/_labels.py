@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
-from ..errors import check_value
+from ..errors import check_integer, check_value, map_size
+from ._choices import LabelMode, check_word
 from ._starts import uniform
 
 #: Check label values on CUDA too, at the price of a host sync.
@@ -17,23 +19,50 @@ DEBUG = os.environ.get("DNC_KERNELS_DEBUG", "") == "1"
 def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, int, Tensor]:
     """Labels, the one among them that means "leave out", and how many were wrong (0-d int64).
 
-    A label outside [0,C) other than `ignore_index` raises ValueError where its value can be read without a sync (on CPU,
-    outside torch.compile) or under DNC_KERNELS_DEBUG=1; then the labels come back as they are. Elsewhere it counts as wrong,
-    and comes back as -1, as `ignore_index` does.
+    `ignore_index` or any negative id leaves a pixel out. An id at or beyond C that is not `ignore_index` is a ValueError where
+    it can be read without a sync (on CPU, outside torch.compile) or under DNC_KERNELS_DEBUG=1; then the labels come back as
+    they are if one id means "leave out". Elsewhere it counts as wrong; then whatever is left out comes back as -1.
     """
     if labels.dtype not in (torch.int64, torch.int32):
         labels = labels.to(torch.int32)  # an ignore_index of -1 or 1000 cannot be compared with uint8
-    outside = (labels < 0) | (labels >= num_classes)
-    bad = outside & (labels != ignore_index)
     if torch.compiler.is_compiling() or not (DEBUG or labels.device.type == "cpu"):
-        return torch.where(outside, -1, labels.to(torch.int64)), -1, bad.sum()
-    if bad.any():
-        index = int(bad.flatten().nonzero()[0])
+        beyond = labels >= num_classes
+        wrong = (beyond & (labels != ignore_index)).sum()
+        return torch.where((labels < 0) | beyond, -1, labels.to(torch.int64)), -1, wrong
+    none_wrong = torch.zeros((), dtype=torch.int64, device=labels.device)
+    if labels.numel() == 0:
+        return labels, ignore_index, none_wrong
+    least, most = (int(t) for t in labels.aminmax())
+    if most >= num_classes:
+        bad = (labels >= num_classes) & (labels != ignore_index)
+        if bad.any():
+            index = int(bad.flatten().nonzero()[0])
+            check_value(
+                False, op, "labels", f"in [0,{num_classes}); ignore_index {ignore_index} or any negative id leaves a pixel out",
+                f"{int(labels.flatten()[index])} at pixel {index}", "set ignore_index, or num_classes",
+            )  # fmt: skip
+    if least >= 0 or least == ignore_index == -1:
+        return labels, ignore_index, none_wrong
+    # several ids mean "leave out", and the kernels know one
+    return torch.where((labels < 0) | (labels == ignore_index), -1, labels), -1, none_wrong
+
+
+def left_out_below_zero(op: str, argument: str, labels: Tensor, bound: int, name: str) -> Tensor:
+    """Labels or clusters, flat, in int64 and with -1 for any negative id; a function without an ignore_index has no other.
+
+    An id at or beyond `bound`, called `name`, is a ValueError on CPU, and left out elsewhere and under torch.compile.
+    """
+    check_integer(op, argument, labels)
+    labels = labels.reshape(-1).to(torch.int64)
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        return torch.where((labels >= 0) & (labels < bound), labels, -1)
+    if labels.numel() and int(labels.max()) >= bound:
+        index = int((labels >= bound).nonzero()[0])
         check_value(
-            False, op, "labels", f"in [0,{num_classes}) or ignore_index {ignore_index}",
-            f"{int(labels.flatten()[index])} at pixel {index}", "set ignore_index, or num_classes",
+            False, op, argument, f"in [0,{name}); any negative id leaves a pixel out", f"{int(labels[index])} at pixel {index}",
+            f"{name}={bound}",
         )  # fmt: skip
-    return labels, ignore_index, torch.zeros((), dtype=torch.int64, device=labels.device)
+    return labels.clamp(min=-1)
 
 
 def without_ignored(labels: Tensor, ignore_index: int) -> Tensor:
@@ -42,13 +71,38 @@ def without_ignored(labels: Tensor, ignore_index: int) -> Tensor:
     return labels if ignore_index == -1 else torch.where(labels == ignore_index, -1, labels)
 
 
-def resize_labels(labels: Tensor, size: tuple[int, int], mode: str = "nearest") -> Tensor:
-    """Label map [B,H,W] at `size`: the pixels that `F.interpolate` with this mode picks, without a float copy."""
-    height, width = labels.shape[1:]
+def resize_labels(labels: Tensor, size: int | Sequence[int], mode: LabelMode = "nearest-exact") -> Tensor:
+    """Label map at another size: the pixels that `F.interpolate` picks with this mode, without a copy in floats.
+
+    Args:
+        labels: [B,H,W] or [H,W], any integer dtype.
+        size: (h, w), or one number for both.
+        mode: ``nearest-exact`` (the label in the middle of each cell) or ``nearest`` (the first of each cell), as in
+            `F.interpolate`. A head does this by itself, with its `label_mode`.
+
+    Returns:
+        [B,h,w] or [h,w], in the dtype of `labels`; `labels` itself where it has that size. No host sync.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, size or mode.
+    """
+    op = "resize_labels"
+    check_integer(op, "labels", labels)
+    check_value(labels.ndim in (2, 3), op, "labels", "[B,H,W] or [H,W]", labels)
+    check_word(op, "mode", mode)
+    target = map_size(op, size)
+    height, width = labels.shape[-2:]
+    check_value(height > 0 and width > 0, op, "labels", "of at least one row and column", labels)
+    return pixels_at(labels, target, mode)
+
+
+def pixels_at(labels: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """`resize_labels` without its checks."""
+    height, width = labels.shape[-2:]
     if (height, width) == tuple(size):
         return labels
     rows, columns = (_nearest(source, target, mode, labels.device) for source, target in ((height, size[0]), (width, size[1])))
-    return labels[:, rows[:, None], columns]
+    return labels[..., rows[:, None], columns]
 
 
 def sample_of_each_class(labels: Tensor, num_classes: int, most: int, generator: Generator | None) -> Tensor:

@@ -9,8 +9,6 @@ from torch import Generator, Tensor
 from .. import ops
 from ..ops._common import flat_pixels
 
-STARTS = ("random", "orthogonal", "data")
-
 
 def uniform(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
     """Uniform numbers in (0,1), fp32, drawn where the generator lives so that a CPU generator serves every device."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .. import ops
 
-SYNC_MODES = ("auto", "sums", "average", "none")
-
 
 def ranks(sync: str) -> int:
     """Processes to agree with: 1 without torch.distributed or with ``sync="none"``."""

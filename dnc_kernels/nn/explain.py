@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import check_integer, check_value
+from ..errors import check_device, check_integer, check_value, whole_number
 from ..ops._common import check_pixels, flat_pixels
+from ._labels import left_out_below_zero, pixels_at, sort_out_labels, without_ignored
 from .subcentroids import SubCentroids
 
 
@@ -35,14 +36,26 @@ class NearestSamples:
             explained.
         count: samples to keep of each sub-centroid.
         nearest_only: see above.
+        ignore_index: label to leave out, apart from any negative id; None: that of the head, if it has one.
 
     Memory: 3 * C*K*count numbers, and for a batch [N,K] similarities and a few of their size.
     """
 
-    def __init__(self, sub_centroids: SubCentroids, count: int = 8, *, nearest_only: bool = False) -> None:
-        check_value(isinstance(count, int) and count > 0, "NearestSamples", "count", "a positive integer", count)
+    def __init__(
+        self,
+        sub_centroids: SubCentroids,
+        count: int = 8,
+        *,
+        nearest_only: bool = False,
+        ignore_index: int | None = None,
+    ) -> None:
+        count = whole_number("NearestSamples", "count", count)
+        if ignore_index is not None:
+            ignore_index = whole_number("NearestSamples", "ignore_index", ignore_index, None)
         self.prototypes = sub_centroids.prototypes.detach().clone()
         self.count, self.nearest_only = count, nearest_only
+        self.ignore_index = getattr(sub_centroids, "ignore_index", None) if ignore_index is None else ignore_index
+        self.label_mode = getattr(sub_centroids, "label_mode", "nearest-exact")
         classes, k, _ = self.prototypes.shape
         device = self.prototypes.device
         self._similarity = torch.full((classes, k, count), -torch.inf, dtype=self.prototypes.dtype, device=device)
@@ -56,39 +69,57 @@ class NearestSamples:
 
         Args:
             embedding: [N,D] samples or [B,D,h,w] images, as `head.embed` gives them.
-            labels: [N] or [B,h,w] integers at the size of the embedding; outside [0,C): left out.
+            labels: any integer dtype, in [0,C); `ignore_index` or any negative id leaves a pixel out. [N] for samples. For
+                images [B,H,W], as large as the embedding or larger, such as the labels of the images: they are resized by the
+                head's `label_mode`, without one ``nearest-exact``. Or flat [N], at the size of the embedding.
             samples: [N] or [B] int64 number of each sample; None: numbered in the order of their coming.
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype or device; on CPU a label at or beyond C that is not `ignore_index`, which
+                is left out on a GPU.
         """
-        op = "NearestSamples"
+        op = "NearestSamples.add"
         classes, k, _ = self.prototypes.shape
         pixels, _ = check_pixels(op, embedding, "embedding")
         check_integer(op, "labels", labels)
-        check_value(labels.numel() == pixels, op, "labels", lambda: f"[N]=[{pixels}] to match embedding", labels)
-        batch = embedding.shape[0]
+        check_device(op, "labels", labels, embedding, "embedding")
+        batch, size = embedding.shape[0], embedding.shape[2:]
+        fits = list(labels.shape) == [pixels]
+        if len(size) == 2 and labels.ndim == 3:
+            # smaller ones are likelier to be transposed than meant
+            fits = labels.shape[0] == batch and labels.shape[1] >= size[0] and labels.shape[2] >= size[1]
+        maps = f" or [B,H,W]={[batch, *size]}, or larger," if len(size) == 2 else ""
+        check_value(fits, op, "labels", f"[N]=[{pixels}]{maps} to match embedding", labels)
         if samples is None:
             samples = torch.arange(self._seen, self._seen + batch, device=embedding.device)
         check_value(list(samples.shape) == [batch], op, "samples", lambda: f"[{batch}]", samples)
         self._seen += batch
         if pixels == 0:
             return
-        labels = labels.reshape(-1).to(torch.int64)
-        inside = (labels >= 0) & (labels < classes)
-        own = ops.class_scores(embedding, self.prototypes, torch.where(inside, labels, -1)).own_similarity
+        ignored = -1
+        if self.ignore_index is not None:
+            labels, ignored, _ = sort_out_labels(op, labels, classes, self.ignore_index)
+        else:
+            labels = left_out_below_zero(op, "labels", labels, classes, "C").view(labels.shape)
+        if labels.ndim == 3:
+            labels = pixels_at(labels, size, self.label_mode)
+        labels = without_ignored(labels, ignored).reshape(-1)
+        own = ops.class_scores(embedding, self.prototypes, labels.view(batch, *size)).own_similarity
         assert own is not None
         own = flat_pixels(own)
-        keep = inside & own.isfinite().all(1)
+        keep = (labels >= 0) & own.isfinite().all(1)
         value = torch.where(keep[:, None], own.to(self._similarity.dtype), -torch.inf)
         if self.nearest_only:
             nearest = torch.nn.functional.one_hot(value.argmax(1), k).bool()
             value = torch.where(nearest, value, -torch.inf)
         group = torch.where(keep, labels, 0)
-        size = pixels // batch
+        per_image = pixels // batch
         where = torch.arange(pixels, device=value.device)
-        if size > 1:
+        if per_image > 1:
             value, group, where = _best_of_each_image(value, group, batch, classes)
         else:
             where = where[:, None].expand(-1, k)
-        self._merge(value, group, samples[where // size], where % size)
+        self._merge(value, group, samples[where // per_image], where % per_image)
 
     def _merge(self, value: Tensor, group: Tensor, sample: Tensor, pixel: Tensor) -> None:
         """Merge candidate rows (value, sample, pixel [R,K], group [R]) into the lists."""
@@ -121,10 +152,16 @@ class NearestSamples:
 
 
 def nearest_samples(
-    sub_centroids: SubCentroids, embedding: Tensor, labels: Tensor, count: int = 8, *, nearest_only: bool = False
+    sub_centroids: SubCentroids,
+    embedding: Tensor,
+    labels: Tensor,
+    count: int = 8,
+    *,
+    nearest_only: bool = False,
+    ignore_index: int | None = None,
 ) -> Nearest:
     """The samples of one batch that each sub-centroid is most like: `NearestSamples` in one call."""
-    accumulator = NearestSamples(sub_centroids, count, nearest_only=nearest_only)
+    accumulator = NearestSamples(sub_centroids, count, nearest_only=nearest_only, ignore_index=ignore_index)
     accumulator.add(embedding, labels)
     return accumulator.result()
 

@@ -4,54 +4,79 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Generator, Tensor, nn
 
 from .. import ops
-from ..errors import check_value
-from ..ops._common import check_choice, compute_dtype, flat_pixels
+from ..errors import check_value, map_size, whole_number
+from ..ops._common import compute_dtype, flat_pixels
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
-from ._labels import resize_labels, sample_of_each_class, sort_out_labels, without_ignored
-from ._step import BAND_PIXELS, Made, first_pass, second_pass
+from ._choices import (
+    Assignment,
+    Checkpoint,
+    Confidence,
+    Init,
+    LabelMode,
+    LossSize,
+    Recipe,
+    Scores,
+    Sync,
+    UpdateFrom,
+    check_word,
+)
+from ._labels import pixels_at, sample_of_each_class, sort_out_labels, without_ignored
+from ._step import BAND_PIXELS, Again, Factors, Made, MadeInParts, Step, run_first, run_second, to_target
 from .subcentroids import Momentum
-
-LOSS_SIZES = ("labels", "features")
-CHECKPOINTS = ("none", "scores", "all")
 
 
 class DNCHead(CentroidModel):
     """Pixels are classified by their nearest sub-centroid; the loss trains the features, clustering moves the sub-centroids.
 
-    Everything that is None by default comes from the recipe (`RECIPES`); naming an option overrides the recipe's.
+    An option that is None takes its default from the recipe (`RECIPES`), given here as "Default"; naming an option overrides
+    that of the recipe.
 
     Args:
         in_channels: channels of the features.
         num_classes: C.
         num_subcentroids: K, at most 256.
         embed_channels: project the features to this many channels first, with a 1x1 convolution; None: no projection.
-        momentum, epsilon, iterations, assignment, update_from, init, init_step, warmup_steps, revive_after: see `SubCentroids`.
-        ignore_index: label to leave out; outside [0,C).
-        ppc_weight, ppd_weight: of the pixel-to-sub-centroid contrast and distance losses. 0: not computed, reported as 0.
+        momentum: share of the old sub-centroid that an update keeps; a number, a ramp or a function (`SubCentroids`).
+            Default: 0.999.
+        epsilon: entropy of the optimal transport. Default: 0.05.
+        iterations: of the optimal transport. Default: 3.
+        assignment: ``argmax`` of the transport plan, or ``gumbel`` (`SubCentroids`). Default: ``argmax``.
+        ignore_index: label to leave out, outside [0,C). Any negative label is left out too.
+        ppc_weight: weight of the pixel-to-sub-centroid contrast; 0: not computed, reported as 0. Default: 0.01.
+        ppd_weight: weight of the pixel-to-sub-centroid distance; 0: not computed, reported as 0. Default: 0.001.
         align_corners: of the bilinear upsampling of logits.
         sync: data parallel, see `SubCentroids`.
         scores: how similarities in [-1,1] become logits. ``norm``: LayerNorm over the classes, as released, which bounds a
             logit by sqrt(C-1) times its gain; ``temperature``: divided by `temperature`; ``scale``: times exp(logit_scale),
-            learnable.
-        temperature: of ``scores="temperature"``.
-        scale: what ``scores="scale"`` begins with.
+            learnable. Default: ``scale`` (released: ``norm``).
+        temperature: of ``scores="temperature"``. Default: 0.1.
+        scale: what ``scores="scale"`` begins with. Default: 10.0.
         confidence: ``length``: a pixel's logits are also multiplied by the length (standard deviation over the channels) that
-            LayerNorm takes from its feature, so that it can say how sure it is; the nearest sub-centroid stays the same.
-            ``none``: as released. Without effect with ``scores="norm"``.
-        label_mode: which label a feature gets, as in `F.interpolate`: ``nearest`` (as released: the first pixel of its cell) or
+            LayerNorm takes from its feature. It scales the confidence and never changes which sub-centroid is nearest.
+            ``none``: they are not. Without effect with ``scores="norm"``. Default: ``length`` (released: ``none``).
+        label_mode: which label a feature gets, as in `F.interpolate`: ``nearest`` (the first pixel of its cell) or
             ``nearest-exact`` (the middle one, where upsampling without align_corners puts the feature).
-        ppc_temperature: divides the similarities of the contrast loss.
-        class_weight: [C] weights of the cross-entropy.
-        label_smoothing: of the cross-entropy, in [0,1].
+            Default: ``nearest-exact`` (released: ``nearest``).
+        ppc_temperature: divides the similarities of the contrast loss. Default: 1.0.
+        update_from: ``correct``: only correctly classified pixels move sub-centroids; ``all``: every labelled pixel.
+            Default: ``correct``.
+        init: where sub-centroids start: ``random``, ``orthogonal`` or ``data`` (`SubCentroids`).
+            Default: ``orthogonal`` (released: ``random``).
+        init_step: the update that ``init="data"`` replaces. Default: 0.
+        warmup_steps: updates that are counted but move nothing. Default: 0.
+        revive_after: move a sub-centroid without a pixel in this many updates (`SubCentroids`); 0: never. Default: None.
+        class_weight: [C] weights of the cross-entropy; None: all are 1.
+        label_smoothing: of the cross-entropy, in [0,1]. Default: 0.0.
         loss_size: ``labels``: logits upsampled to the labels (as released); ``features``: labels reduced to the features.
-        checkpoint: what a training step makes again instead of keeping it: ``all``: embedding and scores, band by band of rows;
-            ``scores``: the scores; ``none``: nothing, every part of the step is an op of its own. docs/layer.md has the memory
-            formula of each. The gradients are the same to rounding.
+        checkpoint: what is recomputed in a training step: ``all``: embedding and scores, band by band of rows; ``scores``: the
+            scores; ``none``: nothing, every part of the step is an op of its own. docs/layer.md has the memory formula of each.
+            The gradients are the same to rounding.
         band_pixels: about how many pixels a band of ``checkpoint="all"`` and ``"scores"`` has; None: 2048 on a CPU, 32768 on
             other devices. Longer bands are fewer calls and more memory.
         pixels_per_class: at most so many pixels of each class, drawn anew in every step, take part in clustering, contrast and
@@ -60,7 +85,7 @@ class DNCHead(CentroidModel):
             sub-centroids move once, at the last.
         recipe: name in `RECIPES`; None: ``default``.
         generator: source of every draw; None: torch's global one.
-        device, dtype: of parameters; sub-centroids stay in float32 at least.
+        device, dtype: of parameters; None: torch's defaults. Sub-centroids stay in float32 at least.
 
     Attributes:
         prototypes, feat_norm, mask_norm: the released state-dict names (mask_norm with ``scores="norm"`` only). `logit_scale`
@@ -79,43 +104,46 @@ class DNCHead(CentroidModel):
         momentum: Momentum | None = None,
         epsilon: float | None = None,
         iterations: int | None = None,
-        assignment: str | None = None,
+        assignment: Assignment | None = None,
         ignore_index: int = 255,
         ppc_weight: float | None = None,
         ppd_weight: float | None = None,
         align_corners: bool = False,
-        sync: str = "auto",
+        sync: Sync = "auto",
         *,
-        scores: str | None = None,
+        scores: Scores | None = None,
         temperature: float | None = None,
         scale: float | None = None,
-        confidence: str | None = None,
-        label_mode: str | None = None,
+        confidence: Confidence | None = None,
+        label_mode: LabelMode | None = None,
         ppc_temperature: float | None = None,
-        update_from: str | None = None,
-        init: str | None = None,
+        update_from: UpdateFrom | None = None,
+        init: Init | None = None,
         init_step: int | None = None,
         warmup_steps: int | None = None,
         revive_after: int | None = None,
         class_weight: Tensor | list[float] | None = None,
         label_smoothing: float | None = None,
-        loss_size: str = "labels",
-        checkpoint: str = "all",
+        loss_size: LossSize = "labels",
+        checkpoint: Checkpoint = "all",
         band_pixels: int | None = None,
         pixels_per_class: int | None = None,
         accumulation_steps: int = 1,
-        recipe: str | None = None,
+        recipe: Recipe | None = None,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value in (("in_channels", in_channels), ("embed_channels", embed_channels or 1)):
-            check_value(isinstance(value, int) and value > 0, "DNCHead", name, "a positive integer", value)
-        check_choice("DNCHead", "loss_size", loss_size, LOSS_SIZES)
-        check_choice("DNCHead", "checkpoint", checkpoint, CHECKPOINTS)
-        for name, number in (("band_pixels", band_pixels), ("pixels_per_class", pixels_per_class)):
-            positive = number is None or (isinstance(number, int) and number > 0)
-            check_value(positive, "DNCHead", name, "None or a positive integer", number)
+        op = type(self).__name__
+        in_channels = whole_number(op, "in_channels", in_channels)
+        if embed_channels is not None:
+            embed_channels = whole_number(op, "embed_channels", embed_channels, 1, "None or a positive integer")
+        for name, word in (("loss_size", loss_size), ("checkpoint", checkpoint)):
+            check_word(op, name, word)
+        if band_pixels is not None:
+            band_pixels = whole_number(op, "band_pixels", band_pixels, 1, "None or a positive integer")
+        if pixels_per_class is not None:
+            pixels_per_class = whole_number(op, "pixels_per_class", pixels_per_class, 1, "None or a positive integer")
         super().__init__(
             embed_channels or in_channels, num_classes, num_subcentroids,
             recipe=recipe, ignore_index=ignore_index, class_weight=class_weight, sync=sync,
@@ -129,20 +157,37 @@ class DNCHead(CentroidModel):
                 "revive_after": revive_after, "label_smoothing": label_smoothing,
             },
         )  # fmt: skip
-        self.in_channels, self.align_corners, self.loss_size = in_channels, align_corners, loss_size
+        self.in_channels, self.embed_channels = in_channels, embed_channels
+        self.align_corners, self.loss_size = align_corners, loss_size
         self.checkpoint, self.band_pixels, self.pixels_per_class = checkpoint, band_pixels, pixels_per_class
-        self.projection = nn.Conv2d(in_channels, embed_channels, 1, device=device, dtype=dtype) if embed_channels else None
+        self.projection = None
+        if embed_channels is not None:
+            self.projection = nn.Conv2d(in_channels, embed_channels, 1, device=device, dtype=dtype)
 
     def embed(self, features: Tensor) -> Tensor:
         """Unit-length embedding [B,D,h,w] of features [B,in_channels,h,w], after the projection if there is one."""
+        self._check_features("embed", features)
         return super().embed(self._projected(features))
 
+    def _check_features(self, function: str, features: Tensor) -> None:
+        check_features(f"{type(self).__name__}.{function}", features, 4, self.in_channels)
+
     def _projected(self, features: Tensor) -> Tensor:
-        check_features("DNCHead", features, 4, self.in_channels)
         return features if self.projection is None else self.projection(features)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits [B,C,h,w] of features [B,in_channels,h,w]; float32, or float64 for float64 features."""
+    @overload
+    def forward(self, features: Tensor, labels: None = None, *, update: None = None) -> Tensor: ...
+    @overload
+    def forward(self, features: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss: ...
+    def forward(self, features: Tensor, labels: Tensor | None = None, *, update: bool | None = None) -> Tensor | DNCLoss:
+        """Logits [B,C,h,w] of features [B,in_channels,h,w]; float32, or float64 for float64 features.
+
+        With labels [B,H,W] what `loss` gives: the form that ``torch.compile(head)`` and DistributedDataParallel see.
+        """
+        if labels is not None:
+            return self.loss(features, labels, update=update)
+        check_value(update is None, f"{type(self).__name__}.forward", "update", "None without labels", update)
+        self._check_features("forward", features)
         e, gain = self._embed_with_gain(self._projected(features))
         return self.logits(ops.class_scores(e, self.snapshot()).scores, gain)
 
@@ -155,30 +200,34 @@ class DNCHead(CentroidModel):
 
         Args:
             features: [B,in_channels,h,w], any float dtype, either memory format.
-            labels: [B,H,W], any integer dtype, in [0,C) or `ignore_index`.
+            labels: [B,H,W], any integer dtype, in [0,C); `ignore_index` or any negative id leaves a pixel out.
             update: move the sub-centroids; None: in training mode. With several ranks an update is a collective call.
 
         Returns:
-            `DNCLoss`. `accuracy` is that of the labelled pixels at feature size. Without any labelled pixel: zeros with zero
-            gradients, and nothing moves. A NaN or Inf feature makes the loss NaN, as in torch, and moves nothing.
+            `DNCLoss`, whose parts carry gradients too. `accuracy` is that of the labelled pixels at feature size. Without any
+            labelled pixel: zeros with zero gradients, and nothing moves. A NaN or Inf feature makes the loss NaN, as in torch,
+            and moves nothing.
 
         Raises:
-            ValueError, TypeError: wrong shape, device or dtype; a label out of range (on CUDA or when compiled such labels are
-                left out and counted in `bad_labels`; DNC_KERNELS_DEBUG=1 makes CUDA raise too).
+            ValueError, TypeError: wrong shape, device or dtype; a label at or beyond C that is not `ignore_index` (on CUDA or
+                when compiled such labels are left out and counted in `bad_labels`; DNC_KERNELS_DEBUG=1 makes CUDA raise too).
             RuntimeError: a step that moves sub-centroids runs inside a backward pass (activation checkpointing around the
                 head), or backward is called with create_graph=True.
         """
-        check_features("DNCHead", features, 4, self.in_channels)
-        check_labels("DNCHead", labels, features)
+        op = f"{type(self).__name__}.loss"
+        self._check_features("loss", features)
+        if features.shape[2] == 0 or features.shape[3] == 0:
+            check_value(False, op, "features", "of at least one row and column", features)
+        check_labels(op, labels, features)
         update = self.training if update is None else update
         if update and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "DNCHead.loss: run again inside a backward pass, as activation checkpointing does, it would move the "
+                f"{op}: run again inside a backward pass, as activation checkpointing does, it would move the "
                 "sub-centroids twice; put the checkpoint around the backbone alone (DNCHead(checkpoint=...) saves the head's "
                 "own memory)"
             )
-        labels, ignored, wrong = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
-        small = without_ignored(resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
+        labels, ignored, wrong = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
+        small = without_ignored(pixels_at(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
         if self.loss_size == "features":
             labels, ignored = small, -1
         sampled = small.reshape(-1)
@@ -202,52 +251,55 @@ class DNCHead(CentroidModel):
             temperature = self.temperature
         inputs = (x, weight, bias, scale, gains, shift)
         gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        weights = (self.ppc_weight, self.ppd_weight)
         with torch.no_grad():
+            fixed_scale, fixed_gains, fixed_shift = (None if t is None else t.detach() for t in (scale, gains, shift))
+            step = Step(
+                x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, ignored,
+                self.confidence == "length" and self.scores != "norm", temperature, fixed_scale, fixed_gains, fixed_shift,
+                self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
+                self.ppc_temperature, self.band_pixels or 0,
+            )  # fmt: skip
             total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, ignored, sampled, joint=update))
             # gradients are made of `unit` times the loss: in half precision they get the size of probabilities and unit vectors
             unit = torch.ones_like(count)
             if x.dtype in (torch.float16, torch.bfloat16):
                 unit = count * temperature if scale is None else count * temperature / scale
-            pull, contrast, distance = unit / total_weight, self.ppc_weight * unit / count, self.ppd_weight * unit / count
+            contrast, distance = (weight * unit / count if weight else None for weight in weights)
+            factors = Factors(unit / total_weight, contrast, distance)
             needs_embedding = update and (self._start_pending or self.revive_after is not None)
-            total, prediction, own, lse, statistics, grad, grad_rstd, grad_scale, grad_norm, e = first_pass(
-                x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, ignored, sampled,
-                self.confidence == "length" and self.scores != "norm", temperature, *_detached(scale, gains, shift),
-                self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
-                pull, contrast if self.ppc_weight else None, self.ppc_temperature, gradient,
-                needs_embedding or (update and self.checkpoint == "scores"), self.band_pixels or 0,
-            )  # fmt: skip
+            first = run_first(step, factors, sampled, gradient, needs_embedding or (update and self.checkpoint == "scores"))
+            total, prediction, own, lse, *_, e = first
             finite = prediction >= 0
             _, correct, accuracy = self._judge(prediction, finite, small)
             cross_entropy = total / total_weight
             ppc = ppd = total.new_zeros(())
-            target = to_target = moving = None
-            if update or self.ppc_weight or self.ppd_weight:
-                target = self.cluster(own, torch.where(finite, sampled, -1), joint=update)
-                counted = target >= 0
-                towards = own.gather(1, (target.clamp(min=0) % self.num_subcentroids)[:, None])[:, 0]
-                to_target = torch.zeros_like(towards)
+            target = towards = moving = None
+            if update or any(weights):
+                target = self._cluster(own, torch.where(finite, sampled, -1), joint=update)
+                counted, towards = target >= 0, to_target(own, target)
                 if self.ppc_weight:
                     ppc = torch.where(counted, lse - towards / self.ppc_temperature, 0).sum() / count
-                    to_target -= contrast / self.ppc_temperature
                 if self.ppd_weight:
                     ppd = torch.where(counted, (1 - towards).square(), 0).sum() / count
-                    to_target -= 2 * distance * (1 - towards)
-                to_target = torch.where(counted, to_target, 0) if self.ppc_weight or self.ppd_weight else None
                 if update:
                     moving = torch.where(correct, target, -1) if self.update_from == "correct" else target
-            grad_affine, sums, counts = second_pass(
-                grad, x.detach(), e, weight.detach(), bias.detach(), self.feat_norm.eps, statistics, grad_rstd, p,
-                target, to_target, moving, gradient, self.band_pixels or 0,
-            )  # fmt: skip
+            made, sums, counts = run_second(step, factors, first, target, towards, moving, gradient)
+            loss = self._weighted(cross_entropy, ppc, ppd)
+            again = None
+            if gradient and target is not None and any(weights) and not torch.compiler.is_compiling():
+                again = Again(step, target, total_weight, count, unit)
             if update:
                 assert target is not None
                 tally = self._tally(small.reshape(-1), finite, wrong)
                 self._write_down(self._update(e if needs_embedding else None, target, correct, own, tally, sums=(sums, counts)))
-            loss = self._weighted(cross_entropy, ppc, ppd)
-        if gradient:
-            made = (grad, *grad_affine, grad_scale, *grad_norm)
-            loss = Made.apply(loss * unit, *made, *inputs) / unit
+        if gradient and torch.compiler.is_compiling():
+            # a graph would make the gradients of the parts in every step
+            loss = Made.apply(loss, unit, *made, *inputs)
+        elif gradient:
+            loss, cross_entropy, ppc, ppd = MadeInParts.apply(
+                again, weights, loss, cross_entropy, ppc, ppd, unit, *made, *inputs
+            )
         return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
 
     def _compose(
@@ -259,6 +311,7 @@ class DNCHead(CentroidModel):
         if self.loss_size == "labels":
             scores, _, own = ops.class_scores(e, p, sampled.view_as(small))
             assert own is not None
+            own = flat_pixels(own)
             logits = self.logits(scores, gain)
             total = ops.upsample_cross_entropy(
                 logits, labels, align_corners=self.align_corners, weight=self.class_weight, ignore_index=ignored,
@@ -269,17 +322,17 @@ class DNCHead(CentroidModel):
         else:
             total, prediction, own = self._fused_cross_entropy(e, p, small, gain)
             finite, prediction = (prediction >= 0).reshape(-1), prediction.reshape(-1)
-        own, cross_entropy = flat_pixels(own), total / total_weight
+        cross_entropy = total / total_weight
         _, correct, accuracy = self._judge(prediction, finite, small)
         ppc = ppd = cross_entropy.new_zeros(())
         if update or self.ppc_weight or self.ppd_weight:
-            cluster = self.cluster(own, torch.where(finite, sampled, -1), joint=update)
+            cluster = self._cluster(own, torch.where(finite, sampled, -1), joint=update)
             ppc, ppd = self._contrast(e, p, cluster, own, count)
             if update:
                 with torch.no_grad():
                     self._write_down(self._update(e, cluster, correct, own, self._tally(small.reshape(-1), finite, wrong)))
         loss = self._weighted(cross_entropy, ppc, ppd)
-        return DNCLoss(loss, cross_entropy.detach(), ppc.detach(), ppd.detach(), accuracy)
+        return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
 
     def step_bytes(self, features: Sequence[int], labels: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Memory that `loss` and its backward need on a CPU beside features, labels and the head itself, at most: a formula.
@@ -290,7 +343,8 @@ class DNCHead(CentroidModel):
             scores  the same, and N D b for the embedding
             none    N (5 D b + 26 C + 4 K + 60) + 20 L + 48 M D + 8 MB
 
-        The gradient of the features is the N D b of ``all``. A projection's own output and gradient come on top.
+        The gradient of the features is the N D b of ``all``. A backward pass from the parts of the loss takes a second one
+        there (`DNCLoss`). A projection's own output and gradient come on top.
 
         Args:
             features: shape [B,D,h,w] of the features, after the projection if there is one.
@@ -306,13 +360,19 @@ class DNCHead(CentroidModel):
         return n * row * (1 + (self.checkpoint == "scores")) + band * (8 * channels + 32 * self.num_classes) + rest
 
     @torch.no_grad()
-    def predict(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Classes [B,H,W] int64 at `size` (None: that of the features): argmax of the upsampled logits, never stored."""
+    def predict(self, features: Tensor, size: int | Sequence[int] | None = None) -> Tensor:
+        """Classes [B,H,W] int64: argmax of the upsampled logits, which are never stored.
+
+        Args:
+            features: [B,in_channels,h,w].
+            size: (H, W), or one number for both; None: that of the features.
+        """
+        self._check_features("predict", features)
+        height, width = features.shape[2:] if size is None else map_size(f"{type(self).__name__}.predict", size)
         logits = self(features)
-        if size is None or tuple(size) == tuple(features.shape[2:]):
+        if (height, width) == (features.shape[2], features.shape[3]):
             return logits.argmax(1)
-        check_value(len(size) == 2 and min(size) > 0, "DNCHead", "size", "(height, width)", size)
-        return ops.upsample_argmax(logits, tuple(size), align_corners=self.align_corners)
+        return ops.upsample_argmax(logits, (height, width), align_corners=self.align_corners)
 
     @torch.no_grad()
     def explain(self, features: Tensor) -> ops.NearestCentroid:
@@ -321,22 +381,17 @@ class DNCHead(CentroidModel):
 
         `label` is the prediction at feature size unless the affine of the LayerNorm over classes overrules the nearest.
         """
+        self._check_features("explain", features)
         return ops.nearest_centroid(self.embed(features), self.snapshot())
 
     @torch.no_grad()
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:
-        """Start the sub-centroids from features [B,in_channels,h,w] and labels [B,H,W]; see `SubCentroids.initialize_from_`."""
-        check_features("DNCHead", features, 4, self.in_channels)
-        check_labels("DNCHead", labels, features)
-        labels, ignored, _ = sort_out_labels("DNCHead", labels, self.num_classes, self.ignore_index)
-        small = without_ignored(resize_labels(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
+        """Start the sub-centroids from features [B,in_channels,h,w] and labels [B,H,W] as of `loss`; see
+        `SubCentroids.initialize_from_`.
+        """
+        op = f"{type(self).__name__}.initialize_from_"
+        self._check_features("initialize_from_", features)
+        check_labels(op, labels, features)
+        labels, ignored, _ = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
+        small = without_ignored(pixels_at(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
         return super().initialize_from_(self.embed(features), small, refinements=refinements)
-
-    def extra_repr(self) -> str:
-        """Sizes and the choices that differ in kind."""
-        weights = f"ppc_weight={self.ppc_weight}, ppd_weight={self.ppd_weight}"
-        return f"in_channels={self.in_channels}, {super().extra_repr()}, scores={self.scores!r}, {weights}"
-
-
-def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.detach() for t in tensors)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_integer, check_value
+from ..errors import check_integer, check_value, whole_number
+from ._labels import left_out_below_zero
 
 
 class Memory(NamedTuple):
@@ -49,8 +50,11 @@ class FeatureMemory(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("size", size), ("channels", channels)):
-            check_value(isinstance(value, int) and value > 0, "FeatureMemory", name, "a positive integer", value)
+        op = type(self).__name__
+        num_classes, size, channels = (
+            whole_number(op, name, value)
+            for name, value in (("num_classes", num_classes), ("size", size), ("channels", channels))
+        )
         self.num_classes, self.size, self.channels = num_classes, size, channels
         self.register_buffer("storage", torch.zeros(num_classes * size + 1, channels, device=device, dtype=dtype))
         self.register_buffer("pushed", torch.zeros(num_classes, dtype=torch.int64, device=device))
@@ -60,17 +64,23 @@ class FeatureMemory(nn.Module):
         """Add features in order; each takes the place of the oldest of its class. No loop over classes, no host sync.
 
         Args:
-            features: [N,D] float.
-            labels: [N] integers; outside [0,C): left out, as is a feature that is not finite.
+            features: [N,D] float. One that is not finite is left out.
+            labels: [N], any integer dtype, in [0,C); any negative id leaves a feature out.
+
+        Raises:
+            ValueError, TypeError: wrong shape or dtype; on CPU a label at or beyond C, which is left out on a GPU and under
+                torch.compile.
         """
-        op = "FeatureMemory"
+        op = f"{type(self).__name__}.push"
         check_value(features.ndim == 2 and features.shape[1] == self.channels, op, "features", f"[N,{self.channels}]", features)
         check_integer(op, "labels", labels)
         check_value(list(labels.shape) == [len(features)], op, "labels", lambda: f"[{len(features)}] to match features", labels)
+        self._push(features.detach(), left_out_below_zero(op, "labels", labels, self.num_classes, "C"))
+
+    def _push(self, features: Tensor, labels: Tensor) -> None:
+        """`push` of labels that are int64 in [0,C), or -1."""
         classes = self.num_classes
-        labels, features = labels.to(torch.int64), features.detach()
-        keep = (labels >= 0) & (labels < classes) & features.isfinite().all(1)
-        group = torch.where(keep, labels, classes)
+        group = torch.where((labels >= 0) & features.isfinite().all(1), labels, classes)
         counts = torch.zeros(classes + 1, dtype=torch.int64, device=group.device).index_add_(0, group, torch.ones_like(group))
         order = group.argsort(stable=True)
         sorted_group = group[order]

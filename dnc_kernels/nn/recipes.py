@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import check_value
+from ._choices import Recipe
 
 #: What a head does where the caller does not say otherwise; docs/recipes.md says how each choice was found.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -40,8 +44,33 @@ RECIPES["default"] = {
 }
 
 
-def recipe_options(op: str, recipe: str | None, **explicit: Any) -> dict[str, Any]:
+def recipe_options(op: str, recipe: Recipe | None, **explicit: Any) -> dict[str, Any]:
     """The options of `recipe` (None: ``default``), overridden by every explicit option that is not None."""
     name = "default" if recipe is None else recipe
     check_value(name in RECIPES, op, "recipe", "one of " + ", ".join(RECIPES), name)
     return {key: value if explicit.get(key) is None else explicit[key] for key, value in RECIPES[name].items()}
+
+
+def options_of(module: Any) -> str:
+    """What makes a module, as text: sizes, recipe, and every option that is not what the recipe or the constructor says.
+
+    The constructor's signature is the list of options, and each is an attribute.
+    """
+    owner = next(c for c in type(module).__mro__ if c.__module__.startswith(__package__))
+    recipe = RECIPES.get(getattr(module, "recipe", ""), {})
+    shown = []
+    for name, parameter in inspect.signature(owner).parameters.items():
+        if name in ("generator", "device", "dtype"):
+            continue
+        value, usual = getattr(module, name), parameter.default
+        always = usual is parameter.empty or name in ("num_subcentroids", "recipe")
+        usual = recipe.get(name) if usual is None else usual
+        if always or not (value is usual or (not isinstance(value, Tensor) and value == usual)):
+            shown.append(f"{name}={_short(value)}")
+    return ", ".join(shown)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor{list(value.shape)}"
+    return value.__qualname__ if inspect.isroutine(value) else repr(value)

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from .. import ops
-from ..errors import check_value
-from ..ops._common import NAMESPACE, check_choice
+from ..errors import check_device, check_dtype, check_float, check_value, renamed, whole_number
+from ..ops._common import NAMESPACE, flat_pixels
 from ..ops.momentum import reference as _momentum_reference
 from . import _starts, _sync
+from ._choices import Assignment, Init, Sync, UpdateFrom, check_word
+from ._labels import left_out_below_zero
+from .recipes import options_of
 
 #: A number; or (start, end, steps), a cosine ramp over the updates; or a function of the number of updates done (a 0-d float
 #: tensor on the sub-centroids' device: stay in torch ops there and CUDA needs no sync).
 Momentum = float | tuple[float, float, int] | Callable[[Tensor], Tensor | float]
-
-ASSIGNMENTS = ("argmax", "gumbel")
-UPDATE_SOURCES = ("correct", "all")
 
 
 class SubCentroids(nn.Module):
@@ -45,7 +45,7 @@ class SubCentroids(nn.Module):
         init_step: the update that ``init="data"`` replaces; 0 is the first.
         warmup_steps: updates that are counted but move nothing.
         revive_after: give a sub-centroid that got no pixel in this many updates in which its class did the pixel of its class
-            that is least like any of its sub-centroids; at most one a class and update. None or 0: never.
+            that is least like any of its sub-centroids; at most one per class and update. None or 0: never.
         accumulation_steps: calls of `update_` whose sums add up before the sub-centroids move once; `num_updates` counts moves.
         generator: source of every draw (start, Gumbel noise); None: torch's global one. Copied and pickled with the module.
         device, dtype: of the sub-centroids; float32 (default) or float64.
@@ -75,10 +75,10 @@ class SubCentroids(nn.Module):
         momentum: Momentum = 0.999,
         epsilon: float = 0.05,
         iterations: int = 3,
-        assignment: str = "argmax",
-        update_from: str = "correct",
-        sync: str = "auto",
-        init: str = "random",
+        assignment: Assignment = "argmax",
+        update_from: UpdateFrom = "correct",
+        sync: Sync = "auto",
+        init: Init = "random",
         init_step: int = 0,
         warmup_steps: int = 0,
         revive_after: int | None = None,
@@ -89,29 +89,26 @@ class SubCentroids(nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        for name, value in (("num_classes", num_classes), ("num_subcentroids", num_subcentroids), ("channels", channels)):
-            check_value(isinstance(value, int) and value > 0, op, name, "a positive integer", value)
+        num_classes = whole_number(op, "num_classes", num_classes)
+        num_subcentroids = whole_number(op, "num_subcentroids", num_subcentroids)
+        channels = whole_number(op, "channels", channels)
         check_value(num_subcentroids <= 256, op, "num_subcentroids", "at most 256", num_subcentroids)
         _check_momentum(op, momentum)
         check_value(0 < epsilon < math.inf, op, "epsilon", "positive and finite", epsilon)
-        check_value(iterations >= 0, op, "iterations", "non-negative", iterations)
-        check_choice(op, "assignment", assignment, ASSIGNMENTS)
-        check_choice(op, "update_from", update_from, UPDATE_SOURCES)
-        check_choice(op, "sync", sync, _sync.SYNC_MODES)
-        check_choice(op, "init", init, _starts.STARTS)
-        check_value(init_step >= 0, op, "init_step", "non-negative", init_step)
-        check_value(warmup_steps >= 0, op, "warmup_steps", "non-negative", warmup_steps)
-        check_value((revive_after or 0) >= 0, op, "revive_after", "None or non-negative", revive_after)
-        check_value(
-            isinstance(accumulation_steps, int) and accumulation_steps > 0,
-            op, "accumulation_steps", "a positive integer", accumulation_steps,
-        )  # fmt: skip
+        iterations = whole_number(op, "iterations", iterations, 0)
+        for name, word in (("assignment", assignment), ("update_from", update_from), ("sync", sync), ("init", init)):
+            check_word(op, name, word)
+        init_step = whole_number(op, "init_step", init_step, 0)
+        warmup_steps = whole_number(op, "warmup_steps", warmup_steps, 0)
+        if revive_after is not None:
+            revive_after = whole_number(op, "revive_after", revive_after, 0, "None or a non-negative integer") or None
+        accumulation_steps = whole_number(op, "accumulation_steps", accumulation_steps)
         dtype = torch.float32 if dtype is None or dtype in (torch.float16, torch.bfloat16) else dtype
         check_value(dtype in (torch.float32, torch.float64), op, "dtype", "a float dtype", dtype)
         self.num_classes, self.num_subcentroids, self.channels = num_classes, num_subcentroids, channels
         self.momentum, self.epsilon, self.iterations = momentum, epsilon, iterations
         self.assignment, self.update_from, self.sync = assignment, update_from, sync
-        self.init, self.init_step, self.warmup_steps, self.revive_after = init, init_step, warmup_steps, revive_after or None
+        self.init, self.init_step, self.warmup_steps, self.revive_after = init, init_step, warmup_steps, revive_after
         self.accumulation_steps, self.generator = accumulation_steps, generator
         size = (num_classes, num_subcentroids)
         needs_count = not isinstance(momentum, (int, float)) or warmup_steps > 0 or init == "data"
@@ -148,18 +145,37 @@ class SubCentroids(nn.Module):
         """Sub-centroid of every pixel, by optimal transport within its class (DNC, eq. 5-7).
 
         Args:
-            own_similarity: [N,K], similarities to the sub-centroids of the pixel's label, as `ops.class_scores` gives them.
-            labels: [N] or [B,H,W] integers; outside [0,C): left out. So is a pixel whose similarities are not finite.
+            own_similarity: [N,K] or [B,K,H,W], similarities to the sub-centroids of the pixel's label, as `ops.class_scores`
+                gives them. A pixel whose similarities are not finite is left out.
+            labels: [N] for rows, [B,H,W] (or flat [N]) for a map; any integer dtype, in [0,C); any negative id leaves a pixel
+                out.
             joint: with more than one rank and sync ``auto`` or ``sums``, cluster the pixels of all ranks together; all must
                 then call it together. False: only the pixels given.
 
         Returns:
-            [N] int64: ``c*K + k``, or -1 where left out. Not differentiable.
+            [N] for rows, [B,H,W] for a map, int64: ``c*K + k``, or -1 where left out. Not differentiable.
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype or device; on CPU a label at or beyond C, which is left out on a GPU and
+                under torch.compile.
         """
-        labels = labels.reshape(-1).to(torch.int64)
-        inside = (labels >= 0) & (labels < self.num_classes) & own_similarity.isfinite().all(1)
-        group = torch.where(inside, labels, -1)
-        own, classes = own_similarity.detach(), self.num_classes
+        op = f"{type(self).__name__}.cluster"
+        check_float(op, "own_similarity", own_similarity)
+        k = self.num_subcentroids
+        check_value(
+            own_similarity.ndim in (2, 4) and own_similarity.shape[1] == k, op, "own_similarity",
+            f"[N,K] or [B,K,H,W] with K={k}", own_similarity,
+        )  # fmt: skip
+        _check_pixels_of(op, "labels", labels, own_similarity, "own_similarity")
+        group = left_out_below_zero(op, "labels", labels, self.num_classes, "C")
+        cluster = self._cluster(flat_pixels(own_similarity), group, joint=joint)
+        return cluster if own_similarity.ndim == 2 else cluster.view(-1, *own_similarity.shape[2:])
+
+    def _cluster(self, own: Tensor, group: Tensor, *, joint: bool) -> Tensor:
+        """`cluster` of rows [N,K] and classes [N] int64, -1 for none."""
+        inside = (group >= 0) & own.isfinite().all(1)
+        group = torch.where(inside, group, -1)
+        own, classes = own.detach(), self.num_classes
         if joint and self.sync != "average" and _sync.ranks(self.sync) > 1:
             logits = _sync.sinkhorn_over_ranks(own, group, classes, self.epsilon, self.iterations)
             sub = logits.argmax(1) if self.assignment == "argmax" else self._draw(logits.softmax(1))
@@ -174,9 +190,10 @@ class SubCentroids(nn.Module):
         # the plan itself serves as logits, as in the released code: that is why it collapses
         return (plan + _starts.gumbel(tuple(plan.shape), plan.device, self.generator)).argmax(1)
 
+    @renamed(cluster="labels")
     @torch.no_grad()
     def update_(
-        self, x: Tensor, cluster: Tensor, *, correct: Tensor | None = None, own_similarity: Tensor | None = None
+        self, x: Tensor, labels: Tensor, *, correct: Tensor | None = None, own_similarity: Tensor | None = None
     ) -> None:
         """Move the sub-centroids towards the pixels assigned to them, in place (DNC, eq. 8).
 
@@ -184,10 +201,30 @@ class SubCentroids(nn.Module):
 
         Args:
             x: unit features [N,D] or [B,D,H,W].
-            cluster: [N] from `cluster`.
-            correct: [N] bool; with ``update_from="correct"`` only these pixels move sub-centroids. None: all do.
-            own_similarity: [N,K] as for `cluster`; needed for revival alone.
+            labels: ``c*K + k`` from `cluster`, [N] for rows, [B,H,W] (or flat [N]) for a map; any integer dtype, in [0,C*K);
+                any negative id leaves a pixel out.
+            correct: bool, in the shape of `labels`; with ``update_from="correct"`` only these pixels move sub-centroids.
+                None: all do.
+            own_similarity: [N,K] or [B,K,H,W] as for `cluster`; needed for revival alone.
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype or device; on CPU a label at or beyond C*K, which is left out on a GPU and
+                under torch.compile.
         """
+        op = f"{type(self).__name__}.update_"
+        check_float(op, "x", x)
+        check_value(x.ndim in (2, 4) and x.shape[1] == self.channels, op, "x", f"[N,D] or [B,D,H,W] with D={self.channels}", x)
+        _check_pixels_of(op, "labels", labels, x)
+        cluster = left_out_below_zero(op, "labels", labels, self.num_classes * self.num_subcentroids, "C*K")
+        if correct is not None:
+            _check_pixels_of(op, "correct", correct, x)
+            correct = correct.reshape(-1)
+        if own_similarity is not None:
+            own_similarity = flat_pixels(own_similarity)
+            check_value(
+                list(own_similarity.shape) == [len(cluster), self.num_subcentroids], op, "own_similarity",
+                "[N,K] or [B,K,H,W] to match x", own_similarity,
+            )  # fmt: skip
         self._update(x, cluster, correct, own_similarity)
 
     def _update(
@@ -206,9 +243,9 @@ class SubCentroids(nn.Module):
 
         Args:
             x: as there; None where `sums` is given and neither a start from data nor revival needs it.
-            cluster: as there.
-            correct: as there.
-            own_similarity: as there.
+            cluster: [N] int64, ``c*K + k`` or -1.
+            correct: [N] bool, as there.
+            own_similarity: [N,K], as there.
             tally: int64 counts of the caller, to be summed over the ranks in the same exchange.
             sums: sums [M,D] and counts [M] of the pixels that move sub-centroids, where they are known.
             gathered: the pixels are those of all ranks already: exchange nothing.
@@ -307,22 +344,27 @@ class SubCentroids(nn.Module):
 
         Args:
             features: [N,D] or [B,D,H,W], embedded as for training; normalised here.
-            labels: [N] or [B,H,W]; outside [0,C): left out.
+            labels: [N] for rows, [B,H,W] (or flat [N]) for a map; any integer dtype, in [0,C); any negative id leaves a pixel
+                out.
             refinements: k-means steps after k-means++.
 
         Returns:
             [C] int64: pixels of each class that took part (on the rank that sees most).
-        """
-        op = "initialize_from_"
-        check_value(features.ndim in (2, 4) and features.shape[1] == self.channels, op, "features",
-                    f"[N,D] or [B,D,H,W] with D={self.channels}", features)  # fmt: skip
-        labels = labels.reshape(-1).to(torch.int64)
-        pixels = features.numel() // self.channels
-        check_value(len(labels) == pixels, op, "labels", lambda: f"[N]=[{pixels}] to match features", labels)
-        return self._start_from_(features, labels, refinements)
 
-    def _start_from_(self, x: Tensor, labels: Tensor, refinements: int = 5) -> Tensor:
-        group = torch.where((labels >= 0) & (labels < self.num_classes), labels, -1)
+        Raises:
+            ValueError, TypeError: wrong shape, dtype or device; on CPU a label at or beyond C, which is left out on a GPU and
+                under torch.compile.
+        """
+        op = f"{type(self).__name__}.initialize_from_"
+        check_value(
+            features.ndim in (2, 4) and features.shape[1] == self.channels, op, "features",
+            f"[N,D] or [B,D,H,W] with D={self.channels}", features,
+        )  # fmt: skip
+        _check_pixels_of(op, "labels", labels, features, "features")
+        refinements = whole_number(op, "refinements", refinements, 0)
+        return self._start_from_(features, left_out_below_zero(op, "labels", labels, self.num_classes, "C"), refinements)
+
+    def _start_from_(self, x: Tensor, group: Tensor, refinements: int = 5) -> Tensor:
         start, counts = _starts.data_start(
             x.detach(), group, self.prototypes, refinements=refinements, generator=self.generator
         )
@@ -354,11 +396,8 @@ class SubCentroids(nn.Module):
         return self.prototypes if self.training else _unit_rows(self.prototypes, self.prototypes.norm(dim=2, keepdim=True))
 
     def extra_repr(self) -> str:
-        """Sizes and the choices that differ in kind."""
-        return (
-            f"num_classes={self.num_classes}, num_subcentroids={self.num_subcentroids}, channels={self.channels}, "
-            f"momentum={self.momentum}, assignment={self.assignment!r}, update_from={self.update_from!r}, init={self.init!r}"
-        )
+        """Sizes, the recipe, and every option that differs from it or from its default."""
+        return options_of(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubCentroids:
         master = self.prototypes
@@ -417,6 +456,20 @@ def _check_momentum(op: str, momentum: Momentum) -> None:
         check_value(ok, op, "momentum", expected, momentum)
     elif not callable(momentum):
         check_value(0 <= momentum <= 1, op, "momentum", "in [0,1], a ramp (start, end, steps) or a function", momentum)
+
+
+def _check_pixels_of(op: str, argument: str, values: Tensor, x: Tensor, name: str = "x") -> None:
+    """Check values [N] (of any shape) for rows x [N,...], [B,H,W] or [N] for a map x [B,...,H,W], on its device."""
+    check_dtype(isinstance(values, Tensor), op, argument, "a tensor", values)
+    pixels = x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[2] * x.shape[3]
+    fits = values.numel() == pixels
+    if x.ndim == 4 and values.ndim != 1:
+        fits = list(values.shape) == [x.shape[0], x.shape[2], x.shape[3]]
+    if not fits:
+        # the message is made on failure alone: torch.compile cannot format a symbolic size
+        maps = "" if x.ndim == 2 else f" or [B,H,W]={[x.shape[0], *x.shape[2:]]}"
+        check_value(False, op, argument, f"[N]=[{pixels}]{maps} to match {name}", values)
+    check_device(op, argument, values, x, name)
 
 
 def _pixels_at(x: Tensor, index: Tensor) -> Tensor:

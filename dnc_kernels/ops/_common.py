@@ -112,7 +112,7 @@ def check_ignore_index(op: str, ignore_index: int, bound: int) -> int:
     ignore_index = whole_number(op, "ignore_index", ignore_index, least=None)
     if 0 <= ignore_index < bound:
         fix = "use -100, or 255 beyond the classes"
-        check_value(False, op, "ignore_index", f"outside the {bound} ids [0,{bound})", ignore_index, fix)
+        check_value(False, op, "ignore_index", f"outside [0,{bound})", ignore_index, fix)
     return ignore_index
 
 
