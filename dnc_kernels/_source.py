@@ -1,4 +1,4 @@
-"""What a build is made from: files, their SHA-256, the commit. cmake/source.cmake finds the same for `_C.source` and `_C.commit`.
+"""What a build is made from: files, SHA-256, commit. cmake/source.cmake finds the same for `_C.source` and `_C.commit`.
 
 Nothing here imports torch or the extension.
 """
