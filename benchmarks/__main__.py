@@ -1,4 +1,4 @@
-"""`python -m benchmarks run` measures, `report` prints rows as tables; `peak` is what `run` starts for memory on the CPU."""
+"""Measure the ops against the best that torch and others offer, and print or quote the rows (docs/benchmarks.md)."""
 
 from __future__ import annotations
 
@@ -8,62 +8,94 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import bench_embedding, bench_head, bench_momentum, bench_similarity, bench_sinkhorn, bench_upsample
+from . import (
+    bench_embedding,
+    bench_head,
+    bench_momentum,
+    bench_segmentation,
+    bench_similarity,
+    bench_sinkhorn,
+    bench_upsample,
+)
 from .harness import BASELINES, Case, GpuLost, Row, Settings, chosen, demand_gpu, failed, run_case
 from .memory import on_cpu
+from .quote import quote
 
 BENCHES: dict[str, Any] = {
     "similarity": bench_similarity, "sinkhorn": bench_sinkhorn, "momentum": bench_momentum, "embedding": bench_embedding,
-    "upsample": bench_upsample, "head": bench_head,
+    "upsample": bench_upsample, "head": bench_head, "segmentation": bench_segmentation,
 }  # fmt: skip
 _TABLE = (
     "variant", "p50_ms", "p20_ms", "p80_ms", "host_us", "pct_queued", "ratio_to_best_baseline", "pct_gemm_probe",
     "pct_copy_probe", "peak_delta_mb", "allowed_peak_delta_mb", "error_over_allowed", "status",
 )  # fmt: skip
+_OTHERS = """other programs of this folder, each with its own --help:
+  python -m benchmarks.tune        GPU: time the configurations of the Triton kernels, and store the fastest
+  python -m benchmarks.dispatch    derive from measured rows whether `auto` takes triton or cuda
+  python -m benchmarks.aot         no GPU: compile every GPU kernel; list registers, spills and shared memory
+  python -m benchmarks.prove       GPU: run the tests of the CUDA C++ kernels, and record that they passed
+  python -m benchmarks.primitives  GPU: check the instructions that the CUDA C++ kernels rest on, one by one
+  python -m benchmarks.sanitize    GPU: run the tests of the CUDA C++ kernels under compute-sanitizer
+  python -m benchmarks.gpu_run     GPU: the above within some minutes, and take the results into the tree"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; 1 where a kernel failed or any result was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, epilog=_OTHERS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # the metavar keeps `peak`, which `run` starts for itself, out of the help
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="measure, print tables and write rows to --out")
     run.add_argument("--op", action="append", help=f"a benchmark file ({', '.join(BENCHES)}) or an op; may be repeated")
-    run.add_argument("--case", action="append", help="only cases of this name; may be repeated")
+    run.add_argument("--case", action="append", help="only cases of this name, or pattern ('hard_*'); may be repeated")
     run.add_argument("--out", type=Path, help="add rows to this file as JSON lines, each as soon as it is known")
     run.add_argument("--list", action="store_true", help="print what would be measured, and measure nothing; needs no GPU")
-    run.add_argument("--device", default="cpu")
-    run.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"], help="float32; may be repeated")
-    run.add_argument("--threads", type=int, default=2)
-    run.add_argument("--rounds", type=int, help="at most this many rounds a case (100; --quick: 3)")
-    run.add_argument("--budget-s", type=float, help="seconds of rounds a case; at least 5 rounds are made (20; on CUDA 2)")
+    run.add_argument("--device", default="cpu", help="where to measure: cpu, cuda or cuda:N (cpu)")
+    run.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"], help="(float32); may be repeated")
+    run.add_argument("--threads", type=int, default=2, help="CPU threads of torch and of the kernels (2)")
+    run.add_argument("--rounds", type=int, help="at most this many rounds per case (100; --quick: 3)")
+    run.add_argument("--budget-s", type=float, help="seconds of rounds per case; at least 5 rounds are made (20; on CUDA 2)")
     run.add_argument("--quick", action="store_true", help="tiny shapes, no torch.compile, no memory: does it work?")
     run.add_argument("--large", action="store_true", help="CUDA: also the cases that take seconds and tens of GB")
     run.add_argument(
         "--baselines", choices=BASELINES, default="all",
-        help="eager: none of torch.compile; headline: torch.compile for the five headline cases alone; none: our kernels only",
+        help="what to compare with (all): eager leaves out torch.compile; headline keeps it for five cases; none: nothing",
     )  # fmt: skip
     run.add_argument("--autotuned", action="store_true", help="CUDA: also baselines that torch.compile tunes, for minutes")
-    run.add_argument("--no-memory", action="store_true", help="no peak memory, which takes a process a variant on the CPU")
+    run.add_argument("--no-memory", action="store_true", help="leave out peak memory: on a CPU one process per variant")
     run.add_argument("--warm", action="store_true", help="CUDA: do not flush the L2 cache between calls")
-    commands.add_parser("report", help="print the rows of files as tables").add_argument("files", nargs="+", type=Path)
-    commands.add_parser("peak").add_argument("request")
+    report = commands.add_parser("report", help="print the rows of files as tables")
+    report.add_argument("files", nargs="+", type=Path, help="files of rows, as `run --out` writes them")
+    quoting = commands.add_parser("quote", help="write the measured tables of README.md and docs/ from benchmarks/results")
+    quoting.add_argument(
+        "--check", action="store_true", help="write nothing; print what differs, and return 1 if anything does"
+    )
+    commands.add_parser("peak").add_argument("request")  # for `benchmarks.memory`
     options = parser.parse_args(arguments)
     if options.command == "report":
         print_rows([json.loads(line) for file in options.files for line in file.read_text().splitlines()])
         return 0
+    if options.command == "quote":
+        return quote(options.check)
     if options.command == "peak":
         print(json.dumps(_peak(json.loads(options.request))))
         return 0
     settings = settings_of(options)
     cases = select(settings, options.op, options.case)
     if not cases:
-        parser.error("no case matches --op and --case")
+        of_op = select(settings, options.op)
+        ops = [*BENCHES, *dict.fromkeys(c.op for c in select(settings))]
+        names = dict.fromkeys(repr(c.name) for c in of_op)
+        known = f"cases: {', '.join(names)}" if of_op else f"benchmark files and ops: {', '.join(ops)}"
+        parser.error(f"no case matches --op and --case; {known}")
     if options.list:
         print_list(cases, settings)
         return 0
@@ -116,9 +148,10 @@ def case_rows(cases: Sequence[Case], settings: Settings) -> Iterator[Row]:
 
 
 def select(settings: Settings, ops: Sequence[str] | None = None, names: Sequence[str] | None = None) -> list[Case]:
-    """Cases of the chosen benchmarks or ops with the chosen names; None chooses all."""
+    """Cases of the chosen benchmarks or ops whose names match one of the patterns; None chooses all."""
     cases = [(bench, case) for bench, module in BENCHES.items() for case in module.cases(settings)]
-    return [c for bench, c in cases if (not ops or bench in ops or c.op in ops) and (not names or c.name in names)]
+    of_op = [c for bench, c in cases if not ops or bench in ops or c.op in ops]
+    return [c for c in of_op if not names or any(fnmatchcase(c.name, name) for name in names)]
 
 
 def print_list(cases: Sequence[Case], settings: Settings) -> None:

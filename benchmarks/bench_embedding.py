@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_kernels import ops
+from dnc_kernels.backends import Backend
 
 from .harness import Call, Case, Settings, Variant, compiled, dtype_of, error_ratio, kernels
 
@@ -65,7 +66,7 @@ def _case(layout: str, sizes: dict[str, int], dtype: str, settings: Settings) ->
     def timed(f: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Any], Call]:
         return lambda i: lambda: _run(f, i)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(lambda x, w, b: ops.normalize_embedding(x, w, b, backend=backend))
 
     b, d, h, w = sizes.values()

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_kernels import use_backend
+from dnc_kernels.backends import Backend
 from dnc_kernels.nn import DNCHead
 
 from . import bench_momentum as momentum
@@ -114,7 +115,7 @@ def _case(name: str, batch: int, height: int, width: int, classes: int, dtype: s
         assert x.grad is not None
         return loss.detach(), x.grad, model.prototypes
 
-    def ours(backend: str, checkpoint: str = "all", band_pixels: int | None = None, graph: bool = False) -> Variant:
+    def ours(backend: Backend, checkpoint: str = "all", band_pixels: int | None = None, graph: bool = False) -> Variant:
         def prepare(i: Any) -> Call:
             call = step(checkpoint, band_pixels)(i)
 
@@ -132,12 +133,12 @@ def _case(name: str, batch: int, height: int, width: int, classes: int, dtype: s
     if settings.cuda:
         known = {"C": classes, "K": K, "D": CHANNELS}
         named = kernels(settings, dtype, _NEEDED, lambda backend: ours(backend).prepare, known, layout="planes")
-        variants += [ours(v.backend) for v in named if v.backend != "reference"]
+        variants += [ours(cast(Backend, v.backend)) for v in named if v.backend != "reference"]
         variants += [ours("auto", band_pixels=pixels, graph=graph) for graph in (False, True) for pixels in GPU_BANDS]
     return Case(
         op="head_step", name=name, dtype=dtype, data=_DATA,
         shape={"B": batch, "H": height, "W": width, "h": h, "w": w, "C": classes, "K": K, "D": CHANNELS},
-        inputs=inputs, reference=reference, check=_check,
+        inputs=inputs, reference=reference, check=check_step,
         variants=[
             *variants,
             Variant("eager", composition(eager)),
@@ -167,7 +168,7 @@ def graphed(call: Call) -> Call:
     return replay
 
 
-def _check(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+def check_step(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """Loss and moved sub-centroids to rounding; of the gradient at most one pixel in a thousand may be another one.
 
     Such a pixel's sub-centroids were a near-tie. With 16-bit features there are many, so only the gradient's size is held then.

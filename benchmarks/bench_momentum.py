@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_kernels import ops
+from dnc_kernels.backends import Backend
 
 from . import bench_sinkhorn as sinkhorn
 from .harness import Call, Case, Settings, Variant, compiled, dtype_of, error_ratio, kernels
@@ -137,7 +138,7 @@ def _update(name: str, sizes: dict[str, int], dtype: str, settings: Settings) ->
     def timed(f: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[[Any], Call]:
         return lambda i: lambda: f(i.centroids, i.x, i.cluster)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(lambda p, x, cluster: ops.momentum_update_(p, x, cluster, backend=backend))
 
     return Case(
@@ -162,7 +163,7 @@ def _sums(name: str, sizes: dict[str, int], dtype: str, settings: Settings) -> C
     def timed(f: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -> Callable[[Any], Call]:
         return lambda i: lambda: f(i.x, i.cluster, clusters)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(partial(ops.cluster_sums, backend=backend))
 
     def expected(i: Any) -> tuple[Tensor, Tensor]:
@@ -199,7 +200,7 @@ def _apply(sizes: dict[str, int], settings: Settings) -> Case:
     def timed(f: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[[Any], Call]:
         return lambda i: lambda: f(i.centroids, i.sums, i.counts)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(partial(ops.apply_momentum_, backend=backend))
 
     def expected(i: Any) -> Any:
@@ -241,7 +242,7 @@ def _training(sizes: dict[str, int], dtype: str, settings: Settings) -> Case:
     def timed(f: Callable[..., None]) -> Callable[[Any], Call]:
         return lambda i: lambda: f(i.centroids, i.x, i.similarity, i.group, i.correct)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(step(partial(ops.sinkhorn_assign, backend=backend), partial(ops.momentum_update_, backend=backend)))
 
     def expected(i: Any) -> Any:

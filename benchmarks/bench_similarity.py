@@ -1,8 +1,9 @@
 """The fused ops of similarity, against torch eager and compiled, and faiss.
 
-Forward + backward is one unit: loss, and gradients of x and of the LayerNorm over classes. Baselines hold [N,C,K]; mm and
-einsum differ in speed, amax and max in the backward pass, so all are run. Useful operations: 2*N*C*K*D for the similarities and
-2*N*C*D for dX, since only the winner of a class carries gradient; a dense dX would count 2*N*C*K*D instead.
+Forward + backward is one unit: loss, and gradients of x and of the LayerNorm over classes (hard_* cases have none, but a
+temperature). Baselines hold [N,C,K]; mm and einsum differ in speed, amax and max in the backward pass, so all are run. Useful
+operations: 2*N*C*K*D for the similarities and 2*N*C*D for dX, since only the winner of a class carries gradient; a dense dX
+would count 2*N*C*K*D instead.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_kernels import ops
+from dnc_kernels.backends import Backend
+from dnc_kernels.ops._common import flat_pixels
 
 from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
 
@@ -29,6 +32,13 @@ _LOSS: dict[str, tuple[dict[str, int], float, dict[str, Any]]] = {
     "ade20k_grad_scale": (_ADE20K, 3.5, {"grad_scale": 1024.0}),
     "cityscapes": ({"N": 32768, "C": 19, "K": 10, "D": 256}, 3.0, {}),
     "imagenet": ({"N": 1024, "C": 1000, "K": 4, "D": 2048}, 1.5, {}),
+}
+#: Shapes at which a plain matrix product is hard to beat on a CPU: few classes, one sub-centroid of each, hardly any pixels.
+_HARD = {
+    "hard_binary_d32": {"N": 65536, "C": 2, "K": 1, "D": 32},
+    "hard_binary_d64": {"N": 65536, "C": 2, "K": 1, "D": 64},
+    "hard_1000_classes": {"N": 4096, "C": 1000, "K": 1, "D": 256},
+    "hard_tiny": {"N": 256, "C": 19, "K": 10, "D": 256},
 }
 # On a GPU a batch of whole crops, whose arrays L2 does not hold, and cases that no CPU should do: labels of 8 full images of
 # Cityscapes; and with --large a batch of COCO-Stuff, 4 GB of bfloat16 pixels, at which baselines run out of memory.
@@ -42,6 +52,7 @@ HELD = 2**27
 # of a score by 1/std of the scores (about 16 at D = 256), gradients of the norm are float32 sums over N rows, and torch rounds
 # the scores themselves to bfloat16. torch itself reached 70 units (ade20k_nchw, float32).
 _GRADIENT = 200.0
+_TEMPERATURE = 0.1  # without the norm
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -54,9 +65,13 @@ def cases(settings: Settings) -> list[Case]:
     for dtype in settings.dtypes:
         for name, size in sizes.items():
             _, goal, options = _LOSS.get(name, (size, 1.0, {}))
-            found.append(_loss_case(name, size, dtype, goal, settings, **options))
+            found.append(_loss_case(name, size, dtype, {"best": goal}, settings, **options))
+        for name, size in {} if settings.cuda else _HARD.items():
+            known = _QUICK if settings.quick else size
+            found.append(_loss_case(name, known, dtype, {}, settings, norm=False))
+            found.append(_nearest_case(name, known, dtype, {}, settings))
         for name in ("ade20k", "ade20k_nchw"):
-            found.append(_nearest_case(name, sizes[name], dtype, settings, nchw=name != "ade20k"))
+            found.append(_nearest_case(name, sizes[name], dtype, {"faiss_flat_ip": 1.1}, settings, nchw=name != "ade20k"))
             for train in (False, True):
                 found.append(_scores_case(name, sizes[name], dtype, settings, nchw=name != "ade20k", train=train))
         for name in ("ade20k", "ade20k_nchw", "cityscapes"):
@@ -96,19 +111,28 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _loss_case(
-    name: str, sizes: dict[str, int], dtype: str, goal: float, settings: Settings, nchw: bool = False, grad_scale: float = 1.0
-) -> Case:
+    name: str, sizes: dict[str, int], dtype: str, goals: dict[str, float], settings: Settings, nchw: bool = False,
+    grad_scale: float = 1.0, norm: bool = True,
+) -> Case:  # fmt: skip
+    def inputs() -> Any:
+        i = _inputs(sizes, dtype, settings, nchw)
+        return i if norm else SimpleNamespace(**vars(i) | {"weight": None, "bias": None})
+
     def timed(loss_of: Callable[..., Tensor]) -> Callable[[Any], Call]:
         def call(i: Any) -> Any:
             loss = loss_of(i.x, i.centroids, i.labels, i.weight, i.bias)
-            return loss, *torch.autograd.grad(loss if grad_scale == 1 else loss * grad_scale, (i.x, i.weight, i.bias))
+            return loss, *torch.autograd.grad(
+                loss if grad_scale == 1 else loss * grad_scale, (i.x, i.weight, i.bias) if norm else i.x
+            )
 
         return lambda i: lambda: call(i)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(
             lambda x, p, labels, w, b: (
-                ops.centroid_cross_entropy(x, p, labels, norm_weight=w, norm_bias=b, backend=backend).loss
+                ops.centroid_cross_entropy(
+                    x, p, labels, norm_weight=w, norm_bias=b, temperature=1.0 if norm else _TEMPERATURE, backend=backend
+                ).loss
             )
         )
 
@@ -116,35 +140,39 @@ def _loss_case(
     n, c, k, d = sizes.values()
     return Case(
         op="centroid_cross_entropy", name=name, shape=sizes, dtype=dtype,
-        data="unit pixels near own sub-centroid, uniform labels, none ignored" + (", NCHW" if nchw else ""),
+        data="unit pixels near own sub-centroid, uniform labels, none ignored" + ", NCHW" * nchw + ", no norm" * (not norm),
         variants=[
             *kernels(settings, dtype, ["centroid_cross_entropy"], kernel, sizes, layout="planes" if nchw else "rows"),
             *(Variant(v, timed(f)) for v, f in eager.items()),
             *(v for name, f in eager.items() for v in compiled(settings, name, f, timed)),
         ],
-        inputs=lambda: _inputs(sizes, dtype, settings, nchw), headline=name == "ade20k",
+        inputs=inputs, headline=name == "ade20k",
         reference=lambda i: _reference(i, grad_scale),
         check=lambda result, want: _check(result, want, torch.finfo(dtype_of(dtype)).eps),
         flops=2.0 * n * c * k * d + 2.0 * n * c * d,
         # 1.1 x (dX + [N,K] + prediction and labels) + 64 MiB
         allowed_extra_bytes=1.1 * (n * d * dtype_of(dtype).itemsize + 4 * n * k + 16 * n) + 2**26,
-        goals=settings.goals(dtype, {"best": goal}),
+        goals=settings.goals(dtype, goals),
     )  # fmt: skip
 
 
-def _cross_entropy(scores: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.cross_entropy(F.layer_norm(scores.float(), weight.shape, weight, bias), labels.flatten())
+def _cross_entropy(scores: Tensor, labels: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.cross_entropy(_logits(scores.float(), weight, bias), labels.flatten())
 
 
-def _mm_amax(x: Tensor, p: Tensor, *rest: Tensor) -> Tensor:
+def _logits(scores: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return scores / _TEMPERATURE if weight is None else F.layer_norm(scores, weight.shape, weight, bias)
+
+
+def _mm_amax(x: Tensor, p: Tensor, *rest: Any) -> Tensor:
     return _cross_entropy((_flat(x) @ p.flatten(0, 1).T).view(-1, *p.shape[:2]).amax(2), *rest)
 
 
-def _mm_max(x: Tensor, p: Tensor, *rest: Tensor) -> Tensor:
+def _mm_max(x: Tensor, p: Tensor, *rest: Any) -> Tensor:
     return _cross_entropy((_flat(x) @ p.flatten(0, 1).T).view(-1, *p.shape[:2]).max(dim=2).values, *rest)
 
 
-def _einsum_amax(x: Tensor, p: Tensor, *rest: Tensor) -> Tensor:
+def _einsum_amax(x: Tensor, p: Tensor, *rest: Any) -> Tensor:
     return _cross_entropy(torch.einsum("nd,ckd->nck", _flat(x), p).amax(2), *rest)
 
 
@@ -162,35 +190,34 @@ def _reference(i: Any, grad_scale: float) -> Any:
     at COCO-Stuff a gigabyte instead of 17. Its 15 T operations take an H100 about half a second (67 TF/s), all others less.
     """
     x, p = _flat(i.x.detach()), i.centroids.double()
-    weight, bias = (t.detach().double().requires_grad_() for t in (i.weight, i.bias))
+    affine = [] if i.weight is None else [t.detach().double().requires_grad_() for t in (i.weight, i.bias)]
     every = math.ceil(x.numel() / HELD) | 1
-    loss, dw, db, parts = p.new_zeros(()), torch.zeros_like(weight), torch.zeros_like(bias), []
+    loss, to_norm, parts = p.new_zeros(()), [torch.zeros_like(t) for t in affine], []
     for rows in _rows(len(x), p.shape[0] * p.shape[1], x.device):
         best, index, close = _winners((x[rows].double() @ p.flatten(0, 1).T).view(-1, *p.shape[:2]), i.margin)
         scores = best.requires_grad_()
-        norm = F.layer_norm(scores, weight.shape, weight, bias)
-        part = F.cross_entropy(norm, i.labels.flatten()[rows], reduction="sum") / len(x)
-        ds, *to_norm = torch.autograd.grad(grad_scale * part, (scores, weight, bias))
-        loss, dw, db = loss + part.detach(), dw + to_norm[0], db + to_norm[1]
+        logits = _logits(scores, *affine or (None, None))
+        part = F.cross_entropy(logits, i.labels.flatten()[rows], reduction="sum") / len(x)
+        ds, *grads = torch.autograd.grad(grad_scale * part, (scores, *affine))
+        loss, to_norm = loss + part.detach(), [a + b for a, b in zip(to_norm, grads, strict=True)]
         held = rows % every == 0
         ds, index, close = ds[held], index[held], close[held]
         dx = ds.new_zeros(len(ds), *p.shape[:2]).scatter_(2, index[..., None], ds[..., None]).flatten(1) @ p.flatten(0, 1)
         parts.append((rows[held], dx, 2 * (ds.abs() * close).sum(1)))  # two unit sub-centroids are at most 2 apart
     of, dx, slack = map(torch.cat, zip(*parts, strict=True))
-    return SimpleNamespace(loss=loss, rows=of, dx=dx, dw=dw, db=db, slack=slack)
+    return SimpleNamespace(loss=loss, rows=of, dx=dx, to_norm=to_norm, slack=slack)
 
 
 def _check(result: Any, want: Any, eps: float) -> float:
     """Loss and the gradients of the norm relative to their largest element; dX by rows, flips allowed inside the margin."""
-    loss, dx, dw, db = result
+    loss, dx, *to_norm = result
     if not bool(dx.isfinite().all()):
         return math.inf
     rows = (_flat(dx)[want.rows].double() - want.dx).norm(dim=1)
     return max(
         error_ratio(loss, want.loss, 8 * eps * (1 + want.loss.item())),
         error_ratio(rows, torch.zeros_like(rows), _GRADIENT * eps * want.dx.norm(dim=1).max() + want.slack),
-        error_ratio(dw, want.dw, _GRADIENT * eps * want.dw.abs().max()),
-        error_ratio(db, want.db, _GRADIENT * eps * want.db.abs().max()),
+        *(error_ratio(g, e, _GRADIENT * eps * e.abs().max()) for g, e in zip(to_norm, want.to_norm, strict=True)),
     )
 
 
@@ -217,11 +244,11 @@ def _scores_case(name: str, sizes: dict[str, int], dtype: str, settings: Setting
 
         return lambda i: lambda: call(i)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         def scores(x: Tensor, p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             found = ops.class_scores(x, p, labels, backend=backend)
             assert found.own_similarity is not None
-            return found.scores, found.winner, found.own_similarity
+            return found.scores, found.winner, flat_pixels(found.own_similarity)
 
         return timed(scores)
 
@@ -272,11 +299,13 @@ def _scores_case(name: str, sizes: dict[str, int], dtype: str, settings: Setting
     )  # fmt: skip
 
 
-def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings, nchw: bool) -> Case:
+def _nearest_case(
+    name: str, sizes: dict[str, int], dtype: str, goals: dict[str, float], settings: Settings, nchw: bool = False
+) -> Case:
     def timed(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], Call]:
         return lambda i: lambda: f(i.x.detach(), i.centroids)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         def nearest(x: Tensor, p: Tensor) -> Tensor:
             found = ops.nearest_centroid(x, p, backend=backend)
             return found.label * p.shape[1] + found.sub
@@ -308,7 +337,7 @@ def _nearest_case(name: str, sizes: dict[str, int], dtype: str, settings: Settin
         inputs=lambda: _inputs(sizes, dtype, settings, nchw),
         reference=lambda i: (_flat(i.x.detach()).double() @ i.centroids.flatten(0, 1).double().T, i.margin),
         check=lambda result, expected: choice_ratio(result.flatten(), *expected),
-        flops=2.0 * n * c * k * d, goals=settings.goals(dtype, {"faiss_flat_ip": 1.1}),
+        flops=2.0 * n * c * k * d, goals=settings.goals(dtype, goals),
     )  # fmt: skip
 
 
@@ -323,7 +352,7 @@ def _contrast_case(name: str, sizes: dict[str, int], dtype: str, settings: Setti
 
         return lambda i: lambda: call(i)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(lambda x, p, target: ops.subcentroid_cross_entropy(x, p, target, backend=backend))
 
     def mm(x: Tensor, p: Tensor, target: Tensor) -> Tensor:

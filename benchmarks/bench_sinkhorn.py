@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_kernels import ops
+from dnc_kernels.backends import Backend
 
 from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
 
@@ -121,7 +122,7 @@ def _assign_case(name: str, sizes: dict[str, int], dtype: str, settings: Setting
     def timed(f: Callable[..., Tensor]) -> Callable[[Any], Call]:
         return lambda i: lambda: f(i.similarity, i.group, i.classes)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(lambda s, g, c: ops.sinkhorn_assign(s, g, c, epsilon=EPSILON, iterations=ITERATIONS, backend=backend))
 
     return Case(
@@ -150,7 +151,7 @@ def _plan_case(name: str, sizes: dict[str, int], dtype: str, settings: Settings,
 
         return lambda i: lambda: call(i)
 
-    def kernel(backend: str) -> Callable[[Any], Call]:
+    def kernel(backend: Backend) -> Callable[[Any], Call]:
         return timed(lambda s, g, c: ops.sinkhorn_plan(s, g, c, epsilon=EPSILON, iterations=ITERATIONS, backend=backend))
 
     def expected(i: Any) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 import dnc_kernels
 from dnc_kernels import backends
+from dnc_kernels.backends import Backend
 
 from . import memory
 from .clock import Call, CudaClock, Timing, cpu_clock
@@ -132,7 +133,7 @@ def kernels(
     settings: Settings,
     dtype: str,
     ops: Sequence[str],
-    prepare: Callable[[str], Callable[[Any], Call]],
+    prepare: Callable[[Backend], Callable[[Any], Call]],
     sizes: Mapping[str, int],
     layout: str | None = None,
 ) -> list[Variant]:
@@ -144,7 +145,7 @@ def kernels(
     known = {key: size for key, size in sizes.items() if key in ("N", "C", "K", "D")}
     kind = torch.device(settings.device).type
     # Triton's interpreter, which runs on CPU tensors, is no way to measure
-    for backend in set(backends.BACKENDS) - {"auto", "reference", *(() if settings.cuda else ("triton",))}:
+    for backend in set(get_args(Backend)) - {"auto", "reference", *(() if settings.cuda else ("triton",))}:
         if settings.listed:
             written = [backends.KERNELS[op].get(backend) for op in ops]
             if all(k and k.device == kind and not k.refuses(backend, dtype_of(dtype), None, layout, known) for k in written):

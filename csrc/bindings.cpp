@@ -10,6 +10,7 @@
 #include "dnc/similarity.h"
 #include "dnc/sinkhorn.h"
 #include "dnc/upsample.h"
+#include "stamp.h"
 
 namespace py = pybind11;
 using namespace dnc;
@@ -32,6 +33,8 @@ void run(const char* op, Status (*kernel)(const Args&), const Args& args) {
 PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = DNC_VERSION;
   m.attr("compiler") = DNC_COMPILER;
+  m.attr("source") = stamp::source;
+  m.attr("commit") = stamp::commit;
 #if defined(DNC_CUDA_ARCHS)
   m.attr("cuda_archs") = DNC_CUDA_ARCHS;
 #else
@@ -42,8 +45,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("current_isa", [] { return int(current_isa()); });
   m.def("set_isa", [](int isa) { return set_isa(Isa(isa)); });
 
-  m.def("cluster_sums", [](View x, View cluster, View sums, View counts, int threads) {
-    run("cluster_sums", cluster_sums, ClusterSums{x, cluster, sums, counts, threads});
+  m.def("cluster_sums", [](const char* op, View x, View cluster, View sums, View counts, int threads) {
+    run(op, cluster_sums, ClusterSums{x, cluster, sums, counts, threads});
   });
   m.def("apply_momentum_", [](View centroids, View sums, View counts, double momentum, int threads) {
     run("apply_momentum_", apply_momentum, ApplyMomentum{centroids, sums, counts, momentum, threads});
@@ -52,7 +55,7 @@ PYBIND11_MODULE(_C, m) {
   py::module_ cuda = m.def_submodule("cuda");
   bind_cuda(cuda);
   py::dict sources;  // family -> SHA-256 of its kernels' source
-  std::istringstream words(DNC_CUDA_SOURCES);
+  std::istringstream words(stamp::cuda_sources);
   for (std::string family, hash; words >> family >> hash;) sources[family.c_str()] = hash;
   cuda.attr("sources") = sources;
 #endif

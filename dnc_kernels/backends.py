@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ from torch import Tensor
 from . import _evidence
 from .errors import FLOATS
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-ISAS = ("portable", "avx2", "avx512")
+#: What ``backend=`` may be.
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+Isa = Literal["portable", "avx2", "avx512"]
+ISAS: tuple[str, ...] = get_args(Isa)
 
 _native: Any = None
 NATIVE_ERROR = ""
@@ -285,7 +288,7 @@ def chosen() -> str:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend) -> Iterator[None]:
     """Run the ops inside this block on backend `name` (process-wide, as torch's own backend switches are)."""
     global _choice
     before, _choice = _choice, _checked(name)
@@ -375,7 +378,7 @@ def usable_isas() -> tuple[str, ...]:
 
 
 @contextmanager
-def use_isa(name: str) -> Iterator[None]:
+def use_isa(name: Isa) -> Iterator[None]:
     """Run the CPU kernels inside this block with instruction set `name` (process-wide).
 
     Raises:

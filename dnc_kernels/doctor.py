@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 import numpy
 import torch
@@ -216,7 +217,10 @@ def _run_self_tests(report: Report) -> None:
             try:
                 with backends.use_backend("reference"):
                     expected = CASES[op](problem.to(torch.float64, "cpu"))
-                with backends.use_backend(backend), backends.use_isa(isa) if isa else nullcontext():
+                with (
+                    backends.use_backend(cast(backends.Backend, backend)),
+                    backends.use_isa(cast(backends.Isa, isa)) if isa else nullcontext(),
+                ):
                     error = worst_error(CASES[op](problem.to(torch.float32, device)), expected)
             except Exception as raised:  # a doctor reports what it finds
                 failure = f"{type(raised).__name__}: {raised}"

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written aside, flushed, then renamed; the one before is kept."""
+"""Checkpoints that a crash cannot damage: written to another file, flushed, then renamed. The one before is kept."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class CheckpointError(RuntimeError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when the block ends well; whoever reads, even after a crash, finds one file whole.
+    """A file that takes the place of `path` when the block ends well. A reader finds the old or the new file, always whole.
 
-    What a crash leaves behind is a file ending in ``.partial``, which the next `save` removes.
+    A crash leaves a file ending in ``.partial``, which the next `save` removes.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -65,7 +65,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint. Its tensors are read, no code of it is run.
+    """Content of a checkpoint. Loading reads tensors and runs no code from the file.
 
     Raises:
         CheckpointError: it is damaged; the message names the one before it.
@@ -99,7 +99,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put every random generator where `random_state` saw it; CUDA's where there are as many devices as then."""
+    """Restore what `random_state` returned; CUDA's generators only where there are as many devices as then."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

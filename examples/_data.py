@@ -1,4 +1,4 @@
-"""Training data: the digit scenes, or a user's folder of images and masks; crops, and whole images cut into tiles."""
+"""Training data: the digit scenes, or a user's folder of images and masks, as random crops or as tiles of whole images."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Size = tuple[int, int]
 
 
 class DataError(ValueError):
-    """Something is wrong with the user's files; one line that names the file, what was expected, what it is, and the fix."""
+    """The user's files are wrong. The message is one line: the file, what was expected, what it is, and the fix."""
 
 
 class Source(Protocol):
-    """Images [H,W,3] with masks [H,W] by number."""
+    """Numbered images [H,W,3] with their masks [H,W]."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Picture, Mask]:
-        """Image and mask of a number."""
+        """Image and mask with this number."""
         ...
 
 
@@ -111,9 +111,9 @@ class FolderScenes:
 
 
 def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
-    """Pairs of the image and mask of equal name (below their folders, without suffix), and how many masks have no image.
+    """Pairs of an image and the mask of the same name (below their folders, without suffix), and how many masks have no image.
 
-    Reads headers, no pixels.
+    Reads the headers of the files, not their pixels.
 
     Raises:
         DataError: a folder is missing or holds no pair, an image has no mask, two files share a name, a file is no image, a
@@ -139,7 +139,7 @@ def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
 def _check_pair(pair: Pair) -> None:
     mode, size = _opened(pair.image, lambda opened: (opened.mode, opened.size))
     if mode not in IMAGE_MODES:
-        raise DataError(f"{pair.image}: expected an 8-bit image; got mode {mode}; save it with 8 bits a channel")
+        raise DataError(f"{pair.image}: expected an 8-bit image; got mode {mode}; save it with 8 bits per channel")
     mask_mode, mask_size = _opened(pair.mask, lambda opened: (opened.mode, opened.size))
     if mask_mode not in MASK_MODES:
         raise DataError(
@@ -182,7 +182,7 @@ def _counted(count: int, what: str) -> str:
 
 
 def split_pairs(pairs: list[Pair], held_out: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and pairs to measure on: a share `held_out` of all, drawn by `seed`; at least one of each."""
+    """Pairs to train on, and pairs to measure on: a share `held_out` of all, drawn by `seed`. At least one of each."""
     count = min(max(1, round(held_out * len(pairs))), len(pairs) - 1)
     if held_out == 0 or count == 0:
         return pairs, pairs
@@ -191,13 +191,13 @@ def split_pairs(pairs: list[Pair], held_out: float, seed: int) -> tuple[list[Pai
 
 
 def fingerprint(pairs: list[Pair]) -> str:
-    """Digest of the names, to tell whether a run goes on with the data it began with."""
+    """Digest of the names, by which a resumed run sees whether its data changed."""
     return hashlib.sha256("\n".join(pair.name for pair in pairs).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of random crops. Every bit of a step's batch follows from `seed` and the step's number alone.
+    """Batches of random crops. The batch of a step follows from `seed` and the number of the step alone.
 
     So a resumed run needs no state to go on with the same data.
     """
@@ -211,7 +211,7 @@ class Batches:
     workers: int = 2
 
     def steps(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images [B,3,h,w] uint8 and labels [B,h,w] int64 of steps first..last; the next ones are read meanwhile."""
+        """Images [B,3,h,w] uint8 and labels [B,h,w] int64 of steps first..last. Threads read the next batch meanwhile."""
         pool = ThreadPoolExecutor(self.workers)
         try:
             ahead = [pool.submit(self.sample, number) for number in self._numbers(first)] if first <= last else []
@@ -226,7 +226,7 @@ class Batches:
         return range((step - 1) * self.batch, step * self.batch)
 
     def sample(self, number: int) -> tuple[Picture, Mask]:
-        """Crop of the sample that comes `number`-th in training, from 0: one random permutation after another."""
+        """Crop of the `number`-th sample of training, from 0. The order is one random permutation after another."""
         epoch, position = divmod(number, len(self.source))
         index = int(_order(len(self.source), self.seed, epoch)[position])
         image, mask = self.source.read(index)
@@ -254,7 +254,7 @@ def cut(image: Picture, mask: Mask, top: int, left: int, size: Size, ignore_inde
 
 
 def tiles(source: Source, batch: int, size: Size, ignore_index: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every pixel of a source once: batches of windows side by side, of one size for networks that take no other."""
+    """Batches of windows that cover every pixel of a source once, all of one size: some networks take no other."""
     pending = []
     for index in range(len(source)):
         image, mask = source.read(index)

@@ -15,7 +15,7 @@ def make_backbone(name: str, size: tuple[int, int], *, tiny: bool = False) -> An
     Args:
         name: of the network; after ``timm:`` the name of a timm backbone.
         size: height and width of its images.
-        tiny: SegFormer and Swin of a few channels and one layer a stage, to see that everything works.
+        tiny: SegFormer and Swin with a few channels and one layer per stage, to see that everything works.
 
     Raises:
         ValueError: neither here nor in timm is there a network of that name.

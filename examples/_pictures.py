@@ -1,4 +1,4 @@
-"""Predictions beside the truth, as a picture."""
+"""A picture of predictions next to the truth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dnc_kernels.integrations import DNCSegmenter
 
 @torch.no_grad()
 def draw_predictions(path: Path, network: DNCSegmenter, images: Tensor, labels: Tensor, classes: int) -> Path:
-    """Images [B,3,H,W] uint8, their labels [B,H,W] and what the network says; pixels whose label is no class are white."""
+    """Draw images [B,3,H,W] uint8, their labels [B,H,W] and the predictions. Pixels whose label is no class are white."""
     network.eval()
     predicted = network.predict(network_input(images, next(network.parameters()).device)).cpu()
     network.train()
@@ -43,7 +43,7 @@ def draw_predictions(path: Path, network: DNCSegmenter, images: Tensor, labels: 
 
 
 def palette(classes: int) -> NDArray[np.float64]:
-    """Colours [classes,3] in 0..1: those of the demo, then hues as far from each other as a golden ratio puts them."""
+    """Colours [classes,3] in 0..1: those of the demo if they suffice, else hues spaced by the golden ratio."""
     hues = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, 0.9 if i % 2 else 0.65) for i in range(classes)]
     return COLOURS[:classes] if classes <= len(COLOURS) else np.array(hues)
 

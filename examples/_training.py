@@ -1,4 +1,4 @@
-"""The training loop: steps, the log, evaluations, checkpoints, and a stop at any step without a loss."""
+"""The training loop: steps, the log, evaluations, checkpoints, and a stop at any step that loses nothing."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Training:
     Args:
         network: on its device.
         steps: of the whole training; the learning rate falls towards 0 at its end.
-        learning_rate: its peak.
+        learning_rate: the peak of the schedule.
         weight_decay: AdamW's, on matrices and convolutions only.
-        run: what the run is (network, data, seed and the like); a checkpoint of another run is refused.
+        run: options that identify the run (network, data, seed and the like); a checkpoint of another run is refused.
         out: folder of log and checkpoints.
     """
 
@@ -62,7 +62,7 @@ class Training:
 
     @property
     def log(self) -> Path:
-        """A JSON object a line: one for every step and every evaluation."""
+        """The file of the log: one JSON object per line, for every step and every evaluation."""
         return self.out / "log.jsonl"
 
     def _rate(self, done: int) -> float:
@@ -81,7 +81,7 @@ class Training:
         return path
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
-        """Go on where a checkpoint was written, and forget what the log says of later steps.
+        """Go on where a checkpoint was written, and drop the log's rows of later steps.
 
         Raises:
             CheckpointError: it is of another run.
@@ -129,7 +129,7 @@ def _rows(log: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], int]]:
-    """Tells the number of the first SIGINT or SIGTERM that came inside the block, or 0; a second SIGINT interrupts at once."""
+    """A function that gives the number of the first SIGINT or SIGTERM in the block, or 0. A second one has its usual effect."""
     received = 0
 
     def note(number: int, _: FrameType | None) -> None:
@@ -157,7 +157,7 @@ def train(
 ) -> int:
     """Train to the end, or to the step at which a signal came; return the signal's number, or 0.
 
-    Whatever ends it (the last step, a signal, a file that cannot be read) leaves a checkpoint of the last step done.
+    Whatever ends it (the last step, a signal, a file that cannot be read), there is a checkpoint of the last step.
 
     Args:
         training: what to train.

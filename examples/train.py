@@ -1,4 +1,4 @@
-"""Train a real network with a DNC head in place of its class layer: on scenes of digits, or on your images and masks."""
+"""Train a real network with a DNC head in place of its class layer, on scenes of digits or on your images and masks."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def data(o: argparse.Namespace, console: Console) -> tuple[Source, Source, str, 
 
 
 def identity(o: argparse.Namespace, files: str) -> dict[str, Any]:
-    """What a run must have in common with the checkpoint that it goes on from."""
+    """Options that a run must have in common with the checkpoint that it goes on from."""
     names = (
         "network", "tiny", "size", "batch", "steps", "seed", "lr", "weight_decay", "subcentroids", "embed_channels", "recipe",
         "num_classes", "ignore_index", "flip", "held_out",
@@ -148,33 +148,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("network").add_argument
     group("--network", default="segformer", metavar="NAME", help=f"{', '.join(NAMES)} (default segformer)")
     group("--tiny", action="store_true", help="segformer and upernet-swin with a few channels: seconds instead of minutes")
-    group("--subcentroids", type=int, default=10, metavar="K", help="of each class (default 10)")
+    group("--subcentroids", type=int, default=10, metavar="K", help="sub-centroids per class (default 10)")
     group("--embed-channels", type=int, metavar="D", help="project the features to D channels first (default: no projection)")
-    group("--recipe", default="default", choices=sorted(RECIPES), help="of the head (default: default)")
+    group("--recipe", default="default", choices=sorted(RECIPES), help="of the head, see docs/recipes.md (default: default)")
     group = parser.add_argument_group("data (default: scenes of handwritten digits, 11 classes)").add_argument
     group("--images", type=Path, metavar="DIR", help="your images; subfolders count")
     group("--masks", type=Path, metavar="DIR", help="a mask of class ids for each, of the same name: PNG, palette or greyscale")
     group("--num-classes", type=int, metavar="C", help="ids are 0 to C-1; needed with --images")
     group("--ignore-index", type=int, default=255, metavar="ID", help="id of pixels to leave out (default 255)")
     group("--held-out", type=float, default=0.1, metavar="SHARE",
-          help="of the pairs, to measure on instead of training; 0: measure on all (default 0.1)")  # fmt: skip
+          help="share of the pairs to measure on and not train on; 0: measure on all (default 0.1)")  # fmt: skip
     group("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the crops (default: with --images)")
-    group("--check-data", action="store_true", help="read every file before training, not when its turn comes")
-    group("--size", default="128x128", metavar="HxW", help="of the random crops, or of the scenes (default 128x128)")
+    group("--check-data", action="store_true", help="read every file before training, and not only when its turn comes")
+    group("--size", default="128x128", metavar="HxW", help="size of the random crops, or of the scenes (default 128x128)")
     group = parser.add_argument_group("training").add_argument
-    group("--steps", type=int, default=200, help="in all (default 200)")
-    group("--batch", type=int, default=4, help="crops a step (default 4)")
+    group("--steps", type=int, default=200, help="steps in all (default 200)")
+    group("--batch", type=int, default=4, help="crops per step (default 4)")
     group("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default 1e-3)")
-    group("--weight-decay", type=float, default=0.01, help="on matrices and convolutions (default 0.01)")
-    group("--seed", type=int, default=0, help="of weights, scenes, crops and their order (default 0)")
+    group("--weight-decay", type=float, default=0.01, help="of AdamW, on matrices and convolutions only (default 0.01)")
+    group("--seed", type=int, default=0, help="seed of weights, scenes, crops and their order (default 0)")
     group("--device", default="cpu", metavar="cpu|cuda", help="where to train (default cpu)")
     group("--threads", type=int, help="CPU threads (default: torch's choice)")
     group = parser.add_argument_group("output").add_argument
     group("--out", type=Path, default=Path("train-out"), metavar="DIR",
           help="for log.jsonl, checkpoints and predictions.png (default train-out)")  # fmt: skip
     group("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or from the last checkpoint in --out")
-    group("--checkpoint-every", type=int, default=100, metavar="N", help="steps (default 100); the last two are kept")
-    group("--evaluate-every", type=int, metavar="N", help="steps (default: a fifth of --steps)")
+    group("--checkpoint-every", type=int, default=100, metavar="N", help="steps between them (default 100); two are kept")
+    group("--evaluate-every", type=int, metavar="N", help="steps between evaluations (default: a fifth of --steps)")
     group("--stop-after", type=int, metavar="N", help="stop after N steps with a checkpoint, as Ctrl-C would")
     o = parser.parse_args(argv)
     check(parser, o)
@@ -222,7 +222,7 @@ def check(parser: argparse.ArgumentParser, o: argparse.Namespace) -> None:
     if 0 <= o.ignore_index < o.num_classes:
         parser.error(f"--ignore-index must not be a class; got {o.ignore_index} with {o.num_classes} classes; -1 is never one")
     if o.batch == 1 and o.network in ("upernet-swin", "deeplabv3-resnet50"):
-        parser.error(f"--batch must be at least 2 for {o.network}: it batch-normalises one value an image")
+        parser.error(f"--batch must be at least 2 for {o.network}: it batch-normalises one value per image and channel")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", o.device):
         parser.error(f"--device must be cpu, cuda or cuda:N; got {o.device!r}")
     if o.device != "cpu" and (torch.device(o.device).index or 0) >= torch.cuda.device_count():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -189,7 +190,8 @@ def test_quick_run(bench, dtype, tmp_path, capsys):
 def test_quick_run_without_kernels(monkeypatch):
     monkeypatch.setattr(harness.backends, "resolve", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no kernel")))
     for quick in command.select(QUICK):
-        assert {v.backend for v in quick.variants if not v.baseline} == {"auto" if quick.op == "head_step" else "reference"}
+        backend = "auto" if quick.op in ("head_step", "segmentation_step") else "reference"
+        assert {v.backend for v in quick.variants if not v.baseline} == {backend}
 
 
 @pytest.mark.parametrize("bench", command.BENCHES)
@@ -202,6 +204,8 @@ def test_checks_catch_a_small_fault(bench):
         assert quick.check(result, reference) <= 1
         if quick.op == "head_step":
             result[2][1, 1, 3] += 1e-4
+        elif quick.op == "segmentation_step":
+            result[1][1][0, 2, 0, 0] += 2e-4 * result[1][1].abs().max()
         elif quick.op in ("sinkhorn_plan", "cluster_sums"):
             some = result[-1 if quick.op == "sinkhorn_plan" else 0]
             some.view(-1)[5] += 1e-3 * max(1, some.abs().max())
@@ -220,6 +224,39 @@ def test_checks_catch_a_small_fault(bench):
         else:
             inputs.centroids[1, 1, 3] += 2e-6
         assert quick.check(result, reference) > 1, quick.name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_head_of_a_segmentation_step_is_held_to_its_own_reference(dtype):
+    """Loss, gradients of features and parameters and, where there are any, moved sub-centroids."""
+    quick = command.select(replace(QUICK, dtypes=(dtype,)), ["segmentation"])[0]
+    inputs = quick.inputs()
+    reference = quick.reference(inputs)
+    heads = set()
+    for variant in quick.variants:
+        if variant.compiled:
+            continue
+        name, parts = variant.prepare(inputs)()
+        heads.add(name)
+        assert quick.check((name, parts), reference) <= 1
+        for place in range(len(parts)):
+            wrong = [part.clone() for part in parts]
+            wrong[place] += 0.3 * wrong[place].abs().max()
+            assert quick.check((name, tuple(wrong)), reference) > 1, (name, place)
+    assert heads == {"linear", "head", "head without contrast"} == set(reference)
+
+
+def test_cases_are_chosen_by_patterns():
+    def chosen(*patterns):
+        return {(c.op, c.name) for c in command.select(QUICK, None, patterns)}
+
+    everything = chosen("*")
+    assert chosen("hard_*") == {(op, name) for op, name in everything if name.startswith("hard_")}
+    assert {op for op, _ in chosen("hard_*")} == {
+        "centroid_cross_entropy", "nearest_centroid", "upsample_cross_entropy", "segmentation_step",
+    }  # fmt: skip
+    assert chosen("hard_tiny", "c19_*") == {(op, n) for op, n in everything if n == "hard_tiny" or n.startswith("c19_")}
+    assert chosen("hard") == set()
 
 
 def test_baselines_agree_with_the_reference_on_groups_of_all_sizes():
@@ -446,6 +483,23 @@ def test_what_a_gpu_would_measure_can_be_listed_without_one(capsys):
     with pytest.raises(SystemExit):
         command.main(["run", "--device", "cuda"])
     assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_help_explains_every_option_and_a_case_that_is_unknown_is_answered_with_the_names(capsys):
+    for command_line in ([], ["run"], ["report"]):
+        with pytest.raises(SystemExit, match="0"):
+            command.main([*command_line, "--help"])
+        text = capsys.readouterr().out
+        if not command_line:
+            assert "peak" not in text  # `run` starts it for itself
+            assert all(f"benchmarks.{name} " in text for name in ("tune", "dispatch", "aot", "prove", "sanitize", "gpu_run"))
+        assert not re.search(r"^  -\S+( \S+)?\n(?=  -|\n|$)", text, re.M), "an option without help"
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["run", "--op", "upsample", "--case", "ade"])
+    assert "cases: 'ade20k_x4'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["run", "--op", "upsampling"])
+    assert "upsample_argmax" in capsys.readouterr().err
 
 
 def test_every_op_with_two_kernels_on_gpus_is_measured():

@@ -238,7 +238,7 @@ def test_class_counts_and_wrong_labels():
         model.loss(x, labels)
     with pytest.raises(ValueError, match=r"features must be \[N,12\]"):
         model.loss(torch.randn(4, D + 1), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"ignore_index must be outside the 6 classes"):
+    with pytest.raises(ValueError, match=r"ignore_index must be outside \[0,6\)"):
         make(ignore_index=2)
     with pytest.raises(ValueError, match="memory_size must be a non-negative integer"):
         make(memory_size=-1)

@@ -92,7 +92,7 @@ def test_cross_entropy_and_its_gradients(golden, loss_size):
 def test_contrast_target_is_equal_where_the_plan_is_no_tie(golden):
     head = make_head(golden)
     e, labels = golden["embedding"], golden["labels"]
-    own = ops.class_scores(e, head.prototypes, labels).own_similarity
+    own = ops.class_scores(e, head.prototypes, labels, ignore_index=head.ignore_index).own_similarity
     labels = torch.where(labels == head.ignore_index, -1, labels)
     cluster = head.cluster(own, labels)
     plan = ops.sinkhorn_plan(own, labels, head.num_classes, epsilon=head.epsilon, iterations=head.iterations)

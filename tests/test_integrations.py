@@ -1,5 +1,4 @@
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,15 +214,6 @@ def test_missing_package_names_the_extra_to_install(monkeypatch, package, create
     monkeypatch.setattr(_optional, "find_spec", lambda name: None if name == package else found(name))
     with pytest.raises(ModuleNotFoundError, match=rf'needs {package}: run `pip install "dnc_kernels\[networks\]"`'):
         create()
-
-
-def test_example_of_the_page_runs():
-    skip_without_torchvision()
-    page = (Path(__file__).parents[1] / "docs" / "networks.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {}
-    exec(example, names)
-    assert names["prediction"].shape == (2, 64, 64)
 
 
 def in_a_fresh_process(code):

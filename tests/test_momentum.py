@@ -1,6 +1,5 @@
 """cluster_sums, apply_momentum_ and momentum_update_ against float64."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -497,18 +496,18 @@ ERRORS = [
         r"cluster_sums: x must be a float32, .* tensor; got \[20, 6\] int32",
     ),
     (lambda: ops.cluster_sums(X[0], CLUSTER, 3), ValueError, r"cluster_sums: x must be \[N,D\] or \[B,D,H,W\]; got \[6\]"),
-    (lambda: ops.cluster_sums(X, CLUSTER.float(), 3), TypeError, r"cluster_sums: cluster must be an integer tensor"),
+    (lambda: ops.cluster_sums(X, CLUSTER.float(), 3), TypeError, r"cluster_sums: labels must be an integer tensor"),
     (
         lambda: ops.cluster_sums(X, CLUSTER[1:], 3),
         ValueError,
-        r"cluster_sums: cluster must be \[N\]=\[20\] to match x; got \[19\]",
+        r"cluster_sums: labels must be \[N\]=\[20\] to match x; got \[19\]",
     ),
     (
         lambda: ops.cluster_sums(torch.randn(2, 6, 2, 5), CLUSTER.view(2, 5, 2), 3),
         ValueError,
-        r"cluster must be \[N\]=\[20\] or \[B,H,W\]=\[2, 2, 5\] to match x; got \[2, 5, 2\]",
+        r"labels must be \[B,H,W\]=\[2, 2, 5\] to match x; got \[2, 5, 2\]",
     ),
-    (lambda: ops.cluster_sums(X, CLUSTER, 0), ValueError, r"num_clusters must be positive; got 0"),
+    (lambda: ops.cluster_sums(X, CLUSTER, 0), ValueError, r"num_clusters must be a positive integer; got 0"),
     (
         lambda: ops.cluster_sums(X, CLUSTER, 3, backend="cuda"),
         RuntimeError,
@@ -525,7 +524,7 @@ ERRORS = [
     ),
     (lambda: ops.momentum_update_(P, X, CLUSTER, momentum=1.5), ValueError, r"momentum must be in \[0,1\]; got 1.5"),
     (lambda: ops.momentum_update_(P, X, CLUSTER, momentum=float("nan")), ValueError, r"momentum must be in \[0,1\]; got nan"),
-    (lambda: ops.momentum_update_(P, X, CLUSTER.to("meta")), ValueError, r"cluster must be on cpu like x; got meta"),
+    (lambda: ops.momentum_update_(P, X, CLUSTER.to("meta")), ValueError, r"labels must be on cpu like x; got meta"),
     (lambda: ops.momentum_update_(P, X, CLUSTER, backend="cuda"), RuntimeError, r"'cuda' was asked for but cannot run"),
     (lambda: ops.apply_momentum_(P, X, CLUSTER), ValueError, r"sums must be \[M,D\]=\[6,6\] to match centroids; got \[20, 6\]"),
     (lambda: ops.apply_momentum_(P, X[:6], CLUSTER), ValueError, r"counts must be \[M\]=\[6\] to match centroids; got \[20\]"),
@@ -541,16 +540,16 @@ def test_error_messages(case):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(("value", "pixel"), [(3, 7), (-2, 0), (10**12, 19)])
+@pytest.mark.parametrize(("value", "pixel"), [(3, 7), (10**12, 19)])
 def test_cluster_out_of_range(backend, value, pixel):
     cluster = CLUSTER.clone()
     cluster[pixel:] = value
-    message = re.escape("cluster must be in [-1,M); got ") + f"{value} at pixel {pixel}"
-    with pytest.raises(ValueError, match=message):
+    message = rf": labels must be in \[0,(3|num_clusters)\), ignore_index or negative; got {value} at pixel {pixel}"
+    with pytest.raises(ValueError, match="^cluster_sums" + message):
         ops.cluster_sums(X, cluster, 3, backend=backend)
     centroids = unit(3, 1, 6)
     before = centroids.clone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="^momentum_update_" + message):
         ops.momentum_update_(centroids, X, cluster, backend=backend)
     assert torch.equal(centroids, before)
 

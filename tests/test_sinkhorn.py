@@ -561,7 +561,7 @@ def test_backends_agree():
 def test_group_beyond_the_last_is_named(backend, op):
     s, group = problem(3000, 4, 3)
     group[2500], group[2800] = 3, 9
-    text = rf"{op.__name__}: group must be below num_groups, or negative to leave a pixel out; got 3 at pixel 2500"
+    text = rf"{op.__name__}: labels must be in \[0,(3|num_classes)\), ignore_index or negative; got 3 at pixel 2500"
     with pytest.raises(ValueError, match=text):
         op(s, group, 3, backend=backend)
 
@@ -578,18 +578,18 @@ S, GROUP = torch.zeros(6, 4), torch.zeros(6, dtype=torch.int64)
             TypeError,
             r"similarity must be a float32, float64, float16 or bfloat16 tensor; got \[6, 4\] int64",
         ),
-        ((S[0], GROUP, 2), {}, ValueError, r"similarity must be \[N,K\] with K > 0; got \[4\] float32"),
-        ((S[:, :0], GROUP, 2), {}, ValueError, r"similarity must be \[N,K\] with K > 0; got \[6, 0\]"),
-        ((S, GROUP[:5], 2), {}, ValueError, r"group must be \[N\]=\[6\] to match similarity; got \[5\] int64"),
-        ((S, GROUP.float(), 2), {}, TypeError, r"group must be an integer tensor; got \[6\] float32"),
-        ((S, GROUP.bool(), 2), {}, TypeError, r"group must be an integer tensor"),
-        ((S, GROUP.to("meta"), 2), {}, ValueError, r"group must be on cpu like similarity; got meta"),
-        ((S, GROUP, 0), {}, ValueError, r"num_groups must be positive; got 0"),
+        ((S[0], GROUP, 2), {}, ValueError, r"similarity must be \[N,K\] or \[B,K,H,W\] with K > 0; got \[4\] float32"),
+        ((S[:, :0], GROUP, 2), {}, ValueError, r"similarity must be \[N,K\] or \[B,K,H,W\] with K > 0; got \[6, 0\]"),
+        ((S, GROUP[:5], 2), {}, ValueError, r"labels must be \[N\]=\[6\] to match similarity; got \[5\] int64"),
+        ((S, GROUP.float(), 2), {}, TypeError, r"labels must be an integer tensor; got \[6\] float32"),
+        ((S, GROUP.bool(), 2), {}, TypeError, r"labels must be an integer tensor"),
+        ((S, GROUP.to("meta"), 2), {}, ValueError, r"labels must be on cpu like similarity; got meta"),
+        ((S, GROUP, 0), {}, ValueError, r"num_classes must be a positive integer; got 0"),
         ((S, GROUP, 2), {"epsilon": 0.0}, ValueError, r"epsilon must be finite and positive; got 0.0"),
         ((S, GROUP, 2), {"epsilon": -1.0}, ValueError, r"epsilon must be finite and positive; got -1.0"),
         ((S, GROUP, 2), {"epsilon": math.inf}, ValueError, r"epsilon must be finite and positive; got inf"),
         ((S, GROUP, 2), {"epsilon": math.nan}, ValueError, r"epsilon must be finite and positive; got nan"),
-        ((S, GROUP, 2), {"iterations": -1}, ValueError, r"iterations must be 0 or more; got -1"),
+        ((S, GROUP, 2), {"iterations": -1}, ValueError, r"iterations must be a non-negative integer; got -1"),
         ((S, GROUP, 2), {"tolerance": -1e-3}, ValueError, r"tolerance must be None or 0 or more; got -0.001"),
         ((S, GROUP, 2), {"tolerance": math.nan}, ValueError, r"tolerance must be None or 0 or more; got nan"),
         ((S, GROUP, 2), {"backend": "cuda"}, RuntimeError, r"backend 'cuda' was asked for but cannot run"),
@@ -603,11 +603,11 @@ def test_errors_name_the_argument(op, arguments, options, error, text):
 
 
 def test_errors_of_the_optional_group():
-    with pytest.raises(ValueError, match=r"^sinkhorn_plan: num_groups must be given with group; got None"):
+    with pytest.raises(ValueError, match=r"^sinkhorn_plan: num_classes must be given with labels; got None"):
         ops.sinkhorn_plan(S, GROUP)
-    with pytest.raises(ValueError, match=r"^sinkhorn_plan: num_groups must be None or 1 without group; got 3"):
+    with pytest.raises(ValueError, match=r"^sinkhorn_plan: num_classes must be None or 1 without labels; got 3"):
         ops.sinkhorn_plan(S, None, 3)
-    with pytest.raises(TypeError, match=r"^sinkhorn_assign: group must be an integer tensor; got None"):
+    with pytest.raises(TypeError, match=r"^sinkhorn_assign: labels must be an integer tensor; got None"):
         ops.sinkhorn_assign(S, None, 1)
 
 

@@ -33,7 +33,7 @@ def test_up_and_down(sizes, align_corners):
 
 def test_the_order_of_threads_does_not_matter(order):
     """Blocks side by side and of several rows, a last block of few cells, several warps and class chunks of a block."""
-    check(normal(2, 170, 5, 33), random_labels(2, 170, (9, 68)), class_weight=torch.rand(170).to(DEVICE) + 0.1)
+    check(normal(2, 170, 5, 33), random_labels(2, 170, (9, 68)), weight=torch.rand(170).to(DEVICE) + 0.1)
     check(normal(1, 40, 4, 3), random_labels(1, 40, (15, 11)), align_corners=True, label_smoothing=0.1, reduction="sum")
 
 
@@ -84,8 +84,8 @@ def test_dtypes(dtype, reduction):
 def test_class_weights_and_smoothing(weighted, smoothing, reduction):
     weight = torch.rand(5).to(DEVICE) + 0.1 if weighted else None
     scores, labels = normal(1, 5, 2, 3), random_labels(1, 5, (3, 5))
-    check(scores, labels, class_weight=weight, label_smoothing=smoothing, reduction=reduction)
-    check(scores, random_labels(1, 5, (9, 14)), class_weight=weight, label_smoothing=smoothing, reduction=reduction)
+    check(scores, labels, weight=weight, label_smoothing=smoothing, reduction=reduction)
+    check(scores, random_labels(1, 5, (9, 14)), weight=weight, label_smoothing=smoothing, reduction=reduction)
 
 
 @pytest.mark.parametrize("classes", (1, 2, 31, 40, 65, 161))
@@ -376,8 +376,8 @@ def test_samples_that_lie_far_apart_are_launched_apart(tmp_path, cuda):
     scores = storage.as_strided((3, 2, 2, 3), (apart, 6, 3, 1))
     scores.copy_(normal(3, 2, 2, 3))
     weight = torch.rand(2) + 0.1
-    check(scores, random_labels(3, 2, (5, 7)), class_weight=weight, reduction="none")
-    check(scores, random_labels(3, 2, (5, 7)), class_weight=weight, reduction="mean")
+    check(scores, random_labels(3, 2, (5, 7)), weight=weight, reduction="none")
+    check(scores, random_labels(3, 2, (5, 7)), weight=weight, reduction="mean")
     assert torch.equal(*(ops.upsample_argmax(s, (5, 7), backend="cuda") for s in (scores, scores.contiguous())))
 
 

@@ -53,14 +53,14 @@ def test_dtypes(dtype, reduction):
 def test_class_weights_and_smoothing(weighted, smoothing, reduction):
     weight = torch.rand(5).to(DEVICE) + 0.1 if weighted else None
     scores, labels = normal(1, 5, 2, 3), random_labels(1, 5, (3, 5))
-    check(scores, labels, class_weight=weight, label_smoothing=smoothing, reduction=reduction)
+    check(scores, labels, weight=weight, label_smoothing=smoothing, reduction=reduction)
 
 
 def test_more_pixels_than_the_programs_of_the_loss_hold(monkeypatch):
     monkeypatch.setattr(kernels, "_PIXELS", 16)
     monkeypatch.setattr(kernels, "processors", lambda _: 1)
     scores, labels, weight = normal(1, 2, 4, 4), random_labels(1, 2, (15, 11)), torch.rand(2).to(DEVICE) + 0.1
-    loss = ops.upsample_cross_entropy(scores, labels, class_weight=weight, backend="triton")
+    loss = ops.upsample_cross_entropy(scores, labels, weight=weight, backend="triton")
     expected = F.cross_entropy(upsampled(scores, (15, 11), False), labels, weight.double())
     assert_close(loss, expected, "interpolated_loss", terms=2, scale=1 + float(scores.abs().max()))
 

@@ -53,15 +53,13 @@ def upsampled(scores, size, align_corners):
     return torch.einsum("Hh,bchw,Ww->bcHW", rows, scores.double(), columns)
 
 
-def check(backend, scores, labels, align_corners=False, class_weight=None, **options):
+def check(backend, scores, labels, align_corners=False, weight=None, **options):
     leaf = scores.detach().requires_grad_()
-    loss = ops.upsample_cross_entropy(
-        leaf, labels, align_corners=align_corners, class_weight=class_weight, backend=backend, **options
-    )
+    loss = ops.upsample_cross_entropy(leaf, labels, align_corners=align_corners, weight=weight, backend=backend, **options)
     wide = scores.detach().double().requires_grad_()
     logits = upsampled(wide, labels.shape[1:], align_corners)
-    weight = None if class_weight is None else class_weight.double()
-    expected = F.cross_entropy(logits, labels.long(), weight, **options)
+    wide_weight = None if weight is None else weight.double()
+    expected = F.cross_entropy(logits, labels.long(), wide_weight, **options)
     grad = normal(*loss.shape)
     (actual_grad,) = torch.autograd.grad(loss, leaf, grad)
     (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())

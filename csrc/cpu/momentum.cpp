@@ -71,14 +71,14 @@ Status count(const Problem& a) {
       const int64_t m = a.cluster[n];
       if (uint64_t(m) < uint64_t(a.M)) {
         h[m]++;
-      } else if (m != -1) {
+      } else if (m >= 0) {
         first_bad[t] = n;
         break;
       }
     }
   }
   for (int64_t t = 0; t < a.threads; t++) {
-    if (first_bad[t] >= 0) return {Code::bad_label, first_bad[t], a.cluster[first_bad[t]], "cluster must be in [-1,M)"};
+    if (first_bad[t] >= 0) return {Code::bad_label, first_bad[t], a.cluster[first_bad[t]], "labels must be in [0,num_clusters), ignore_index or negative"};
   }
   std::memset(a.counts, 0, size_t(a.M) * sizeof(int64_t));
   for (int64_t t = 0; t < a.threads; t++) {

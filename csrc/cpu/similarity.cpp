@@ -204,6 +204,11 @@ Status nearest(const NearestCentroid& a) {
 
 Status class_scores(const ClassScores& a) {
   if (a.own_similarity && !a.labels) return bad_argument("own_similarity needs labels");
+  if (a.labels)
+    for (int64_t n = 0; n < a.labels.size[0]; n++) {
+      const int64_t y = a.labels.as<int64_t>()[n];
+      if (y >= a.centroids.size[0]) return {Code::bad_label, n, y, "labels must be in [0,C), ignore_index or negative"};
+    }
   return a.scores.dtype == DType::float64 ? scores<double>(a) : scores<float>(a);
 }
 Status class_scores_backward(const ClassScoresBackward& a) {

@@ -99,7 +99,7 @@ void block_softmax(T* block, int64_t slots, T scale, const bool* skip, T* top, T
 Status check_targets(const SubcentroidCrossEntropy& a, int64_t N, int64_t M) {
   for (int64_t n = 0; n < N; n++) {
     const int64_t m = a.target.as<int64_t>()[n];
-    if (m != a.ignore_index && (m < 0 || m >= M)) return {Code::bad_label, n, m, "target must be in [0,C*K) or ignore_index"};
+    if (m >= M && m != a.ignore_index) return {Code::bad_label, n, m, "labels must be in [0,C*K), ignore_index or negative"};
   }
   return {};
 }
@@ -148,7 +148,7 @@ Status contrast(const SubcentroidCrossEntropy& a) {
       auto target = [&](int r) { return a.target.as<int64_t>()[n0 + r]; };
       for (int r = 0; r < used * kRows; r++) {
         skip[r] = r >= n;
-        if (r < n && a.target) skip[r] = target(r) == a.ignore_index;
+        if (r < n && a.target) skip[r] = target(r) < 0 || target(r) == a.ignore_index;
         if (r < n && !a.target && s.labels) {
           const int64_t y = s.labels.as<int64_t>()[n0 + r];
           skip[r] = y < 0 || y >= lay.C;

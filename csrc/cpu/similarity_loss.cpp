@@ -162,8 +162,8 @@ Status label_weight(const CentroidCrossEntropy& a, int64_t N, int64_t C, double*
   double sum = 0;
   for (int64_t n = 0; n < N; n++) {
     const int64_t y = labels[n];
-    if (y == a.ignore_index) continue;
-    if (y < 0 || y >= C) return {Code::bad_label, n, y, "labels must be in [0,C) or ignore_index"};
+    if (y < 0 || y == a.ignore_index) continue;
+    if (y >= C) return {Code::bad_label, n, y, "labels must be in [0,C), ignore_index or negative"};
     sum += w ? double(w[y]) : 1.0;
   }
   *weight = sum;
@@ -246,8 +246,8 @@ Status loss(const CentroidCrossEntropy& a) {
         const int n = int(min64(rows, N - n0)), used = (n + kRows - 1) / kRows;
         pack_tile(x, n0, n, tile);
         for (int r = 0; r < used * kRows; r++) {
-          const int64_t y = r < n ? a.labels.as<int64_t>()[n0 + r] : a.ignore_index;
-          label[r] = y == a.ignore_index ? -1 : y;
+          const int64_t y = r < n ? a.labels.as<int64_t>()[n0 + r] : -1;
+          label[r] = y < 0 || y == a.ignore_index ? -1 : y;
           if (own && label[r] < 0) std::memset(own_tile + r * lay.K, 0, lay.K * sizeof(T));
         }
         ClassMax<T> take{lay, best, indexed ? winner : nullptr, own ? label : nullptr, own_tile};

@@ -153,7 +153,7 @@ struct Solver {
     T lowest = INFINITY, highest = -INFINITY;
     for (int64_t c = 0; c < chunks.count; c++) {
       if (bad[c] >= 0)
-        return {Code::bad_label, bad[c], group[bad[c]], "group must be below num_groups, or negative to leave a pixel out"};
+        return {Code::bad_label, bad[c], group[bad[c]], "labels must be in [0,num_classes), ignore_index or negative"};
       lowest = low[c] < lowest ? low[c] : lowest;
       highest = high[c] > highest ? high[c] : highest;
     }

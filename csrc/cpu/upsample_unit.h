@@ -184,7 +184,7 @@ struct LossUnit {
       for (int64_t j = tables.first[x]; j < tables.first[x + 1]; j++) {
         const int64_t y = in[j * step];
         const bool counts = y >= 0 && y < C;
-        if (!counts && y != ignored && sums.bad_index < 0) sums.bad_index = (b * plan.H + i) * plan.W + j, sums.bad_label = y;
+        if (y >= C && y != ignored && sums.bad_index < 0) sums.bad_index = (b * plan.H + i) * plan.W + j, sums.bad_label = y;
         out.label[n] = y, out.column[n] = j, out.share[n] = tables.share[j];
         n += counts;
       }

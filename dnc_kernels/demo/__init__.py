@@ -1,4 +1,4 @@
-"""The demo: a network with a DNC head learns to segment handwritten digits, beside the same network with a softmax head."""
+"""The demo: a network learns to segment handwritten digits, once with a DNC head and once with a softmax head."""
 
 from __future__ import annotations
 

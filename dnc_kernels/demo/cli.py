@@ -88,21 +88,21 @@ def parse(argv: list[str] | None) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m dnc_kernels demo",
         description="Train a small network with a DNC head to segment handwritten digits on textured scenes, and the same "
-        "network with an ordinary softmax head: same budget, seed, optimiser, schedule and data order.",
+        "network with an ordinary softmax head. Both have the same budget, seed, optimiser, schedule and data order.",
     )
     add = parser.add_argument
     add("--steps", type=int, help=f"training steps of each head (default {default.steps})")
-    add("--batch", type=int, help=f"scenes a step (default {default.batch})")
-    add("--seed", type=int, default=0, help="of weights, training scenes and data order (default 0)")
+    add("--batch", type=int, help=f"scenes per step (default {default.batch})")
+    add("--seed", type=int, default=0, help="seed of weights, training scenes and data order (default 0)")
     add(
         "--seeds", type=int, default=1, metavar="N", help="train with N seeds, --seed and those after it, and show mean and std"
     )
     add("--size", metavar="HxW", help=f"size of the scenes in pixels (default {default.height}x{default.width})")
     add("--device", default="cpu", metavar="cpu|cuda", help="where to train (default cpu)")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
-    add("--recipe", default="default", help=f"of the DNC head: {', '.join(RECIPES)} (default: default)")
-    add("--subcentroids", type=int, metavar="K", help=f"of each class (default {default.subcentroids})")
-    add("--heads", default=",".join(HEADS), help=f"which to train, with commas between (default {','.join(HEADS)})")
+    add("--recipe", default="default", help=f"recipe of the DNC head: {', '.join(RECIPES)} (default: default)")
+    add("--subcentroids", type=int, metavar="K", help=f"sub-centroids per class (default {default.subcentroids})")
+    add("--heads", default=",".join(HEADS), help=f"heads to train, separated by commas (default {','.join(HEADS)})")
     add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="where figures and pictures go (default demo-out)")
     add("--quick", action="store_true", help="a tiny run that takes seconds: shows that everything works, learns nothing")
     given = parser.parse_args(argv)

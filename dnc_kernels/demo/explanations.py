@@ -17,7 +17,7 @@ from .scenes import NUM_CLASSES
 from .training import EVALUATION_BATCH, Run, Scenes, SegmentationNetwork, Settings
 
 SAMPLES = 6  # training pixels shown for a sub-centroid
-TRAIN_SCENES = 512  # searched for them; a class has thousands of pixels in half as many
+TRAIN_SCENES = 512  # searched for them; half as many already hold thousands of pixels of a class
 
 
 class SubCentroid(NamedTuple):
@@ -50,7 +50,7 @@ class Explained:
     nearest: Nearest
     """Training scene, pixel of the feature map and cosine, each [C,K,SAMPLES]."""
     share: NDArray[np.float64]
-    """[C,K]: share of the class's training pixels that are nearest to the sub-centroid, of its class's."""
+    """[C,K]: share of the class's training pixels whose nearest sub-centroid, among those of the class, is this one."""
     feature_width: int
 
 
@@ -78,7 +78,7 @@ def explain(run: Run, scenes: Scenes, settings: Settings) -> Explained:
         samples.add(embedding, small)
         own = ops.class_scores(embedding, head.prototypes, small).own_similarity
         assert own is not None
-        used += torch.zeros_like(used).index_put_((small.flatten().cpu(), own.argmax(1).cpu()), torch.ones(()), accumulate=True)
+        used += torch.zeros_like(used).index_put_((small.cpu(), own.argmax(1).cpu()), torch.ones(()), accumulate=True)
     nearest = Nearest(*(values.cpu() for values in samples.result()))
     share = (used / used.sum(1, keepdim=True).clamp(min=1)).double().numpy()
     return Explained(_cases(network, head, scenes, run.seed), nearest, share, settings.width // SmallBackbone.stride)
@@ -100,7 +100,7 @@ def _cases(network: SegmentationNetwork, head: DNCHead, scenes: Scenes, seed: in
         truth.append(at_centres(full).long())
         own = ops.class_scores(embedding, head.prototypes, truth[-1].to(embedding.device)).own_similarity
         assert own is not None
-        similarity.append(torch.cat([own.cpu(), won.score.reshape(-1, 1).cpu()], 1).view(*truth[-1].shape, -1))
+        similarity.append(torch.cat([own.cpu(), won.score[:, None].cpu()], 1).movedim(1, -1))
     label, sub, true, cosine = torch.cat(labels), torch.cat(subs), torch.cat(truth), torch.cat(similarity)
     inside = _inside(true)
     generator = np.random.default_rng(seed)
@@ -127,12 +127,12 @@ def _cases(network: SegmentationNetwork, head: DNCHead, scenes: Scenes, seed: in
 
 
 def centre(feature: int) -> int:
-    """Row or column of the scene's pixel for which a feature speaks: bilinear upsampling puts it there, within half a pixel."""
+    """Row or column of the scene's pixel where bilinear upsampling puts a feature, within half a pixel."""
     return feature * SmallBackbone.stride + SmallBackbone.stride // 2
 
 
 def at_centres(labels: Tensor) -> Tensor:
-    """Labels [n,H,W] of the pixels for which features speak, [n,H/4,W/4]. The head's own labels are those of the corners."""
+    """Labels [n,H/4,W/4] of the pixels at the centres of the features, from labels [n,H,W]."""
     stride = SmallBackbone.stride
     return labels[:, centre(0) :: stride, centre(0) :: stride]
 

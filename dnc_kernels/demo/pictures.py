@@ -83,9 +83,9 @@ def curves(path: Path, runs: list[Run]) -> Path:
 
 
 def explanations(path: Path, explained: Explained, scenes: Scenes) -> Path:
-    """Pixels with their decisions, each beside the training pixels that its sub-centroid is most like.
+    """Pixels with their decisions, each next to the training pixels that its sub-centroid is most like.
 
-    A wrong pixel has a second row: the true class's best sub-centroid, which lost.
+    A wrong pixel has a second row for the best sub-centroid of the true class, which lost.
     """
     cases = explained.cases
     shown = [[case.winner] if case.winner.label == case.truth else [case.winner, case.best_of_truth] for case in cases]
@@ -194,7 +194,7 @@ def _painted(image: NDArray[np.uint8], labels: NDArray[np.uint8]) -> NDArray[np.
 
 
 def _opened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """What of a mask [H,W] is covered by 3x3 squares within it: thin seams along outlines, where truth is arguable, go."""
+    """The part of a mask [H,W] that 3x3 squares within it cover; thin seams along outlines, where truth is arguable, go."""
 
     def squares(values: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return sliding_window_view(np.pad(values, 1), (3, 3))

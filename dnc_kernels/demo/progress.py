@@ -1,4 +1,4 @@
-"""How training goes: a bar in a terminal, lines elsewhere."""
+"""The progress of training: a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainingProgress(ABC):
 
     @abstractmethod
     def begin(self, head: HeadName, seed: int, done: int = 0) -> Report:
-        """What to call after every step of a run that begins now, or goes on now after `done` steps."""
+        """The function to call after every step of a run that begins now, or goes on now after `done` steps."""
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +74,7 @@ class _Bars(TrainingProgress):
 
 
 class _Rate(ProgressColumn):
-    """Steps a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -82,7 +82,7 @@ class _Rate(ProgressColumn):
 
 
 class _Lines(TrainingProgress):
-    """A line whenever the held-out scenes were measured."""
+    """Prints a line whenever the held-out scenes were measured."""
 
     def begin(self, head: HeadName, seed: int, done: int = 0) -> Report:
         first = time.perf_counter()

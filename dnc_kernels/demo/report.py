@@ -68,7 +68,7 @@ def table(runs: list[Run], settings: Settings) -> Table:
     row("learnable parameters, head", lambda of_head: f"{of_head[0].learnable_head:,}")
     row("learnable parameters, all", lambda of_head: f"{of_head[0].learnable_all:,}")
     row("sub-centroid numbers, moved by clustering", lambda of_head: f"{of_head[0].moved:,}" if of_head[0].moved else "-")
-    row("median time a step, ms", lambda of_head: _spread([run.step_ms for run in of_head], 1))
+    row("median time per step, ms", lambda of_head: _spread([run.step_ms for run in of_head], 1))
     row(f"peak memory, MB ({'allocator' if settings.device != 'cpu' else 'rise of the process'})", _peak)
     row("training with evaluations, s", lambda of_head: _spread([run.seconds for run in of_head], 0))
     return result

@@ -28,7 +28,7 @@ IntArray = NDArray[np.int64]
 CLASS_NAMES: tuple[str, ...] = ("ground", *(f"digit {d}" for d in range(10)))
 NUM_CLASSES = len(CLASS_NAMES)
 
-_DIGIT_SIZE = 8  # pixels a side in load_digits
+_DIGIT_SIZE = 8  # pixels per side in load_digits
 _TEST_EVERY = 5  # one digit image in five is held out
 _MASK_LEVEL = 0.42  # ink above this is labelled: about the visible outline of an enlarged stroke
 
@@ -45,7 +45,7 @@ class SceneConfig:
     fragments: int = 3
     """Stroke fragments proposed for each scene, under the same rule."""
     scale: tuple[float, float] = (2.0, 4.5)
-    """Enlargement of the 8x8 digit: 16 to 36 pixels a side."""
+    """Enlargement of the 8x8 digit: 16 to 36 pixels per side."""
     contrast: tuple[float, float] = (0.35, 0.75)
     texture: tuple[float, float] = (0.03, 0.09)
     """Standard deviation of the ground's luminance."""
@@ -127,7 +127,7 @@ def make_scenes(
 
 
 def _without_overlap(top: IntArray, left: IntArray, side: IntArray) -> NDArray[np.bool_]:
-    """Which proposals `[n, tries]` stay when each, in order, yields to the squares accepted before it."""
+    """The proposals `[n, tries]` that stay: taken in order, each yields to the squares accepted before it."""
     accepted = np.zeros(top.shape, bool)
     for t in range(top.shape[1]):
         here = slice(t, t + 1)

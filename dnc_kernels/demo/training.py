@@ -30,7 +30,7 @@ EVALUATION_BATCH = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run depends on beside its head and seed."""
+    """Everything that a run depends on, apart from its head and seed."""
 
     steps: int = 800
     batch: int = 4
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass
 class Run:
-    """What a training run leaves: figures, curves, predictions and weights."""
+    """The results of a training run: figures, curves, predictions and weights."""
 
     head: HeadName
     seed: int
@@ -83,7 +83,7 @@ class Run:
 
 
 class SegmentationNetwork(torch.nn.Module):
-    """The backbone and a head; the draw of the backbone's weights does not depend on the head."""
+    """The backbone and a head. The random weights of the backbone do not depend on the head."""
 
     def __init__(self, head: HeadName, settings: Settings) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Scenes:
 
 
 def write_scenes(folder: Path, seed: int, settings: Settings) -> None:
-    """Draw the scenes of a seed and leave them in a folder for `read_scenes`, once for all the runs of the seed."""
+    """Draw the scenes of a seed and write them to a folder for `read_scenes`, once for all the runs of the seed."""
     config = SceneConfig(settings.height, settings.width)
     splits: tuple[tuple[Split, int, int], ...] = (
         ("train", settings.train_scenes, seed), ("test", settings.test_scenes, TEST_SEED),
@@ -129,7 +129,7 @@ def write_scenes(folder: Path, seed: int, settings: Settings) -> None:
 
 
 def read_scenes(folder: Path) -> Scenes:
-    """The scenes that `write_scenes` left in a folder."""
+    """The scenes that `write_scenes` wrote to a folder."""
     names = ("train-images", "train-labels", "test-images", "test-labels")
     return Scenes(*(torch.from_numpy(np.load(folder / f"{name}.npy")) for name in names))
 
@@ -233,9 +233,9 @@ def class_iou(confusion: Tensor) -> Tensor:
 class PeakMemory:
     """Peak memory of this process since construction, in MB (10^6 bytes).
 
-    On CUDA the peak of torch's allocator. On a CPU, where Linux tells it, how far the resident set rose above what it was with
-    the network and the scenes in place: gradients, optimiser state, activations and what the libraries set up for the first
-    step. For that the process must do nothing else, so the demo trains every head in a fresh one.
+    On CUDA it is the peak of torch's allocator. On a CPU with Linux it is the rise of the resident set above its size with the
+    network and the scenes in place: gradients, optimiser state, activations and what the libraries set up for the first step.
+    The process must do nothing else, so the demo trains every head in a fresh one.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -18,7 +18,7 @@ class TrainingFailedError(RuntimeError):
 
 
 def train_in_process(head: HeadName, seed: int, folder: Path, settings: Settings, report: Report) -> Run:
-    """`train` in a fresh process, on the scenes that `write_scenes` left in `folder`.
+    """`train` in a fresh process, on the scenes that `write_scenes` wrote to `folder`.
 
     Raises:
         TrainingFailedError: with the traceback, or with the exit status of a process that was killed.

@@ -3,8 +3,8 @@
     backbone = TorchvisionFeatures.create("deeplabv3_resnet50")
     network = DNCSegmenter(backbone, DNCHead(backbone.channels, num_classes=19))
 
-Nothing is downloaded: a network is built from its configuration, or handed over by whoever loaded its weights. The packages
-(extra ``networks``: transformers, torchvision, timm) are imported when a network is created, not with this module.
+Nothing is downloaded: you build a network from its configuration, or hand over one with the weights that you loaded. The
+packages (extra ``networks``: transformers, torchvision, timm) are imported when a network is created, not with this module.
 """
 
 from ._optional import declare_missing_torchvision_ops

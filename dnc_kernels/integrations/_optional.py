@@ -1,4 +1,4 @@
-"""Imports of packages that are no dependency, and torchvision on a torch that cannot load its C++ library."""
+"""Imports of optional packages, and of torchvision where torch cannot load its C++ library."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def require(name: str, why: str) -> Any:
 def declare_missing_torchvision_ops() -> bool:
     """Make `import torchvision` work where its C++ library cannot be loaded; return whether that was necessary.
 
-    The wheel on the package index is built for a CUDA torch. On a CPU-only torch of the same version its library does not
-    load. torchvision tolerates that until it registers fake kernels for ``torchvision::nms``, which then does not exist,
-    and the import ends in "operator torchvision::nms does not exist"; so does that of timm and of transformers' models. With
-    the op declared, and no kernel behind it, everything that uses no C++ op of torchvision works: all classification and
-    segmentation networks do. Calling such an op (nms, roi_align, deform_conv2d) still raises.
+    The wheel on the package index is built for a CUDA torch, so its library does not load on a CPU-only torch of the same
+    version. torchvision then fails at its first fake kernel with "operator torchvision::nms does not exist", and so does the
+    import of timm and of transformers' models. This function declares the op, without a kernel. Everything that uses no C++ op
+    of torchvision then works: all classification and segmentation networks do. A call of such an op (nms, roi_align,
+    deform_conv2d) still raises.
 
-    Does nothing if torchvision is absent or its import works, so a complete torchvision is never touched.
+    It does nothing if torchvision is absent or its import works, so a complete torchvision is never touched.
     """
     if "torchvision" in sys.modules or find_spec("torchvision") is None:
         return False
@@ -61,7 +61,7 @@ def declare_missing_torchvision_ops() -> bool:
 
 
 def class_layer(owner: str, layer: Any, where: str) -> int:
-    """Channels that a 1x1 convolution, a network's class layer, takes.
+    """Input channels of a network's class layer, which must be a 1x1 convolution.
 
     Raises:
         TypeError: `layer` is something else.

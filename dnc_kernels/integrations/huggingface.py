@@ -1,4 +1,4 @@
-"""Hugging Face transformers: SegFormer, and UPerNet on any of its backbones."""
+"""Adapters for Hugging Face transformers: SegFormer, and UPerNet on any backbone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class SegformerFeatures(nn.Module):
     The names in the state dict are those of the network.
 
     Args:
-        network: a ``SegformerForSemanticSegmentation``, which is taken over: the adapter holds its modules and replaces its
-            class layer by the identity.
+        network: a ``SegformerForSemanticSegmentation``. The adapter takes over its modules and replaces its class layer by
+            the identity, in the network itself.
 
     Attributes:
         channels: of the features (``decoder_hidden_size``).
@@ -30,7 +30,7 @@ class SegformerFeatures(nn.Module):
 
     @classmethod
     def create(cls, **options: Any) -> SegformerFeatures:
-        """A network of random weights from the options of a ``SegformerConfig``; its defaults are those of SegFormer-B0."""
+        """A network with random weights, from the options of a ``SegformerConfig``; the defaults are those of SegFormer-B0."""
         transformers = require("transformers", "SegformerFeatures")
         return cls(transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**options)))
 
@@ -45,8 +45,8 @@ class UperNetFeatures(nn.Module):
     The auxiliary head is dropped; it only adds a loss. The names in the state dict are those of the network.
 
     Args:
-        network: a ``UperNetForSemanticSegmentation``, which is taken over: the adapter holds its modules and replaces its
-            class layer by the identity.
+        network: a ``UperNetForSemanticSegmentation``. The adapter takes over its modules and replaces its class layer by the
+            identity, in the network itself.
 
     Attributes:
         channels: of the features (``hidden_size``).
@@ -60,11 +60,11 @@ class UperNetFeatures(nn.Module):
 
     @classmethod
     def create(cls, hidden_size: int = 512, **swin: Any) -> UperNetFeatures:
-        """A network of random weights on a Swin backbone.
+        """A network with random weights on a Swin backbone.
 
         Args:
             hidden_size: channels of the decoder, and of the features.
-            swin: options of a ``SwinConfig``; its defaults are those of Swin-T.
+            swin: options of a ``SwinConfig``; the defaults are those of Swin-T.
         """
         transformers = require("transformers", "UperNetFeatures")
         stages = [f"stage{i + 1}" for i in range(len(swin.get("depths", (2, 2, 6, 2))))]

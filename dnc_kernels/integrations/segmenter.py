@@ -13,8 +13,8 @@ class DNCSegmenter(nn.Module):
     """A network that gives features and the head that classifies them, as one module to save, move and train.
 
     Args:
-        backbone: images [B,3,H,W] -> features [B,head.in_channels,h,w], such as an adapter of this package.
-        head: on those features.
+        backbone: turns images [B,3,H,W] into features [B,head.in_channels,h,w], as the adapters of this package do.
+        head: classifies those features.
     """
 
     def __init__(self, backbone: nn.Module, head: DNCHead) -> None:
@@ -30,6 +30,6 @@ class DNCSegmenter(nn.Module):
         return self.head.loss(self.backbone(images), labels, update=update)
 
     def predict(self, images: Tensor, size: int | Sequence[int] | None = None) -> Tensor:
-        """Classes [B,H,W] int64 of images at `size` (None: that of the images); call `eval()` first."""
+        """Classes [B,H,W] int64 of images at `size` (None: the size of the images); call `eval()` first."""
         features = self.backbone(images)
         return self.head.predict(features, (images.shape[2], images.shape[3]) if size is None else size)

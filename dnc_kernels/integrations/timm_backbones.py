@@ -1,4 +1,4 @@
-"""timm: any backbone that can give its feature maps."""
+"""Adapter for timm: any backbone that can give its feature maps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FINEST_STRIDE = 4  # where segmentation heads work; the stride-2 maps of a ResN
 
 
 class TimmFeatures(nn.Module):
-    """Features [B,channels,h,w] of images: the feature maps of a timm backbone, joined at the finest of them.
+    """Features [B,channels,h,w] of images: the feature maps of a timm backbone, joined at the size of the finest.
 
-    A backbone has no decode head, so this adds the smallest one that uses all maps: a 1x1 convolution each, upsampled
-    bilinearly and summed, batch norm, ReLU. Maps of a stride below 4 are left out where there are others.
+    A backbone has no decode head, so this adds the smallest one that uses all maps: a 1x1 convolution per map, bilinear
+    upsampling, a sum, batch norm and ReLU. Maps with a stride below 4 are left out where there are others.
 
     Args:
         network: what ``timm.create_model(name, features_only=True)`` gives.
@@ -42,12 +42,12 @@ class TimmFeatures(nn.Module):
     def create(
         cls, name: str, channels: int = 128, *, image_size: tuple[int, int] | None = None, **options: Any
     ) -> TimmFeatures:
-        """A backbone of random weights.
+        """A backbone with random weights.
 
         Args:
             name: of the backbone in timm, such as ``resnet18`` or ``convnext_atto``.
             channels: of the features.
-            image_size: height and width of the images; used by backbones that are built for one size (ViT, Swin).
+            image_size: height and width of the images, for backbones that are built for one size (ViT, Swin).
             options: further arguments of ``timm.create_model``.
 
         Raises:

@@ -1,4 +1,4 @@
-"""torchvision: FCN and DeepLabV3."""
+"""Adapter for torchvision: FCN and DeepLabV3."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TorchvisionFeatures(nn.Module):
 
     Args:
         network: a segmentation network of torchvision whose ``classifier`` ends in a 1x1 convolution (FCN, DeepLabV3). The
-            adapter holds its modules; the network itself stays whole.
+            adapter shares its modules; the network itself stays whole.
 
     Attributes:
         channels: of the features: 256 for DeepLabV3, 512 for FCN on ResNet-50 or ResNet-101.
@@ -31,7 +31,7 @@ class TorchvisionFeatures(nn.Module):
 
     @classmethod
     def create(cls, name: str, **options: Any) -> TorchvisionFeatures:
-        """A network of random weights.
+        """A network with random weights.
 
         Args:
             name: function in ``torchvision.models.segmentation``: ``fcn_resnet50``, ``deeplabv3_resnet50`` and the like.

@@ -157,7 +157,7 @@ class CentroidModel(SubCentroids):
             norm = {"norm_weight": self.mask_norm.weight, "norm_bias": self.mask_norm.bias, "norm_eps": self.mask_norm.eps}
         result = ops.centroid_cross_entropy(
             e if gain is None else e * gain, p, labels, **norm, temperature=self.logit_temperature(),
-            class_weight=self.class_weight, ignore_index=-1, label_smoothing=self.label_smoothing, reduction="sum",
+            weight=self.class_weight, ignore_index=-1, label_smoothing=self.label_smoothing, reduction="sum",
         )  # fmt: skip
         own = flat_pixels(result.own_similarity)
         # <gain * e, p> = gain * <e, p>: clustering and contrast want the cosines back

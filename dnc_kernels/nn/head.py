@@ -314,7 +314,7 @@ class DNCHead(CentroidModel):
             own = flat_pixels(own)
             logits = self.logits(scores, gain)
             total = ops.upsample_cross_entropy(
-                logits, labels, align_corners=self.align_corners, class_weight=self.class_weight, ignore_index=ignored,
+                logits, labels, align_corners=self.align_corners, weight=self.class_weight, ignore_index=ignored,
                 label_smoothing=self.label_smoothing, reduction="sum",
             )  # fmt: skip
             # a pixel with a non-finite feature has NaN scores in every class

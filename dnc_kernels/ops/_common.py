@@ -6,17 +6,19 @@ from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..backends import native
-from ..errors import check_device, check_float, check_integer, check_value
+from ..errors import check_device, check_float, check_integer, check_value, whole_number
 
 NAMESPACE = "dnc_kernels"
-METRICS = ("dot", "cosine", "sqeuclidean")
-REDUCTIONS = ("none", "mean", "sum")
+Metric = Literal["dot", "cosine", "sqeuclidean"]
+METRICS: tuple[str, ...] = get_args(Metric)
+Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 # the order of dnc::DType
 _DTYPES = {
@@ -90,22 +92,33 @@ def check_centroids(op: str, x: Tensor, centroids: Tensor) -> tuple[int, int]:
     return centroids.shape[0], centroids.shape[1]
 
 
-def check_labels(op: str, x: Tensor, labels: Tensor, argument: str = "labels") -> Tensor:
-    """Check labels [N] (x [N,D]) or [B,H,W] (x [B,D,H,W]), any integer dtype; return them flat, int64 and contiguous."""
-    check_integer(op, argument, labels)
-    expected = [x.shape[0]] if x.ndim == 2 else [x.shape[0], x.shape[2], x.shape[3]]
-    check_value(list(labels.shape) == expected, op, argument, lambda: f"{expected} to match x", labels)
-    check_device(op, argument, labels, x)
+def check_labels(op: str, labels: Tensor, x: Tensor, name: str = "x") -> Tensor:
+    """Check labels [N] of rows x [N,D], or [B,H,W] (or flat [N]) of a map x [B,D,H,W]; return them flat, int64 and contiguous.
+
+    `name` is that of `x`.
+    """
+    check_integer(op, "labels", labels)
+    if x.ndim == 2:
+        check_value(list(labels.shape) == [x.shape[0]], op, "labels", lambda: f"[N]=[{x.shape[0]}] to match {name}", labels)
+    elif labels.ndim != 1 or labels.shape[0] != pixel_count(x):
+        expected = [x.shape[0], x.shape[2], x.shape[3]]
+        check_value(list(labels.shape) == expected, op, "labels", lambda: f"[B,H,W]={expected} to match {name}", labels)
+    check_device(op, "labels", labels, x, name)
     return labels.reshape(-1).to(torch.int64).contiguous()
 
 
-def check_ignore_index(op: str, ignore_index: int, num_classes: int) -> None:
-    """An ignore_index that is a class would drop that class without a word."""
-    check_value(
-        not 0 <= ignore_index < num_classes,
-        op, "ignore_index", lambda: f"outside the {num_classes} classes [0,{num_classes})", ignore_index,
-        "use -100 or 255 beyond the classes",
-    )  # fmt: skip
+def check_ignore_index(op: str, ignore_index: int, bound: int) -> int:
+    """`ignore_index` as an int. One that is an id below `bound` would drop that class without a word."""
+    ignore_index = whole_number(op, "ignore_index", ignore_index, least=None)
+    if 0 <= ignore_index < bound:
+        fix = "use -100, or 255 beyond the classes"
+        check_value(False, op, "ignore_index", f"outside [0,{bound})", ignore_index, fix)
+    return ignore_index
+
+
+def without_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels with -1 for `ignore_index`: for kernels that leave out negative labels alone."""
+    return labels if ignore_index < 0 else torch.where(labels == ignore_index, -1, labels)
 
 
 def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> int:
@@ -114,22 +127,18 @@ def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -
     return choices.index(value)
 
 
-def check_label_range(op: str, labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
-    """Raise ValueError for a label outside [0,C) other than `ignore_index`.
+def check_label_range(op: str, labels: Tensor, bound: int, ignore_index: int = -100) -> None:
+    """Raise ValueError for a label at or beyond `bound` that is not `ignore_index`.
 
-    For reference code on CPU; the kernels check by themselves.
+    For reference code on CPU; the kernels check by themselves, and elsewhere such pixels are left out.
     """
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or type(labels) is not Tensor:
         return
-    bad = (labels < 0) | (labels >= num_classes)
-    if ignore_index is not None:
-        bad &= labels != ignore_index
+    bad = (labels >= bound) & (labels != ignore_index)
     if bad.any():
         index = int(bad.flatten().nonzero()[0])
-        check_value(
-            False, op, "labels", f"in [0,{num_classes})" + ("" if ignore_index is None else f" or ignore_index {ignore_index}"),
-            f"{int(labels.flatten()[index])} at pixel {index}",
-        )  # fmt: skip
+        got = f"{int(labels.flatten()[index])} at pixel {index}"
+        check_value(False, op, "labels", f"in [0,{bound}), ignore_index or negative", got)
 
 
 def pixel_count(x: Tensor) -> int:

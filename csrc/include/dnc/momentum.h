@@ -5,11 +5,11 @@
 
 namespace dnc {
 
-// sums[m] = sum of x[n] over cluster[n] == m; counts[m] = how many. Pixels with cluster -1 or a non-finite feature are left
+// sums[m] = sum of x[n] over cluster[n] == m; counts[m] = how many. Pixels with a negative cluster or a non-finite feature are left
 // out.
 struct ClusterSums {
   View x;        // [N,D] or [B,D,H,W], float32/float64/float16/bfloat16
-  View cluster;  // [N] int64, -1 or in [0,M)
+  View cluster;  // [N] int64 in [0,M); negative: left out
   View sums;     // out [M,D], float64 for float64 x, else float32; contiguous
   View counts;   // out [M] int64
   int threads = 1;

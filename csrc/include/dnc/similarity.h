@@ -10,7 +10,7 @@ namespace dnc {
 struct ClassScores {
   View x;          // [N,D] or [B,D,H,W], float32/float64/float16/bfloat16, any strides
   View centroids;  // [C,K,D], any of these dtypes, contiguous
-  View labels;     // optional [N] int64; outside [0,C): own_similarity row is zero
+  View labels;     // optional [N] int64 in [0,C); negative: own_similarity row is zero
   Metric metric = Metric::dot;
   bool distance = false;  // write the distance instead: 1 - cosine, or |x-p|^2
   View scores;            // out [N,C] or [B,C,H,W], float32 or float64 (the compute type), any strides
@@ -48,7 +48,7 @@ Status nearest_centroid(const NearestCentroid&);
 // o = LayerNorm_C(r) where norm_weight is given, else r; logits = o * scale / temperature.
 struct CentroidCrossEntropy {
   View x, centroids;
-  View labels;  // [N] int64, in [0,C) or ignore_index
+  View labels;  // [N] int64, in [0,C); ignore_index or any negative id leaves a pixel out
   Metric metric = Metric::dot;
   View norm_weight, norm_bias;  // optional [C] of the compute type
   double norm_eps = 1e-5;
@@ -76,7 +76,7 @@ Status centroid_cross_entropy(const CentroidCrossEntropy&);
 // out of the same product where they are asked for.
 struct SubcentroidCrossEntropy {
   ClassScores scores;  // x, centroids, labels, threads; metric dot; its outputs are optional here
-  View target;         // optional [N] int64: c*K + k, or ignore_index
+  View target;         // optional [N] int64: c*K + k; ignore_index or any negative id leaves a pixel out
   double temperature = 1.0;
   int64_t ignore_index = -100;
   View scale;   // optional, one element of the compute type: grad_x is multiplied by it

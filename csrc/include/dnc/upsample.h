@@ -13,7 +13,7 @@ namespace dnc {
 // window.
 struct UpsampleCrossEntropy {
   View scores;  // [B,C,h,w], float32/float64/float16/bfloat16, any strides
-  View labels;  // [B,H,W] int64, int32 or uint8, any strides; in [0,C) or ignore_index
+  View labels;  // [B,H,W] int64, int32 or uint8, any strides; in [0,C); ignore_index or any negative id: left out
   int64_t source_rows = 0, source_row0 = 0, target_rows = 0, target_row0 = 0;
   bool align_corners = false;
   View class_weight;  // optional [C] of the compute type (float64 for float64 scores, else float32)

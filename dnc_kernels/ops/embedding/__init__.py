@@ -7,7 +7,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from ...backends import pick
+from ...backends import Backend, pick
 from ...errors import check_device, check_float, check_value
 from .._common import check_pixels, compute_dtype, like_pixels
 from . import op as ops
@@ -17,12 +17,12 @@ from . import reference
 @overload
 def normalize_embedding(
     x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., *, eps: float = ...,
-    return_length: Literal[False] = ..., backend: str | None = ...,
+    return_length: Literal[False] = ..., backend: Backend | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def normalize_embedding(
     x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., *, eps: float = ..., return_length: Literal[True],
-    backend: str | None = ...,
+    backend: Backend | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def normalize_embedding(
     x: Tensor,
@@ -31,7 +31,7 @@ def normalize_embedding(
     *,
     eps: float = 1e-5,
     return_length: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Unit-length LayerNorm of every pixel: ``z = (x - mean) / sqrt(var + eps) * weight + bias; y = z / max(|z|, 1e-12)``.
 
@@ -45,7 +45,7 @@ def normalize_embedding(
         bias: [D], any of these dtypes; None: 0.
         eps: added to the variance; finite, not negative.
         return_length: also return ``sqrt(var + eps)``, what LayerNorm divides the pixel by: how long its centred feature was.
-        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Returns:
         The embedding in the shape, dtype and memory format of `x`, computed in float64 for float64 `x`, else in float32; with
@@ -60,11 +60,11 @@ def normalize_embedding(
     check_pixels(op, x)
     check_value(0 <= eps < math.inf, op, "eps", "finite and not negative", eps)
     weight, bias = _check_affine(op, "weight", weight, x), _check_affine(op, "bias", bias, x)
-    backend = pick(op, x, backend)
-    if backend == "reference":
+    chosen = pick(op, x, backend)
+    if chosen == "reference":
         y, _, rstd, _ = reference.normalize_embedding(x, weight, bias, eps)
     else:
-        y, _, rstd, _ = ops.normalize_embedding(x, weight, bias, eps, backend)
+        y, _, rstd, _ = ops.normalize_embedding(x, weight, bias, eps, chosen)
     return (y, like_pixels(x, rstd.reciprocal())) if return_length else y
 
 

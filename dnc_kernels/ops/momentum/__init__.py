@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...backends import pick
-from ...errors import check_device, check_dtype, check_float, check_integer, check_value
-from .._common import check_pixels
+from ...backends import Backend, pick
+from ...errors import check_device, check_dtype, check_float, check_integer, check_value, renamed, whole_number
+from .._common import check_ignore_index, check_label_range, check_labels, check_pixels, without_ignored
 from . import op as ops
 from . import reference
 
@@ -21,34 +21,42 @@ class ClusterSums(NamedTuple):
     counts: Tensor
 
 
-def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int, *, backend: str | None = None) -> ClusterSums:
+@renamed(cluster="labels")
+def cluster_sums(
+    x: Tensor, labels: Tensor, num_clusters: int, *, ignore_index: int = -100, backend: Backend | None = None
+) -> ClusterSums:
     """Sum and number of the pixels of each cluster.
 
     Args:
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
-        cluster: [N] (or [B,H,W]) any integer dtype, in [0,M) or -1 to leave a pixel out.
+        labels: [N] or [B,H,W], any integer dtype, clusters in [0,M); `ignore_index` or any negative id leaves a pixel out.
         num_clusters: M > 0.
-        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
+        ignore_index: outside [0,M).
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Returns:
         sums [M,D], float64 for float64 `x`, else float32; counts [M] int64. A pixel with a NaN or Inf feature is left out of
         both. Not differentiable. Deterministic: the same bits for any number of threads. Extra memory on CPU: at most seven
-        times `sums` and a thirty-second of `x`, and 2 MiB a thread; 8 N bytes more where features are not finite.
+        times `sums` and a thirty-second of `x`, and 2 MiB per thread; 8 N bytes more where features are not finite.
 
     Raises:
-        ValueError, TypeError: wrong shape, device or dtype, or a cluster outside [-1,M).
+        ValueError, TypeError: wrong shape, device or dtype; on CPU also a label at or beyond M that is not `ignore_index` (on
+            a GPU it is left out).
     """
     op = "cluster_sums"
-    cluster = _check_cluster(op, x, cluster, num_clusters)
-    backend = pick(op, x, backend)
-    if backend == "reference":
-        _check_range(op, cluster, num_clusters)
-        return ClusterSums(*reference.cluster_sums(x.detach(), cluster, num_clusters))
-    return ClusterSums(*ops.cluster_sums(x.detach(), cluster, num_clusters, backend))
+    check_pixels(op, x)
+    clusters = whole_number(op, "num_clusters", num_clusters)
+    ignored = check_ignore_index(op, ignore_index, clusters)
+    flat = without_ignored(check_labels(op, labels, x), ignored)
+    chosen = pick(op, x, backend)
+    if chosen == "reference":
+        check_label_range(op, flat, clusters)
+        return ClusterSums(*reference.cluster_sums(x.detach(), flat, clusters))
+    return ClusterSums(*ops.cluster_sums(x.detach(), flat, clusters, chosen))
 
 
 def apply_momentum_(
-    centroids: Tensor, sums: Tensor, counts: Tensor, *, momentum: float = 0.999, backend: str | None = None
+    centroids: Tensor, sums: Tensor, counts: Tensor, *, momentum: float = 0.999, backend: Backend | None = None
 ) -> None:
     """Move each sub-centroid that has pixels towards their normalised sum, in place, and renormalise it (DNC, eq. 8).
 
@@ -60,7 +68,7 @@ def apply_momentum_(
         sums: [M,D] float32 or float64, as from `cluster_sums` (all-reduce it and `counts` first in data parallel).
         counts: [M] integers.
         momentum: in [0,1].
-        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or momentum.
@@ -75,55 +83,62 @@ def apply_momentum_(
     check_value(list(counts.shape) == [rows], op, "counts", lambda: f"[M]=[{rows}] to match centroids", counts)
     check_device(op, "sums", sums, centroids, "centroids")
     check_device(op, "counts", counts, centroids, "centroids")
-    backend = pick(op, centroids, backend, sums, N=rows, D=channels)
-    if backend == "reference":
+    chosen = pick(op, centroids, backend, sums, N=rows, D=channels)
+    if chosen == "reference":
         with torch.no_grad():
             reference.apply_momentum_(centroids, sums.detach(), counts, momentum)
     else:
         sums = sums.detach().to(torch.float64 if sums.dtype == torch.float64 else torch.float32).contiguous()
-        ops.apply_momentum_(centroids.detach(), sums, counts.to(torch.int64).contiguous(), momentum, backend)
+        ops.apply_momentum_(centroids.detach(), sums, counts.to(torch.int64).contiguous(), momentum, chosen)
 
 
+@renamed(cluster="labels")
 def momentum_update_(
     centroids: Tensor,
     x: Tensor,
-    cluster: Tensor,
+    labels: Tensor,
     *,
     momentum: float = 0.999,
+    ignore_index: int = -100,
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> None:
     """Move each sub-centroid towards its pixels, in place: `cluster_sums`, then `apply_momentum_` (DNC, eq. 8).
 
     Args:
         centroids: [C,K,D], float32 or float64, contiguous; changed in place.
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
-        cluster: [N] (or [B,H,W]) integers ``c*K + k``; -1 leaves a pixel out.
+        labels: [N] or [B,H,W], any integer dtype, sub-centroids ``c*K + k`` in [0,C*K); `ignore_index` or any negative id
+            leaves a pixel out.
         momentum: in [0,1].
+        ignore_index: outside [0,C*K).
         deterministic: add the pixels of a sub-centroid in a fixed order, so that reruns are bit-equal. Only ``cuda`` has a
             faster kernel, where neighbouring pixels share sub-centroids. None: what `torch.use_deterministic_algorithms` says.
-        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Raises:
-        ValueError, TypeError: wrong shape, device, dtype, momentum, or a cluster outside [-1,C*K).
+        ValueError, TypeError: wrong shape, device, dtype or momentum; on CPU also a label at or beyond C*K that is not
+            `ignore_index` (on a GPU it is left out). Nothing has moved then.
     """
     op = "momentum_update_"
     _check_centroids(op, centroids, momentum)
     check_value(centroids.ndim == 3, op, "centroids", "[C,K,D]", centroids)
     clusters = centroids.shape[0] * centroids.shape[1]
-    cluster = _check_cluster(op, x, cluster, clusters)
+    check_pixels(op, x)
+    ignored = check_ignore_index(op, ignore_index, clusters)
+    flat = without_ignored(check_labels(op, labels, x), ignored)
     check_value(centroids.shape[2] == x.shape[1], op, "centroids", lambda: f"[C,K,D] with D={x.shape[1]} to match x", centroids)
     check_device(op, "centroids", centroids, x)
-    backend = pick(op, x, backend, centroids, C=centroids.shape[0], K=centroids.shape[1])
-    if backend == "reference":
-        _check_range(op, cluster, clusters)
+    chosen = pick(op, x, backend, centroids, C=centroids.shape[0], K=centroids.shape[1])
+    if chosen == "reference":
+        check_label_range(op, flat, clusters)
         with torch.no_grad():
-            sums, counts = reference.cluster_sums(x.detach(), cluster, clusters)
+            sums, counts = reference.cluster_sums(x.detach(), flat, clusters)
             reference.apply_momentum_(centroids, sums, counts, momentum)
     else:
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        ops.momentum_update_(centroids.detach(), x.detach(), cluster, momentum, deterministic, backend)
+        ops.momentum_update_(centroids.detach(), x.detach(), flat, momentum, deterministic, chosen)
 
 
 def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:
@@ -136,31 +151,6 @@ def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:
         centroids.is_contiguous(), op, "centroids", "contiguous", f"strides {centroids.stride()}", "it is changed in place"
     )
     check_value(0 <= momentum <= 1, op, "momentum", "in [0,1]", momentum)
-
-
-def _check_cluster(op: str, x: Tensor, cluster: Tensor, num_clusters: int) -> Tensor:
-    pixels, _ = check_pixels(op, x)
-    check_value(num_clusters > 0, op, "num_clusters", "positive", num_clusters)
-    check_integer(op, "cluster", cluster)
-    expected = [pixels] if x.ndim == 2 else [x.shape[0], x.shape[2], x.shape[3]]
-    if x.ndim == 2:
-        check_value(list(cluster.shape) == expected, op, "cluster", lambda: f"[N]={expected} to match x", cluster)
-    elif cluster.ndim != 1 or cluster.shape[0] != pixels:
-        check_value(
-            list(cluster.shape) == expected, op, "cluster", lambda: f"[N]=[{pixels}] or [B,H,W]={expected} to match x", cluster
-        )
-    check_device(op, "cluster", cluster, x)
-    return cluster.reshape(-1).to(torch.int64).contiguous()
-
-
-def _check_range(op: str, cluster: Tensor, num_clusters: int) -> None:
-    """The kernels check by themselves; on CUDA and while compiling a cluster out of range is left out."""
-    if cluster.device.type != "cpu" or torch.compiler.is_compiling() or type(cluster) is not Tensor:
-        return
-    bad = ((cluster < -1) | (cluster >= num_clusters)).nonzero()
-    if len(bad):
-        index = int(bad[0])
-        check_value(False, op, "cluster", "in [-1,M)", f"{int(cluster[index])} at pixel {index}", f"M={num_clusters}")
 
 
 __all__ = ["ClusterSums", "apply_momentum_", "cluster_sums", "momentum_update_"]

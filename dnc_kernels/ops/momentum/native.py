@@ -9,9 +9,9 @@ from ...backends import native
 from .._common import compute_dtype, view
 
 
-def cluster_sums(x: Tensor, cluster: Tensor, sums: Tensor, counts: Tensor) -> None:
-    """Sums [M,D] in the compute dtype and counts [M] int64."""
-    native().cluster_sums(view(x), view(cluster), view(sums), view(counts), torch.get_num_threads())
+def cluster_sums(x: Tensor, cluster: Tensor, sums: Tensor, counts: Tensor, op: str = "cluster_sums") -> None:
+    """Sums [M,D] in the compute dtype and counts [M] int64; errors name `op`."""
+    native().cluster_sums(op, view(x), view(cluster), view(sums), view(counts), torch.get_num_threads())
 
 
 def apply_momentum_(rows: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> None:
@@ -22,5 +22,5 @@ def apply_momentum_(rows: Tensor, sums: Tensor, counts: Tensor, momentum: float)
 def momentum_update_(rows: Tensor, x: Tensor, cluster: Tensor, momentum: float, deterministic: bool = True) -> None:
     """Both; always deterministic."""
     sums, counts = x.new_empty(rows.shape, dtype=compute_dtype(x)), cluster.new_empty(rows.shape[0])
-    cluster_sums(x, cluster, sums, counts)
+    cluster_sums(x, cluster, sums, counts, "momentum_update_")
     apply_momentum_(rows, sums, counts, momentum)

@@ -9,7 +9,7 @@ from .._common import compute_dtype, flat_pixels
 
 
 def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Sums [M,D] and counts [M]; clusters of -1 and pixels with a non-finite feature are left out."""
+    """Sums [M,D] and counts [M]; negative clusters and pixels with a non-finite feature are left out."""
     pixels = flat_pixels(x).to(compute_dtype(x))
     keep = (cluster >= 0) & (cluster < num_clusters) & pixels.isfinite().all(1)
     # row M collects what is left out

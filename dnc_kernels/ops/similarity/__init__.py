@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ...backends import pick
-from ...errors import check_device, check_dtype, check_float, check_value
+from ...backends import Backend, pick
+from ...errors import check_device, check_dtype, check_float, check_value, holds_a_loss, renamed
 from .._common import (
     METRICS,
     REDUCTIONS,
+    Metric,
+    Reduction,
     check_centroids,
     check_choice,
     check_ignore_index,
@@ -19,6 +21,8 @@ from .._common import (
     check_pixels,
     compute_dtype,
     like_pixels,
+    pixel_map,
+    without_ignored,
 )
 from . import op as ops
 from . import op_loss, reference
@@ -42,6 +46,7 @@ class NearestCentroid(NamedTuple):
     score: Tensor
 
 
+@holds_a_loss
 class CentroidLoss(NamedTuple):
     """Result of `centroid_cross_entropy`."""
 
@@ -50,8 +55,10 @@ class CentroidLoss(NamedTuple):
     own_similarity: Tensor
 
 
-def centroid_distance(x: Tensor, centroids: Tensor, *, metric: str = "cosine", backend: str | None = None) -> Tensor:
-    """Distance of every pixel to every sub-centroid, [N,C,K] (DNC, eq. 2).
+def centroid_distance(
+    x: Tensor, centroids: Tensor, *, metric: Literal["cosine", "sqeuclidean"] = "cosine", backend: Backend | None = None
+) -> Tensor:
+    """Distance of every pixel to every sub-centroid (DNC, eq. 2).
 
     The only op that writes [N,C,K]; prefer the fused ops where the matrix itself is not wanted.
 
@@ -59,11 +66,12 @@ def centroid_distance(x: Tensor, centroids: Tensor, *, metric: str = "cosine", b
         x: features [N,D] or [B,D,H,W] (N = B*H*W), any strides, read in place; float32, float64, float16 or bfloat16.
         centroids: [C,K,D], any of these dtypes.
         metric: ``cosine`` (1 - <x,p>/(|x||p|), in [0,2]) or ``sqeuclidean`` (|x-p|^2).
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Returns:
-        [N,C,K], float64 if an input is float64, else float32. Differentiable in `x` and `centroids`. sqeuclidean is computed as
-        |x|^2 - 2<x,p> + |p|^2: its absolute error is about eps * (|x|^2 + |p|^2), and it may be below zero by that much.
+        [N,C,K], or [B,C,K,H,W] for a map; float64 if an input is float64, else float32. Differentiable in `x` and `centroids`.
+        sqeuclidean is computed as |x|^2 - 2<x,p> + |p|^2: its absolute error is about eps * (|x|^2 + |p|^2), and it may be
+        below zero by that much.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or metric.
@@ -72,59 +80,76 @@ def centroid_distance(x: Tensor, centroids: Tensor, *, metric: str = "cosine", b
     check_pixels(op, x)
     classes, k = check_centroids(op, x, centroids)
     check_choice(op, "metric", metric, METRICS[1:])
-    backend = pick(op, x, backend, centroids, C=classes, K=k)
-    if backend == "reference":
-        return reference.centroid_distance(x, centroids, metric)
-    return ops.centroid_distance(x, centroids, metric, backend)
+    chosen = pick(op, x, backend, centroids, C=classes, K=k)
+    if chosen == "reference":
+        distance = reference.centroid_distance(x, centroids, metric)
+    else:
+        distance = ops.centroid_distance(x, centroids, metric, chosen)
+    if x.ndim == 2:
+        return distance
+    return distance.view(x.shape[0], x.shape[2], x.shape[3], classes, k).permute(0, 3, 4, 1, 2)
 
 
 def class_scores(
-    x: Tensor, centroids: Tensor, labels: Tensor | None = None, *, metric: str = "dot", backend: str | None = None
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    metric: Metric = "dot",
+    ignore_index: int = -100,
+    backend: Backend | None = None,
 ) -> ClassScores:
     """Similarity of every pixel to the nearest sub-centroid of every class (DNC, eq. 3: max over K).
 
     Args:
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
         centroids: [C,K,D], K <= 256.
-        labels: optional [N] or [B,H,W], any integer dtype. Outside [0,C): the pixel has no own class.
+        labels: optional [N] or [B,H,W], any integer dtype, in [0,C); `ignore_index` or any negative id leaves a pixel out.
         metric: ``dot`` (<x,p>; the cosine for unit vectors), ``cosine``, or ``sqeuclidean`` (-|x-p|^2).
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        ignore_index: outside [0,C).
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Returns:
         scores [N,C] or [B,C,H,W] (in x's memory format), float64 if an input is float64, else float32; winner uint8 of the
-        same shape, the k that gave each score, lowest on ties; own_similarity [N,K], the similarities to the sub-centroids of
-        the pixel's label (zero rows without one), None without `labels`. A pixel with a non-finite feature has NaN scores.
+        same shape, the k that gave each score, lowest on ties; own_similarity [N,K] or [B,K,H,W], the similarities to the
+        sub-centroids of the pixel's label (zeros where it is left out), None without `labels`. A pixel with a non-finite
+        feature has NaN scores.
         Scores and own_similarity are differentiable in `x` and `centroids`; a class sends its gradient to its winner alone
         (deviation from amax, which splits ties). [N,C,K] is never in memory; backward keeps `x` only where it needs it.
 
     Raises:
-        ValueError, TypeError: wrong shape, device, dtype or metric.
+        ValueError, TypeError: wrong shape, device, dtype or metric; on CPU also a label at or beyond C (on a GPU it is left
+            out).
     """
     op = "class_scores"
     check_pixels(op, x)
     classes, k = check_centroids(op, x, centroids)
     check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
     check_choice(op, "metric", metric, METRICS)
-    flat = None if labels is None else check_labels(op, x, labels)
-    backend = pick(op, x, backend, centroids, C=classes, K=k)
-    if backend == "reference":
+    ignore_index = check_ignore_index(op, ignore_index, classes)
+    flat = None if labels is None else without_ignored(check_labels(op, labels, x), ignore_index)
+    chosen = pick(op, x, backend, centroids, C=classes, K=k)
+    own: Tensor | None
+    if chosen == "reference":
+        if flat is not None:
+            check_label_range(op, flat, classes)
         scores, winner, own = reference.class_scores(x, centroids, flat, metric)
-        if x.ndim == 4:
-            size = (x.shape[0], x.shape[2], x.shape[3], classes)
-            scores, winner = scores.view(size).permute(0, 3, 1, 2), winner.view(size).permute(0, 3, 1, 2)
-        return ClassScores(scores, winner, own)
-    scores, winner, own = ops.class_scores(x, centroids, flat, metric, backend)
-    return ClassScores(scores, winner, None if labels is None else own)
+        scores, winner = pixel_map(x, scores), pixel_map(x, winner)
+    else:
+        scores, winner, own = ops.class_scores(x, centroids, flat, metric, chosen)
+    return ClassScores(scores, winner, None if labels is None or own is None else pixel_map(x, own))
 
 
-def nearest_centroid(x: Tensor, centroids: Tensor, *, metric: str = "dot", backend: str | None = None) -> NearestCentroid:
+def nearest_centroid(
+    x: Tensor, centroids: Tensor, *, metric: Metric = "dot", backend: Backend | None = None
+) -> NearestCentroid:
     """The nearest sub-centroid of all for every pixel; neither [N,C] nor [N,C,K] is in memory (DNC, eq. 1).
 
     Args:
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
         centroids: [C,K,D].
         metric: ``dot``, ``cosine`` or ``sqeuclidean``.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Returns:
         label, sub, score, each [N] or [B,H,W]: class and sub-centroid (int64; the lowest c*K+k on ties) and the similarity,
@@ -138,31 +163,32 @@ def nearest_centroid(x: Tensor, centroids: Tensor, *, metric: str = "dot", backe
     check_pixels(op, x)
     classes, k = check_centroids(op, x, centroids)
     check_choice(op, "metric", metric, METRICS)
-    backend = pick(op, x, backend, centroids, C=classes, K=k)
-    if backend == "reference":
+    chosen = pick(op, x, backend, centroids, C=classes, K=k)
+    if chosen == "reference":
         label, sub, score = reference.nearest_centroid(x.detach(), centroids.detach(), metric)
     else:
-        label, sub, score = ops.nearest_centroid(x.detach(), centroids.detach(), metric, backend)
+        label, sub, score = ops.nearest_centroid(x.detach(), centroids.detach(), metric, chosen)
     return NearestCentroid(like_pixels(x, label), like_pixels(x, sub), like_pixels(x, score))
 
 
+@renamed(class_weight="weight")
 def centroid_cross_entropy(
     x: Tensor,
     centroids: Tensor,
     labels: Tensor,
     *,
-    metric: str = "dot",
+    metric: Metric = "dot",
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     temperature: float | Tensor = 1.0,
-    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    backend: str | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend | None = None,
 ) -> CentroidLoss:
-    """Mean cross-entropy over nearest sub-centroids (DNC, eq. 4), with prediction and clustering input from the same pass.
+    """Cross-entropy over nearest sub-centroids (DNC, eq. 4), with prediction and clustering input from the same pass.
 
     ``r[c] = max_k similarity(x, centroids[c,k])``; ``o = LayerNorm_C(r)`` where `norm_weight` is given, else ``r``;
     the loss is ``cross_entropy(o / temperature, labels)`` as torch defines it.
@@ -170,47 +196,49 @@ def centroid_cross_entropy(
     Args:
         x: features [N,D] or [B,D,H,W], any strides, read in place; float32, float64, float16 or bfloat16.
         centroids: [C,K,D], K <= 256.
-        labels: [N] or [B,H,W], any integer dtype, in [0,C) or `ignore_index`.
+        labels: [N] or [B,H,W], any integer dtype, in [0,C); `ignore_index` or any negative id leaves a pixel out.
         metric: ``dot``, ``cosine`` or ``sqeuclidean`` (scores are -|x-p|^2).
         norm_weight: [C], gain of the LayerNorm over classes; None: no norm.
         norm_bias: [C], its shift; None: none.
         norm_eps: added to the variance over classes.
         temperature: positive number, or a one-element tensor that may get a gradient (a learnable scale s is temperature 1/s).
-        class_weight: [C] non-negative, as in torch; gets no gradient.
-        ignore_index: label of pixels left out; outside [0,C).
+        weight: [C] non-negative weights of the classes, as in torch; gets no gradient.
+        ignore_index: outside [0,C).
         label_smoothing: in [0,1].
         reduction: ``mean`` (over the class weights of the pixels that count), ``sum`` or ``none``.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Returns:
-        loss: scalar, or [N] / [B,H,W] for ``none`` (zero where ignored), float64 if an input is float64, else float32.
-            Differentiable in x,
-        centroids, norm_weight, norm_bias and temperature; a class sends its gradient to its nearest sub-centroid, the lowest
-        on ties.
-        prediction: [N] / [B,H,W] int64, argmax over classes, -1 for a pixel with a non-finite feature (whose loss is NaN, as
-            in torch).
-        own_similarity: [N,K], similarities to the label's own sub-centroids, zero rows where ignored; carries no gradient.
-        Without a pixel that counts, ``mean`` is NaN as in torch, with zero gradients.
+        `CentroidLoss`:
 
-        Memory: neither [N,C,K] nor [N,C] exists. With reduction mean or sum and centroids that need no gradient, dX is made
-            in the
-        forward pass: extra memory is dX + [N,K] + O(N). Otherwise backward recomputes from `x`. Not twice differentiable.
+        - loss: scalar, or [N] / [B,H,W] for ``none`` (zero where left out), float64 if an input is float64, else float32.
+          Differentiable in x, centroids, norm_weight, norm_bias and temperature, once; a class sends its gradient to its
+          nearest sub-centroid, the lowest on ties. Without a pixel that counts, ``mean`` is NaN as in torch, with zero
+          gradients.
+        - prediction: [N] / [B,H,W] int64, argmax over classes, -1 for a pixel with a non-finite feature (whose loss is NaN,
+          as in torch).
+        - own_similarity: [N,K] / [B,K,H,W], similarities to the label's own sub-centroids, zeros where left out; carries no
+          gradient.
+
+        Memory: neither [N,C,K] nor [N,C] exists. With reduction mean or sum and centroids that need no gradient, the gradient
+        of x is made in the forward pass: extra memory is one more x, [N,K] and O(N). Otherwise backward recomputes from `x`.
 
     Raises:
-        ValueError, TypeError: wrong shape, device, dtype or option, or a label outside [0,C) other than `ignore_index`.
+        ValueError, TypeError: wrong shape, device, dtype or option; on CPU also a label at or beyond C that is not
+            `ignore_index` (on a GPU it is left out).
     """
     op = "centroid_cross_entropy"
     check_pixels(op, x)
     classes, k = check_centroids(op, x, centroids)
     check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
-    flat = check_labels(op, x, labels)
+    flat = check_labels(op, labels, x)
     check_choice(op, "metric", metric, METRICS)
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    check_ignore_index(op, ignore_index, classes)
+    ignore_index = check_ignore_index(op, ignore_index, classes)
     check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
     check_value(norm_eps >= 0, op, "norm_eps", "non-negative", norm_eps)
     check_value(norm_weight is not None or norm_bias is None, op, "norm_bias", "None without norm_weight", norm_bias)
-    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("class_weight", class_weight)):
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("weight", weight)):
         if vector is not None:
             check_float(op, name, vector)
             check_value(list(vector.shape) == [classes], op, name, lambda: f"[C]=[{classes}] to match centroids", vector)
@@ -225,63 +253,69 @@ def centroid_cross_entropy(
             isinstance(temperature, (int, float)), op, "temperature", "a number or a tensor of one element", temperature
         )
         check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
-    tensors = (x, centroids, flat, norm_weight, norm_bias, scale, None if class_weight is None else class_weight.detach())
+    tensors = (x, centroids, flat, norm_weight, norm_bias, scale, None if weight is None else weight.detach())
     options = (metric, float(norm_eps), float(temperature), ignore_index, float(label_smoothing), reduction)
-    backend = pick(op, x, backend, centroids, C=classes, K=k)
-    if backend == "reference":
+    chosen = pick(op, x, backend, centroids, C=classes, K=k)
+    if chosen == "reference":
         check_label_range(op, flat, classes, ignore_index)
         loss, prediction, own = reference.centroid_cross_entropy(*tensors, *options)
     else:
-        loss, prediction, own = op_loss.centroid_cross_entropy(*tensors, *options, backend)
-    return CentroidLoss(like_pixels(x, loss) if reduction == "none" else loss, like_pixels(x, prediction), own)
+        loss, prediction, own = op_loss.centroid_cross_entropy(*tensors, *options, chosen)
+    loss = like_pixels(x, loss) if reduction == "none" else loss
+    return CentroidLoss(loss, like_pixels(x, prediction), pixel_map(x, own))
 
 
+@renamed(target="labels")
 def subcentroid_cross_entropy(
     x: Tensor,
     centroids: Tensor,
-    target: Tensor,
+    labels: Tensor,
     *,
     temperature: float = 1.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
-    backend: str | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Cross-entropy over all C*K similarities, the pixel-prototype contrast (ProtoSeg, PPC).
 
     Args:
         x: features [N,D] or [B,D,H,W]; float32, float64, float16 or bfloat16.
         centroids: [C,K,D].
-        target: [N] or [B,H,W], any integer dtype: ``c*K + k``, or `ignore_index`.
-        temperature: divides the similarities <x,p>.
-        ignore_index: target of pixels left out; outside [0,C*K).
+        labels: [N] or [B,H,W], any integer dtype, sub-centroids ``c*K + k`` in [0,C*K); `ignore_index` or any negative id
+            leaves a pixel out.
+        temperature: positive number that divides the similarities <x,p>; a tensor is refused, as it would get no gradient.
+        ignore_index: outside [0,C*K).
         reduction: ``mean``, ``sum`` or ``none``.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; None: the choice in force.
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Returns:
-        Scalar, or [N] / [B,H,W] for ``none``, zero where ignored; float64 if an input is float64, else float32. Differentiable
+        Scalar, or [N] / [B,H,W] for ``none``, zero where left out; float64 if an input is float64, else float32. Differentiable
         in x and centroids, once. A pixel with a non-finite feature has a NaN loss. Without a pixel that counts, ``mean`` is NaN
         as in torch, with zero gradients.
 
-        Memory: no [N,C*K]. dX is made in the forward pass: extra memory is dX + O(N). A gradient of the centroids is made from
-        products of 4096 pixels at a time, in plain torch.
+        Memory: no [N,C*K]. The gradient of x is made in the forward pass: extra memory is one more x and O(N). A gradient of
+        the centroids is made from products of 4096 pixels at a time, in plain torch.
 
     Raises:
-        ValueError, TypeError: wrong shape, device, dtype or option, or a target outside [0,C*K) other than `ignore_index`.
+        ValueError, TypeError: wrong shape, device, dtype or option; on CPU also a label at or beyond C*K that is not
+            `ignore_index` (on a GPU it is left out).
     """
     op = "subcentroid_cross_entropy"
     check_pixels(op, x)
     classes, k = check_centroids(op, x, centroids)
-    flat = check_labels(op, x, target, "target")
+    flat = check_labels(op, labels, x)
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    check_ignore_index(op, ignore_index, classes * k)
+    ignore_index = check_ignore_index(op, ignore_index, classes * k)
+    fix = "it gets no gradient here; `centroid_cross_entropy` has one"
+    check_dtype(isinstance(temperature, (int, float)), op, "temperature", "a number", temperature, fix)
     check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
     arguments = (x, centroids, flat, float(temperature), ignore_index, reduction)
-    backend = pick(op, x, backend, centroids, C=classes, K=k)
-    if backend == "reference":
+    chosen = pick(op, x, backend, centroids, C=classes, K=k)
+    if chosen == "reference":
         check_label_range(op, flat, classes * k, ignore_index)
         loss = reference.subcentroid_cross_entropy(*arguments)
     else:
-        loss = op_loss.subcentroid_cross_entropy(*arguments, backend)
+        loss = op_loss.subcentroid_cross_entropy(*arguments, chosen)
     return like_pixels(x, loss) if reduction == "none" else loss
 
 

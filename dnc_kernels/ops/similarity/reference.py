@@ -65,7 +65,9 @@ def centroid_cross_entropy(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, prediction [N], own-class similarities [N,K]."""
-    logits, _, own = class_scores(x, centroids, torch.where(labels == ignore_index, -1, labels), metric)
+    counts = (labels >= 0) & (labels < centroids.shape[0])  # ignore_index is no class
+    logits, _, own = class_scores(x, centroids, labels, metric)
+    labels = torch.where(counts, labels, ignore_index)
     assert own is not None
     if norm_weight is not None:
         bias = None if norm_bias is None else norm_bias.to(logits.dtype)
@@ -88,6 +90,7 @@ def subcentroid_cross_entropy(
 ) -> Tensor:
     """Cross-entropy over all C*K similarities."""
     logits = similarity(x, centroids, "dot").flatten(1) / temperature
+    target = torch.where((target >= 0) & (target < logits.shape[1]), target, ignore_index)
     with full_precision(x):
         return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 

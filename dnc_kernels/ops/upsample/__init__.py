@@ -7,23 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...backends import pick
-from ...errors import check_device, check_dtype, check_float, check_integer, check_value
-from .._common import REDUCTIONS, check_choice, check_ignore_index, check_label_range, compute_dtype
+from ...backends import Backend, pick
+from ...errors import check_device, check_float, check_integer, check_value, map_size, renamed
+from .._common import REDUCTIONS, Reduction, check_choice, check_ignore_index, check_label_range, compute_dtype
 from . import op as ops
 from . import reference
 
 
+@renamed(class_weight="weight")
 def upsample_cross_entropy(
     scores: Tensor,
     labels: Tensor,
     *,
     align_corners: bool = False,
-    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    backend: str | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Cross-entropy of scores that are bilinearly upsampled to the size of the labels.
 
@@ -33,25 +34,26 @@ def upsample_cross_entropy(
 
     Args:
         scores: logits [B,C,h,w], any strides; float32, float64, float16 or bfloat16.
-        labels: [B,H,W], any strides, any integer dtype, in [0,C) or `ignore_index`. The kernel reads int64, int32 and uint8 in
-            place.
+        labels: [B,H,W], any strides, any integer dtype, in [0,C); `ignore_index` or any negative id leaves a pixel out. The
+            kernel reads int64, int32 and uint8 in place.
         align_corners: whether corner pixels (True) or corners of corner pixels (False) of both grids coincide.
-        class_weight: [C], not differentiated; None: 1. It also weights the mean, as in torch.
-        ignore_index: label of pixels to leave out; not a class. Their loss and gradient are exactly 0.
+        weight: [C] weights of the classes, not differentiated; None: 1. It also weights the mean, as in torch.
+        ignore_index: outside [0,C).
         label_smoothing: share of the target that is spread over all classes, in [0,1].
-        reduction: ``mean`` (over the class weights of the pixels that are not ignored), ``sum`` or ``none``.
-        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
+        reduction: ``mean`` (over the class weights of the pixels that count), ``sum`` or ``none``.
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Returns:
         A scalar, or [B,H,W] for ``none``; float64 for float64 `scores`, else float32. Differentiable once in `scores` (the
-        reference: any number of times). The mean over no pixel is NaN, as in torch, and its gradient is exactly 0. The kernel
+        reference: any number of times). A pixel that is left out has loss and gradient exactly 0. The mean over no pixel is
+        NaN, as in torch, and its gradient is exactly 0. The kernel
         is deterministic, bit-equal for any number of threads, and never holds [B,C,H,W]: a scalar loss makes its gradient in
         the forward pass and keeps that, one more [B,C,h,w]; ``none`` keeps `scores` and recomputes. The reference keeps
         [B,C,H,W].
 
     Raises:
-        ValueError, TypeError: wrong shape, device, dtype or option; `ignore_index` inside [0,C); on CPU (the reference: outside
-        torch.compile) also a label that is neither in [0,C) nor `ignore_index`.
+        ValueError, TypeError: wrong shape, device, dtype or option; on CPU also a label at or beyond C that is not
+            `ignore_index` (on a GPU, and by the reference under torch.compile, it is left out).
     """
     op = "upsample_cross_entropy"
     _check_scores(op, scores)
@@ -61,38 +63,34 @@ def upsample_cross_entropy(
     check_value(labels.shape[1] > 0 and labels.shape[2] > 0, op, "labels", "of at least one row and column", labels)
     check_device(op, "labels", labels, scores, "scores")
     classes = scores.shape[1]
-    if 0 <= ignore_index < classes:
-        check_ignore_index(op, ignore_index, classes)
+    ignore_index = check_ignore_index(op, ignore_index, classes)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
-    if class_weight is not None:
-        check_float(op, "class_weight", class_weight)
-        if class_weight.ndim != 1 or class_weight.shape[0] != classes:
-            check_value(False, op, "class_weight", f"[C]=[{classes}] to match scores", class_weight)
-        check_device(op, "class_weight", class_weight, scores, "scores")
-        class_weight = class_weight.detach().to(compute_dtype(scores))
-    backend = pick(op, scores, backend, N=labels.numel(), C=classes)
-    if backend != "reference":
-        return ops.upsample_cross_entropy(
-            scores, labels, align_corners, class_weight, ignore_index, label_smoothing, reduction, backend
-        )
+    if weight is not None:
+        check_float(op, "weight", weight)
+        if weight.ndim != 1 or weight.shape[0] != classes:
+            check_value(False, op, "weight", f"[C]=[{classes}] to match scores", weight)
+        check_device(op, "weight", weight, scores, "scores")
+        weight = weight.detach().to(compute_dtype(scores))
+    options = (align_corners, weight, ignore_index, label_smoothing, reduction)
+    chosen = pick(op, scores, backend, N=labels.numel(), C=classes)
+    if chosen != "reference":
+        return ops.upsample_cross_entropy(scores, labels, *options, chosen)
     labels = labels.to(torch.int64)
     check_label_range(op, labels, classes, ignore_index)
-    return reference.upsample_cross_entropy(
-        scores, labels, align_corners, class_weight, ignore_index, label_smoothing, reduction
-    )
+    return reference.upsample_cross_entropy(scores, labels, *options)
 
 
 def upsample_argmax(
-    scores: Tensor, size: int | Sequence[int], *, align_corners: bool = False, backend: str | None = None
+    scores: Tensor, size: int | Sequence[int], *, align_corners: bool = False, backend: Backend | None = None
 ) -> Tensor:
     """Class of the highest score at every pixel of the bilinearly upsampled scores.
 
     Args:
         scores: [B,C,h,w], any strides; float32, float64, float16 or bfloat16.
-        size: (H, W), or one number for both.
+        size: (H, W), or one number for both; Python or numpy integers.
         align_corners: whether corner pixels (True) or corners of corner pixels (False) of both grids coincide.
-        backend: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``; None: the choice in force.
+        backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Returns:
         [B,H,W] int64, the lowest class where upsampled scores tie; as in torch, NaN counts as the highest. Not differentiable.
@@ -103,10 +101,10 @@ def upsample_argmax(
     """
     op = "upsample_argmax"
     _check_scores(op, scores)
-    height, width = _check_size(op, size)
-    backend = pick(op, scores, backend, N=scores.shape[0] * height * width, C=scores.shape[1])
-    if backend != "reference":
-        return ops.upsample_argmax(scores.detach(), height, width, align_corners, backend)
+    height, width = map_size(op, size)
+    chosen = pick(op, scores, backend, N=scores.shape[0] * height * width, C=scores.shape[1])
+    if chosen != "reference":
+        return ops.upsample_argmax(scores.detach(), height, width, align_corners, chosen)
     return reference.upsample_argmax(scores.detach(), (height, width), align_corners)
 
 
@@ -117,14 +115,6 @@ def _check_scores(op: str, scores: Tensor) -> None:
         scores.shape[1] > 0 and scores.shape[2] > 0 and scores.shape[3] > 0,
         op, "scores", "of at least one class, row and column", scores,
     )  # fmt: skip
-
-
-def _check_size(op: str, size: int | Sequence[int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else size
-    ok = isinstance(pair, (tuple, list)) and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-    check_dtype(ok, op, "size", "an integer or a pair (H, W) of integers", size)
-    check_value(len(pair) == 2 and pair[0] > 0 and pair[1] > 0, op, "size", "one or two positive integers", size)
-    return pair[0], pair[1]
 
 
 __all__ = ["upsample_argmax", "upsample_cross_entropy"]

@@ -30,9 +30,8 @@ def upsample_cross_entropy(
     label_smoothing: float,
     reduction: str,
 ) -> Tensor:
-    """Cross-entropy of the upsampled scores and labels [B,H,W] int64. On a GPU a label outside [0,C) is ignored."""
-    if labels.device.type != "cpu":  # torch would end the process' use of the device with an assertion
-        labels = torch.where((labels >= 0) & (labels < scores.shape[1]), labels, ignore_index)
+    """Cross-entropy of the upsampled scores and labels [B,H,W] int64; a label outside [0,C) is left out."""
+    labels = torch.where((labels >= 0) & (labels < scores.shape[1]), labels, ignore_index)
     logits = upsample(scores, (labels.shape[1], labels.shape[2]), align_corners)
     return F.cross_entropy(
         logits, labels, class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
@@ -95,7 +94,7 @@ def cross_entropy_with_gradient(
     """What `op.cross_entropy_with_gradient` says."""
     logits = upsample_alike(scores.detach(), (labels.shape[1], labels.shape[2]), align_corners, window)
     weight = logits.new_ones(logits.shape[1]) if class_weight is None else class_weight.to(logits.dtype)
-    kept = (labels != ignore_index)[:, None]
+    kept = ((labels >= 0) & (labels < scores.shape[1]))[:, None]  # ignore_index is no class
     target = torch.where(kept, labels[:, None].long(), 0)
     log_p = logits.log_softmax(1)
     smooth, own = label_smoothing / logits.shape[1] * weight, (1 - label_smoothing) * weight[target]

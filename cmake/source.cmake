@@ -1,0 +1,40 @@
+# What the binary is made from: `_C.source` and `_C.commit`. dnc_kernels/_source.py finds the same in a checkout.
+
+# dnc_digest(OUT PATH...): SHA-256 of files, one after another, whose lines end as on Linux.
+function(dnc_digest out)
+  set(all "")
+  foreach(path IN LISTS ARGN)
+    file(READ ${path} text)
+    string(REPLACE "\r\n" "\n" text "${text}")
+    string(APPEND all "${text}")
+  endforeach()
+  string(SHA256 digest "${all}")
+  set(${out} ${digest} PARENT_SCOPE)
+endfunction()
+
+# dnc_commit(OUT): the last commit that changed the source, with + where the tree has changed since. A later commit that leaves the
+# source alone is no reason to build anew. Without a repository of its own: what DNC_COMMIT says, or unknown.
+function(dnc_commit out)
+  set(source CMakeLists.txt cmake csrc ":!csrc/tests")
+  set(commit "")
+  if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/.git)
+    foreach(question "log;-1;--format=%h;--abbrev=12" "status;--porcelain")
+      execute_process(COMMAND git ${question} -- ${source} WORKING_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR}
+                      OUTPUT_VARIABLE answer RESULT_VARIABLE failed ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
+      if(failed)
+        set(commit "")
+        break()
+      elseif(question MATCHES "^log")
+        set(commit "${answer}")
+      elseif(NOT commit STREQUAL "" AND NOT answer STREQUAL "")
+        string(APPEND commit "+")
+      endif()
+    endforeach()
+  elseif(DEFINED ENV{DNC_COMMIT})
+    set(commit "$ENV{DNC_COMMIT}")
+  endif()
+  if(commit STREQUAL "")
+    set(commit "unknown")
+  endif()
+  set(${out} ${commit} PARENT_SCOPE)
+endfunction()
