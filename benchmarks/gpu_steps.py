@@ -35,7 +35,7 @@ _OPS = (
     "sinkhorn_plan", "cluster_sums", "apply_momentum_", "clustering_and_momentum",
 )  # fmt: skip
 ROWS: tuple[Chosen, ...] = tuple((op, "*") for op in _OPS)
-HEAD: tuple[Chosen, ...] = (("head_step", "*"),)
+HEAD: tuple[Chosen, ...] = (("head_step", "*"), ("segmentation_step", "*"))
 #: Where float16 and float32 pixels take other kernels than bfloat16.
 OTHER_DTYPES: tuple[Chosen, ...] = (
     ("centroid_cross_entropy", "ade20k"), ("nearest_centroid", "ade20k"), ("class_scores", "ade20k"),

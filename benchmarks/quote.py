@@ -103,9 +103,15 @@ def ratio(*patterns: str) -> Cell:
     return lambda rows: _ratio(rows.pick(*patterns))
 
 
-def both(*patterns: str) -> Cell:
-    """Ratio of a variant to the best baseline, its time and memory."""
-    return lambda rows: f"{_ratio(row := rows.pick(*patterns))} ({_cost(row)})"
+def share(*patterns: str) -> Cell:
+    """What a variant costs in units of the best baseline, with its time and memory."""
+
+    def cell(rows: Rows) -> str:
+        row = rows.pick(*patterns)
+        ratio = row["ratio_to_best_baseline"]
+        return str(row["status"]) if ratio is None else f"{1 / ratio:.2f} ({_cost(row)})"
+
+    return cell
 
 
 def best(rows: Rows) -> str:
@@ -163,9 +169,9 @@ TABLES: dict[str, Table] = {
     "segmentation": Table(
         "C, K, D",
         {
-            "linear head, eager": cost("linear"), "compiled": cost("linear_compiled"),
-            "with `upsample_cross_entropy`": both("dnc_* linear"), "`DNCHead`": both("dnc_* head"),
-            "`DNCHead`, no PPC or PPD": both("dnc_* head without contrast"),
+            "linear head, eager": share("linear"), "compiled": share("linear_compiled"),
+            "linear head with `upsample_cross_entropy`": share("dnc_* linear"), "`DNCHead`": share("dnc_* head"),
+            "`DNCHead` without PPC and PPD": share("dnc_* head without contrast"),
         },
         [
             *(Line("{C}, {K}, {D}", "segmentation_step", case) for case in _SHAPES),

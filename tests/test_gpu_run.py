@@ -275,7 +275,7 @@ def test_what_the_children_measure_exists(what, tmp_path):
     for op, name in asked:
         assert any(op == known_op and name in ("*", known_name) for known_op, known_name in known), (op, name)
     if what == "rows":
-        assert {op for op, _ in gpu_steps.ROWS} | {"head_step"} == {case.op for case in cases}, "every op is measured"
+        assert {op for op, _ in (*gpu_steps.ROWS, *gpu_steps.HEAD)} == {case.op for case in cases}, "every op is measured"
 
 
 def test_what_no_time_is_left_for_is_said(tmp_path, monkeypatch):
