@@ -10,7 +10,8 @@ import torch
 from tolerances import assert_close
 
 from dnc_kernels import use_backend
-from dnc_kernels.nn import DNCClassifier, DNCHead, DNCLoss, _step
+from dnc_kernels.backends import chosen
+from dnc_kernels.nn import DNCClassifier, DNCHead, DNCLoss, _made, _step
 
 CHANNELS, CLASSES, K = 12, 5, 3
 PARTS = ("cross_entropy", "ppc", "ppd")
@@ -155,9 +156,19 @@ def test_without_contrast_the_gradient_of_the_cross_entropy_is_at_hand(monkeypat
     x.requires_grad_()
     (expected,) = torch.autograd.grad(head.loss(x, labels, update=False).loss, x)
     result = head.loss(x, labels, update=False)
-    monkeypatch.setattr(_step, "first_pass", None)  # no second time
+    monkeypatch.setattr(_made, "first_pass", None)  # no second time
     (actual,) = torch.autograd.grad(result.cross_entropy + 0 * result.loss, x)
     assert torch.equal(actual, expected)
+
+
+def test_parts_are_made_again_by_the_backend_of_the_loss(monkeypatch):
+    head, (x, labels), seen = make_head(), problem(), []
+    first_pass = _made.first_pass
+    monkeypatch.setattr(_made, "first_pass", lambda *a: seen.append(chosen()) or first_pass(*a))
+    with use_backend("reference"):
+        result = head.loss(x.requires_grad_(), labels)
+    result.ppc.backward()
+    assert seen == ["reference", "reference"] and chosen() != "reference"
 
 
 @pytest.mark.parametrize("checkpoint", ("none", "all"))

@@ -27,7 +27,8 @@ from ._choices import (
     check_word,
 )
 from ._labels import pixels_at, sample_of_each_class, sort_out_labels, without_ignored
-from ._step import BAND_PIXELS, Again, Factors, Made, MadeInParts, Step, run_first, run_second, to_target
+from ._made import Again, Factors, Made, MadeInParts, Step, run_first, run_second, to_target
+from ._step import BAND_PIXELS
 from .subcentroids import Momentum
 
 

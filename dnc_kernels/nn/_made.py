@@ -1,0 +1,220 @@
+"""The gradients of a loss that `_step.py` makes in the forward pass, as autograd sees them; and those of its parts.
+
+`loss` alone: backward multiplies what was made by the incoming gradient. A mixture with the parts of the loss: backward runs
+both passes again, with the incoming gradients as the weights of the parts.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, chosen, use_backend
+from ..ops._common import scale_saved
+from ._step import first_pass, second_pass
+
+
+class Step(NamedTuple):
+    """What both passes work on, whatever the weights of the parts of the loss; tensors without a graph."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    centroids: Tensor
+    labels: Tensor
+    ignored: int
+    confidence: bool
+    temperature: float
+    scale: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm_eps: float
+    class_weight: Tensor | None
+    label_smoothing: float
+    align_corners: bool
+    contrast_temperature: float
+    band_pixels: int
+
+
+class Factors(NamedTuple):
+    """What the gradients of the sums of cross-entropy, contrast and distance are multiplied by, [] each; None: not made."""
+
+    pull: Tensor
+    contrast: Tensor | None
+    distance: Tensor | None
+
+
+def run_first(
+    step: Step, factors: Factors, sampled: Tensor, gradient: bool, keep_embedding: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`first_pass` of a step."""
+    return first_pass(
+        step.x, step.weight, step.bias, step.eps, step.centroids, step.labels, step.ignored, sampled, step.confidence,
+        step.temperature, step.scale, step.norm_weight, step.norm_bias, step.norm_eps, step.class_weight,
+        step.label_smoothing, step.align_corners, factors.pull, factors.contrast, step.contrast_temperature, gradient,
+        keep_embedding, step.band_pixels,
+    )  # fmt: skip
+
+
+def run_second(
+    step: Step,
+    factors: Factors,
+    first: tuple[Tensor, ...],
+    target: Tensor | None,
+    towards: Tensor | None,
+    moving: Tensor | None,
+    gradient: bool,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """`second_pass` after the results `first` of the first.
+
+    Returns the gradients of x, weight, bias, scale, norm_weight and norm_bias, and sums and counts of `moving`.
+
+    target [N]: ``c*K + k``, -1 for none; towards [N]: similarity to it.
+    """
+    *_, statistics, grad, grad_rstd, grad_scale, grad_norm, e = first
+    pull = None
+    if target is not None and towards is not None and (factors.contrast is not None or factors.distance is not None):
+        pull = torch.zeros_like(towards)
+        if factors.contrast is not None:
+            pull -= factors.contrast / step.contrast_temperature
+        if factors.distance is not None:
+            pull -= 2 * factors.distance * (1 - towards)
+        pull = torch.where(target >= 0, pull, 0)
+    grad_affine, sums, counts = second_pass(
+        grad, step.x, e, step.weight, step.bias, step.eps, statistics, grad_rstd, step.centroids, target, pull, moving,
+        gradient, step.band_pixels,
+    )  # fmt: skip
+    return (grad, *grad_affine, grad_scale, *grad_norm), sums, counts
+
+
+def to_target(own: Tensor, target: Tensor) -> Tensor:
+    """[N]: similarity to the target, of own similarities [N,K]; without meaning where there is none."""
+    return own.gather(1, (target.clamp(min=0) % own.shape[1])[:, None])[:, 0]
+
+
+class Again:
+    """Makes the gradients of any mixture of the parts of a loss, by both passes again, in backward.
+
+    Holds the features, the labels, the target of every pixel [N] and the sub-centroids of that step, until it is dropped.
+    """
+
+    def __init__(self, step: Step, target: Tensor, total_weight: Tensor, count: Tensor, unit: Tensor) -> None:
+        # an update moves the sub-centroids before backward, and DistributedDataParallel writes to every buffer
+        weight = None if step.class_weight is None else step.class_weight.clone()
+        self.step = step._replace(centroids=step.centroids.clone(), class_weight=weight)
+        self.target, self.total_weight, self.count, self.unit = target, total_weight, count, unit
+        self.versions, self.backend = self._versions(), chosen()
+
+    def _versions(self) -> dict[str, int]:
+        named = self.step._asdict().items()
+        return {name: t._version for name, t in named if isinstance(t, Tensor) and not t.is_inference()}
+
+    def gradients(self, cross_entropy: Tensor | None, ppc: Tensor | None, ppd: Tensor | None) -> tuple[Tensor, ...]:
+        """Gradients of the inputs of the step for incoming gradients [] of the means; None: of none."""
+        for name, version in self._versions().items():
+            if version != self.versions[name]:
+                raise RuntimeError(
+                    f"DNCHead.loss: {name} was changed in place after the loss; cross_entropy, ppc and ppd are computed again "
+                    f"in backward, so leave it alone or pass a clone (the gradient of `loss` alone does not need it)"
+                )
+        weights = [g for g in (cross_entropy, ppc, ppd) if g is not None]
+        # a mixture of size 1 gives gradients that float16 holds, as those of the loss are; its size is applied in float32
+        size = torch.stack(weights).abs().amax()
+        size = torch.where(size > 0, size, 1)
+
+        def factor(gradient: Tensor | None, over: Tensor) -> Tensor | None:
+            return None if gradient is None else gradient / size * self.unit / over
+
+        pull = factor(cross_entropy, self.total_weight)
+        factors = Factors(torch.zeros_like(size) if pull is None else pull, factor(ppc, self.count), factor(ppd, self.count))
+        # the class of the pixels that have a target
+        sampled = torch.div(self.target, self.step.centroids.shape[1], rounding_mode="floor")
+        with use_backend(cast(Backend, self.backend)) if self.backend != chosen() else nullcontext():
+            first = run_first(self.step, factors, sampled, True, False)
+            made, _, _ = run_second(self.step, factors, first, self.target, to_target(first[2], self.target), None, True)
+        return tuple(scale_saved(g, size / self.unit) for g in made)
+
+
+class Made(torch.autograd.Function):
+    """A loss whose gradients exist already: `apply(loss, unit, *gradients, *inputs)`, as many of one as of the other.
+
+    The gradients are those of `unit` times the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, unit: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.count = len(tensors) // 2
+        ctx.save_for_backward(unit, *tensors[: ctx.count])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        return None, None, *(None,) * ctx.count, *_scaled(ctx, grad)
+
+
+class MadeInParts(torch.autograd.Function):
+    """`Made`, and the parts of the loss, whose gradients are made again in backward where one is asked for.
+
+    ``apply(again, weights, loss, cross_entropy, ppc, ppd, unit, *gradients, *inputs)`` with the weights of PPC and PPD in the
+    loss (a part of weight 0 has no gradient) and `again` None where both are 0: then the loss is its cross-entropy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        again: Again | None,
+        weights: tuple[float, float],
+        loss: Tensor,
+        cross_entropy: Tensor,
+        ppc: Tensor,
+        ppd: Tensor,
+        unit: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.again, ctx.weights, ctx.count = again, weights, len(tensors) // 2
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(unit, *tensors[: ctx.count])
+        outputs = loss.clone(), cross_entropy.clone(), ppc.clone(), ppd.clone()
+        ctx.mark_non_differentiable(*(t for t, weight in zip(outputs[2:], weights, strict=True) if not weight))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, loss: Tensor | None, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        again: Again | None = ctx.again
+        made: tuple[Tensor | None, ...]
+        if again is None or all(g is None for g in parts):
+            made = _scaled(ctx, _sum(loss, parts[0]))
+        else:
+            shares = (None if loss is None or not w else w * loss for w in (1, *ctx.weights))
+            made = _needed(ctx, again.gradients(*(_sum(a, b) for a, b in zip(shares, parts, strict=True))))
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.again = None  # what it holds goes with the saved tensors
+        return *(None,) * (7 + ctx.count), *made
+
+
+def _refuse_second_derivatives() -> None:
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        raise RuntimeError("DNCHead.loss is differentiable once: call backward without create_graph=True")
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _needed(ctx: Any, made: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(g if need else None for g, need in zip(made, ctx.needs_input_grad[-ctx.count :], strict=True))
+
+
+def _scaled(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients that were made, times the incoming one."""
+    unit, *made = ctx.saved_tensors
+    if grad is None:
+        return (None,) * ctx.count
+    grad = grad / unit
+    return tuple(None if g is None else scale_saved(g, grad) for g in _needed(ctx, made))
