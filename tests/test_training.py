@@ -216,7 +216,7 @@ def update_of(head, features, labels):
     e = head.embed(features).detach()
     own = ops.class_scores(e, head.prototypes, small).own_similarity
     correct = head(features).argmax(1) == small
-    cluster = torch.where(correct.flatten(), head.cluster(own, small), -1)
+    cluster = torch.where(correct, head.cluster(own, small), -1)
     return ops.cluster_sums(e, cluster, CLASSES * SUBCENTROIDS)
 
 
