@@ -125,6 +125,32 @@ def test_prediction_takes_any_size(size):
             head.predict(x, bad)
 
 
+class Predicts(torch.nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, features, images):
+        return self.head.predict(features, images.shape[2:])
+
+
+@pytest.mark.parametrize("how", ["export", "compile", "trace"])
+def test_prediction_follows_the_size_of_the_images(how):
+    network, features, images = Predicts(HEADS["DNCHead"]().eval()), torch.randn(2, 8, 4, 4), torch.randn(2, 3, 16, 16)
+    if how == "trace":  # which keeps the size of the example
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(torch.jit.trace(network, (features, images))(features, images), network(features, images))
+        return
+    if how == "export":
+        dynamic = {"features": None, "images": {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
+        made = torch.export.export(network, (features, images), dynamic_shapes=dynamic).module()
+    else:
+        made = torch.compile(network, fullgraph=True, dynamic=True, backend="aot_eager")
+    other = torch.randn(2, 3, 20, 18)
+    assert torch.equal(made(features, other), network(features, other))
+
+
 # names
 
 
