@@ -173,7 +173,8 @@ class DNCClassifier(CentroidModel):
         """Classes [N] int64 of features [N,D]. Without LayerNorm over classes no [N,C] exists and a NaN sample gives -1."""
         if self.scores == "norm":
             return self(x).argmax(1)
-        return self.explain(x).label
+        # not self.explain: torch.export.load refuses a no_grad within another
+        return ops.nearest_centroid(self.embed(x), self.snapshot()).label
 
     @torch.no_grad()
     def explain(self, x: Tensor) -> ops.NearestCentroid:

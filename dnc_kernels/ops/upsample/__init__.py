@@ -121,7 +121,7 @@ def _check_scores(op: str, scores: Tensor) -> None:
 
 def _check_size(op: str, size: int | Sequence[int]) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
-    ok = isinstance(pair, (tuple, list)) and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    ok = isinstance(pair, (tuple, list)) and all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in pair)
     check_dtype(ok, op, "size", "an integer or a pair (H, W) of integers", size)
     check_value(len(pair) == 2 and pair[0] > 0 and pair[1] > 0, op, "size", "one or two positive integers", size)
     return pair[0], pair[1]
