@@ -320,7 +320,8 @@ def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int)
     `sizes` are those of `resolve`; N and D are read from x [N,D] or [B,D,H,W] where they are not given.
     """
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in others) else x.dtype
-    sizes = {"N": x.shape[0] * x.shape[2:].numel(), "D": x.shape[1], **sizes}
+    # not x.shape[2:].numel(), which makes numbers of symbolic sizes under torch.export; no op takes x without channels
+    sizes = {"N": x.numel() // x.shape[1], "D": x.shape[1], **sizes}
     kind, gpu = x.device.type, capability(x.device.index) if x.device.type == "cuda" else None
     choice = _choice if backend is None else backend
     if _recorded is not None:
@@ -356,10 +357,13 @@ def layout(x: Tensor) -> str:
     return "strided"
 
 
-@torch.compiler.assume_constant_result
 def capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a CUDA device; None: the current one."""
     return _capability(index)
+
+
+# all that torch.compiler.assume_constant_result does; the decorator would import the compiler
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -114,9 +114,7 @@ def test_an_id_at_or_beyond_the_bound_is_an_error_that_names_the_call(op, backen
 @pytest.mark.parametrize("op", CALLS)
 def test_an_ignore_index_among_the_ids_is_an_error(op):
     bound = CALLS[op][1]
-    with pytest.raises(
-        ValueError, match=rf"^{op}: ignore_index must be outside \[0,{bound}\); got {bound - 1}"
-    ):
+    with pytest.raises(ValueError, match=rf"^{op}: ignore_index must be outside \[0,{bound}\); got {bound - 1}"):
         call(op, "cpu", ids(bound), ignore_index=bound - 1)
     with pytest.raises(TypeError, match=rf"^{op}: ignore_index must be an integer; got 1.5"):
         call(op, "cpu", ids(bound), ignore_index=1.5)

@@ -16,7 +16,7 @@ def uniform(shape: tuple[int, ...], device: torch.device, generator: Generator |
     return drawn.clamp(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float32).eps)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # as in `_sync`
 def _seeded(shape: tuple[int, ...], generator: Generator) -> Tensor:
     # torch.compile cannot trace a generator
     return torch.rand(shape, generator=generator, device=generator.device)

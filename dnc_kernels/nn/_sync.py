@@ -20,7 +20,8 @@ def ranks(sync: str) -> int:
     return dist.get_world_size()
 
 
-@torch.compiler.disable
+# `torch._disable_dynamo` is `torch.compiler.disable` that imports the compiler at the first call, not with this file
+@torch._disable_dynamo
 def sum_over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Every tensor summed over the ranks."""
     tensors = tuple(t.contiguous().clone() for t in tensors)
@@ -29,13 +30,13 @@ def sum_over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def take_from_first_rank_(tensor: Tensor) -> None:
     """Overwrite a contiguous tensor with that of rank 0."""
     dist.broadcast(tensor, 0)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def rows_of_lowest_key(key: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """For each index the smallest key over the ranks, and the rows of the (lowest) rank that has it.
 
@@ -53,7 +54,7 @@ def rows_of_lowest_key(key: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return least, rows
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def gather_rows(*tensors: Tensor) -> tuple[int, tuple[Tensor, ...]]:
     """Tensors of N rows, N its own on every rank, concatenated over the ranks in rank order; and where this rank's rows begin.
 
@@ -74,7 +75,7 @@ def gather_rows(*tensors: Tensor) -> tuple[int, tuple[Tensor, ...]]:
     return sum(sizes[: dist.get_rank()]), tuple(gathered)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def sinkhorn_over_ranks(similarity: Tensor, group: Tensor, groups: int, epsilon: float, iterations: int) -> Tensor:
     """Log of the plan that `ops.sinkhorn_plan` finds for the pixels of all ranks together, this rank's rows; [N,K] up to a
     constant a row.

@@ -215,7 +215,10 @@ class DNCClassifier(CentroidModel):
     def predict(self, features: Tensor) -> Tensor:
         """Classes [N] int64 of features [N,D]. Without LayerNorm over classes no [N,C] exists and a NaN sample gives -1."""
         self._check_features("predict", features)
-        return self(features).argmax(1) if self.scores == "norm" else self.explain(features).label
+        if self.scores == "norm":
+            return self(features).argmax(1)
+        # not self.explain: torch.export.load refuses a no_grad within another
+        return ops.nearest_centroid(self.embed(features), self.snapshot()).label
 
     @renamed(x="features")
     @torch.no_grad()

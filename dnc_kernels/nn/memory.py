@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_integer, check_value, whole_number
+from ..ops._common import full_precision
 from ._labels import left_out_below_zero
 
 
@@ -108,7 +109,7 @@ class FeatureMemory(nn.Module):
     def own_similarity(self, centroids: Tensor) -> Tensor:
         """[C*size, K]: similarity of each feature held to the sub-centroids of its class; one small product a class."""
         held = self.storage[:-1].view(self.num_classes, self.size, self.channels).to(centroids.dtype)
-        with torch.autocast(centroids.device.type, enabled=False):
+        with full_precision(centroids):
             return torch.bmm(held, centroids.transpose(1, 2)).flatten(0, 1)
 
     @torch.no_grad()

@@ -377,7 +377,7 @@ class SubCentroids(nn.Module):
         self._start_pending = False
         return counts
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as in `_sync`
     def _start_when_due(self, x: Tensor, group: Tensor) -> bool:
         # counted on the host so that no step has to read a device counter
         due = self._updates_before_start <= 0

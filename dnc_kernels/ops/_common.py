@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -177,7 +177,7 @@ def pixel_map(x: Tensor, rows: Tensor) -> Tensor:
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off: reference code computes in the dtype it chose, not in autocast's."""
-    return torch.autocast(x.device.type, enabled=False)
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # the meta device has no autocast
 
 
 def like_pixels(x: Tensor, values: Tensor) -> Tensor:

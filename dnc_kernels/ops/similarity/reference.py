@@ -36,7 +36,7 @@ def class_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: st
     own = None
     if labels is not None:
         valid = (labels >= 0) & (labels < centroids.shape[0])
-        own = s[torch.arange(len(labels), device=x.device), torch.where(valid, labels, 0)]
+        own = s[torch.arange(labels.shape[0], device=x.device), torch.where(valid, labels, 0)]
         own = torch.where(valid[:, None], own, 0.0)
     return scores, winner.to(torch.uint8), own
 

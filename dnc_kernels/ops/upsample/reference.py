@@ -40,7 +40,7 @@ def upsample_cross_entropy(
 
 def upsample_argmax(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """[B,H,W] int64: class of the highest upsampled score. One sample at a time, so that one [C,H,W] exists, not B."""
-    if torch.compiler.is_compiling():  # the loop would fix B; the compiler fuses instead
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the loop would fix B; the compiler fuses instead
         return upsample_alike(scores, size, align_corners).argmax(1)
     return torch.cat([upsample_alike(sample, size, align_corners).argmax(1) for sample in scores.split(1)])
 
@@ -126,5 +126,6 @@ def _neighbours(at: Tensor, source: int, target: int, align_corners: bool) -> tu
         numerator, denominator = at * (source - 1), max(target - 1, 1)
     else:
         numerator, denominator = ((2 * at + 1) * source - target).clamp_min(0), 2 * target
-    low = numerator // denominator
+    # exact below 2^53; the compiler of torch 2.13 fails on indices that are quotients of integers
+    low = (numerator.double() / denominator).to(torch.int64)
     return low, (low + 1).clamp_max(source - 1), (numerator - low * denominator).double() / denominator

@@ -1,0 +1,25 @@
+"""Importing the package costs little more than importing torch, and the compiler is imported by whom it serves."""
+
+import subprocess
+import sys
+
+import torch
+
+from dnc_kernels import backends
+
+
+def test_the_package_loads_no_module_that_torch_had_not_loaded():
+    code = (
+        "import sys, torch; before = set(sys.modules); import dnc_kernels; "
+        "print(*(name for name in set(sys.modules) - before if name.split('.')[0] != 'dnc_kernels'))"
+    )
+    # another process: this one has loaded nearly everything
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert loaded.stdout.split() == []
+
+
+def test_a_gpus_capability_is_a_constant_to_the_compiler(monkeypatch):
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0) if index == 0 else (8, 0))
+    compiled = torch.compile(lambda x: x + backends.capability(0)[0], fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 9
+    assert vars(torch.compiler.assume_constant_result(lambda: 0)).items() <= vars(backends.capability).items()
