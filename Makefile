@@ -11,17 +11,41 @@ SHELL := /bin/bash
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1: /'
 
-# Installed anew when what is installed, or how, has changed.
-$(STAMP): pyproject.toml $(CONSTRAINTS) setup.py
+# What the extension is built with, without torch.
+BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.24"
+$(VENV)/.tools: pyproject.toml
+	@echo "==> $(VENV) with CMake, Ninja and pybind11: 35 MB to download, seconds"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
+	$(BIN)/python -m pip install $(BUILD_TOOLS)
 	touch $@
 
-install: $(STAMP) ## set up .venv with the package (editable) and everything a developer needs
-	$(BIN)/python setup.py --quiet build_ext --inplace
+# nvcc, where CMakeLists.txt looks for it. Developers build CUDA kernels wherever they can be compiled, since tests look into them:
+# `auto` builds them only where a GPU is visible.
+NVCC := $(shell command -v "$${CUDACXX:-nvcc}" || { test -z "$$CUDACXX" && command -v /usr/local/cuda/bin/nvcc; })
+DEVELOPERS := $(or $(DNC_KERNELS_BUILD),$(if $(NVCC),cuda,cpu))
+USERS := $(or $(DNC_KERNELS_BUILD),auto)
 
-demo: install ## train a DNC head on scenes of real digits, beside a softmax head; writes demo-out/
-	$(BIN)/python -m dnc_kernels demo
+# set_up EXTRA,BUILD,SIZE: the extension in place first, since Ninja shows its progress and pip does not; pip then finds it built.
+# Anew when what is installed, or how, has changed.
+define set_up
+DNC_KERNELS_BUILD=$(2) $(BIN)/python setup.py --quiet build_ext --inplace
+@echo "==> installing torch and the extra [$(1)]: $(3) to download where torch is a CUDA build, as on PyPI, else $(4)"
+DNC_KERNELS_BUILD=$(2) $(BIN)/python -m pip install --no-build-isolation -c $(CONSTRAINTS) -e ".[$(1)]"
+touch $@
+endef
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) setup.py | $(VENV)/.tools
+	$(call set_up,dev,$(DEVELOPERS),3 GB,0.7 GB)
+
+install: $(STAMP) ## set up .venv with the package (editable) and everything a developer needs
+	DNC_KERNELS_BUILD=$(DEVELOPERS) $(BIN)/python setup.py --quiet build_ext --inplace
+
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS) setup.py | $(VENV)/.tools
+	$(call set_up,demo,$(USERS),2.5 GB,0.3 GB)
+
+# Where the developers' set-up is, the demo takes it as it is.
+demo: $(if $(wildcard $(STAMP)),install,$(VENV)/.demo) ## train a DNC head on scenes of real digits, beside a softmax head; writes demo-out/
+	OMP_WAIT_POLICY=passive $(BIN)/python -m dnc_kernels demo
 
 # The workers' OpenMP threads share the cores: a thread that waits must sleep, not spin.
 WORKERS ?= 2
@@ -55,7 +79,7 @@ GPU_TREE = build/cmake-$(shell $(TOOLS)/bin/python -c 'import sys, sysconfig; pr
 $(TOOLS)/.installed: pyproject.toml
 	$(NEEDS_PYTHON312)
 	"$(GPU_PYTHON)" -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.24"
+	$(TOOLS)/bin/python -m pip install $(BUILD_TOOLS)
 	touch $@
 gpu-wheel: $(TOOLS)/.installed ## build in place for a GPU machine, without a GPU: the extension and its checks for CPython 3.12 and sm_90a
 	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=90a-real $(TOOLS)/bin/python setup.py --quiet build_ext --inplace
