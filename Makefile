@@ -11,17 +11,42 @@ SHELL := /bin/bash
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1: /'
 
-# Installed anew when what is installed, or how, has changed.
-$(STAMP): pyproject.toml $(CONSTRAINTS) setup.py
+# What the extension is built with, torch not among it; and a pip that shows how far it is.
+BUILD_TOOLS := "pip>=25.1" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.24"
+$(VENV)/.tools: pyproject.toml
+	@echo "==> $(VENV) with CMake, Ninja and pybind11: 35 MB to download, then some 5 seconds"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
-	touch $@
+	$(BIN)/python -m pip install $(BUILD_TOOLS)
+	@touch $@
+
+# nvcc, where CMakeLists.txt looks for it. Developers build CUDA kernels wherever they can be compiled, since tests look into them;
+# for users `auto` builds them where a GPU is visible.
+NVCC := $(shell command -v "$${CUDACXX:-nvcc}" || { test -z "$$CUDACXX" && command -v /usr/local/cuda/bin/nvcc; })
+DEVELOPERS := $(or $(DNC_KERNELS_BUILD),$(if $(NVCC),cuda,cpu))
+USERS := $(or $(DNC_KERNELS_BUILD),auto)
+
+# set_up EXTRA,BUILD,SIZE,SIZE: the extension in place first, because Ninja shows its progress and pip does not; pip finds it built.
+# Made anew when what is installed, or how, has changed. Python files are compiled when they are imported, which most never are.
+define set_up
+DNC_KERNELS_BUILD=$(2) $(BIN)/python setup.py --quiet build_ext --inplace
+@echo "==> torch, the package and its extra [$(1)]: $(4) to download, $(3) where torch is its CUDA build, then some 20 seconds"
+DNC_KERNELS_BUILD=$(2) $(BIN)/python -m pip install --no-build-isolation --no-compile -c $(CONSTRAINTS) -e ".[$(1)]"
+@touch $@
+endef
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) setup.py | $(VENV)/.tools
+	$(call set_up,dev,$(DEVELOPERS),3 GB,0.7 GB)
 
 install: $(STAMP) ## set up .venv with the package (editable) and everything a developer needs
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	DNC_KERNELS_BUILD=$(DEVELOPERS) $(BIN)/python setup.py --quiet build_ext --inplace
 
-demo: install ## train a DNC head on scenes of real digits, beside a softmax head; writes demo-out/
-	$(BIN)/python -m dnc_kernels demo
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS) setup.py | $(VENV)/.tools
+	$(call set_up,demo,$(USERS),2.5 GB,0.3 GB)
+
+# Where the developers' set-up is, the demo takes it as it is.
+demo: $(if $(wildcard $(STAMP)),install,$(VENV)/.demo) ## train a DNC head on scenes of real digits, beside a softmax head; writes demo-out/
+	@echo "==> two trainings of 800 steps on the CPU, some 3 minutes on 2 cores; ARGS=--quick is one of seconds"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m dnc_kernels demo $(ARGS)
 
 # The workers' OpenMP threads share the cores: a thread that waits must sleep, not spin.
 WORKERS ?= 2
@@ -55,7 +80,7 @@ GPU_TREE = build/cmake-$(shell $(TOOLS)/bin/python -c 'import sys, sysconfig; pr
 $(TOOLS)/.installed: pyproject.toml
 	$(NEEDS_PYTHON312)
 	"$(GPU_PYTHON)" -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.24"
+	$(TOOLS)/bin/python -m pip install $(BUILD_TOOLS)
 	touch $@
 gpu-wheel: $(TOOLS)/.installed ## build in place for a GPU machine, without a GPU: the extension and its checks for CPython 3.12 and sm_90a
 	DNC_KERNELS_BUILD=cuda DNC_KERNELS_CUDA_ARCHS=90a-real $(TOOLS)/bin/python setup.py --quiet build_ext --inplace

@@ -7,7 +7,6 @@ kernel without one. Commit dnc_kernels/proofs.json to keep it.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import torch
 
 from dnc_kernels import _evidence, backends
 from dnc_kernels._evidence import Proof
+from dnc_kernels._source import digest
 
 from . import processes, pytest_record
 from .processes import Ended, Step
@@ -36,7 +36,7 @@ def source(family: str, root: Path = ROOT) -> str:
     folders = (("csrc/cuda", "*.cu"), ("csrc/cuda", "*.h"), ("csrc/include/dnc", "*.h"))
     paths = sorted((path for folder, names in folders for path in (root / folder).glob(names)), key=str)
     mine = (p for p in paths if p.name.startswith(family) or not p.name.startswith(FAMILIES))
-    return hashlib.sha256(b"".join(p.read_bytes().replace(b"\r\n", b"\n") for p in mine)).hexdigest()
+    return digest(mine)
 
 
 def tests_of(family: str, root: Path = ROOT) -> list[Path]:

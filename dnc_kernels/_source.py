@@ -1,6 +1,6 @@
-"""What a build is made from: files, SHA-256, commit. cmake/source.cmake finds the same for `_C.source` and `_C.commit`.
+"""What a build is made from: the files, their SHA-256 and the commit.
 
-Nothing here imports torch or the extension.
+cmake/source.cmake finds the same for `_C.source` and `_C.commit`. Nothing here imports torch or the extension.
 """
 
 from __future__ import annotations

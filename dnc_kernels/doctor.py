@@ -16,7 +16,7 @@ from typing import cast
 import numpy
 import torch
 
-from . import __version__, backends
+from . import __version__, _source, _threads, backends
 from ._selftest import CASES, data, worst_error
 
 #: Largest error allowed by the self-test, relative to the largest element: 32 roundings of float32, for sums of some 100 terms.
@@ -71,7 +71,9 @@ class Report:
     """Everything the doctor looked at."""
 
     versions: dict[str, str] = field(default_factory=dict)
+    build: dict[str, str] = field(default_factory=dict)
     processor: dict[str, str] = field(default_factory=dict)
+    threads: dict[str, str] = field(default_factory=dict)
     cuda: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)  # name -> why it cannot run, or ""
@@ -89,7 +91,9 @@ def check(*, self_test: bool = True) -> Report:
     """Examine the installation, and compare every op with float64 unless `self_test` is False (it takes about a second)."""
     report = Report()
     _look_at_versions(report)
+    _look_at_build(report)
     _look_at_processor(report)
+    _look_at_threads(report)
     _look_at_cuda(report)
     report.environment = {name: value for name, value in sorted(os.environ.items()) if name.startswith("DNC_KERNELS_")}
     _look_at_backends(report)
@@ -123,6 +127,23 @@ def _look_at_versions(report: Report) -> None:
         report.problems.append(Problem(what, _REBUILD))
 
 
+def _look_at_build(report: Report) -> None:
+    native = backends._native
+    if native is None:  # a problem of its own
+        return
+    built = {"source": getattr(native, "source", "unknown"), "commit": getattr(native, "commit", "unknown")}
+    report.build = {"file": str(native.__file__), **built}
+    source = _source.source(_source.ROOT)
+    if source is None:
+        return  # installed: no source to compare with
+    commit = _source.commit(_source.ROOT)
+    report.build |= {"checkout_source": source, "checkout_commit": commit}
+    if built["source"] != source:
+        what = f"{report.build['file']} was built from other source ({built['commit']}) than this checkout's csrc ({commit})"
+        fix = "build it anew: `make install`, or `python setup.py build_ext --inplace` with this Python"
+        report.problems.append(Problem(what, fix))
+
+
 def _triton_version() -> str:
     try:
         return metadata.version("triton")
@@ -144,7 +165,6 @@ def _look_at_processor(report: Report) -> None:
     report.processor = {
         "name": name,
         "features": " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "none of those the kernels use",
-        "threads": str(torch.get_num_threads()),
     }
     if backends._native is not None:
         report.processor["instruction_sets"] = " ".join(backends.usable_isas())
@@ -152,6 +172,23 @@ def _look_at_processor(report: Report) -> None:
         if backends.cpu_isa() != backends.usable_isas()[-1]:
             what = f"the CPU kernels use {backends.cpu_isa()}, though this processor runs {backends.usable_isas()[-1]}"
             report.problems.append(Problem(what, "unset DNC_KERNELS_CPU_ISA, unless this is a test", serious=False))
+
+
+def _look_at_threads(report: Report) -> None:
+    threads, cores, allowed, load = torch.get_num_threads(), _threads.cores(), _threads.quota(), _threads.load()
+    waiting = _threads.waiting(_threads.maps(), os.environ)
+    report.threads = {
+        "threads": str(threads),
+        "cores": str(cores),
+        "quota_cores": "none" if allowed is None else f"{allowed:g}",
+        "load_1min": "unknown" if load is None else f"{load:.2f}",
+        "openmp": waiting.path or "unknown",
+        "waiting_threads": f"{'spin' if waiting.spins else 'sleep'} ({waiting.setting or 'by default'})",
+    }
+    why = _threads.crowded(threads, cores, allowed, load)
+    if why and waiting.spins:
+        what = f"{why}, and threads that wait spin: a step can take many times as long"
+        report.problems.append(Problem(what, waiting.remedy, serious=False))
 
 
 def _look_at_cuda(report: Report) -> None:
@@ -254,11 +291,14 @@ def text(report: Report) -> str:
     lines: list[str] = []
     for title, values in (
         ("versions", report.versions),
+        ("build", {key: value[:12] if key.endswith("source") else value for key, value in report.build.items()}),
         ("processor", report.processor),
+        ("threads", report.threads),
         ("cuda", report.cuda),
         ("environment", report.environment),
     ):
-        lines += [title, *_table([[key, value] for key, value in values.items()]), ""]
+        if values:
+            lines += [title, *_table([[key, value] for key, value in values.items()]), ""]
     lines += [
         "backends",
         *_table([[name, f"cannot run: {why}" if why else "usable"] for name, why in report.backends.items()]),
@@ -269,7 +309,7 @@ def text(report: Report) -> str:
         proof = f" [unproven: {', '.join(choice.unproven)}]" if choice.unproven else ""
         if choice.proven_on:
             proof += f" [cuda proven on {', '.join(choice.proven_on)}]"
-        rows.append([choice.op, choice.device, choice.backend, choice.reason + proof])
+        rows.append([choice.op, choice.device, choice.backend, _because(choice, report.backends) + proof])
     lines += ["what `auto` picks for float32", *_table(rows), ""]
     if report.self_tests:
         columns = list(dict.fromkeys((test.backend, test.isa) for test in report.self_tests))
@@ -282,6 +322,16 @@ def text(report: Report) -> str:
     for problem in report.problems:
         lines += [f"  {'PROBLEM' if problem.serious else 'note'}: {problem.what}", f"    what to do: {problem.fix}"]
     return "\n".join(lines)
+
+
+def _because(choice: Choice, why_not: dict[str, str]) -> str:
+    """The reason without what the report has said before it: why a backend cannot run here, and whose tensors these are."""
+    parts = []
+    for part in dict.fromkeys(choice.reason.split("; ")):
+        names = [name for name, why in why_not.items() if why == part and name in backends.KERNELS[choice.op]]
+        parts.append(f"{' and '.join(names)} cannot run" if names else part)
+    elsewhere = f"the cpu backend runs on cpu tensors, not {choice.device}"
+    return "; ".join(part for part in parts if part != elsewhere) or choice.reason
 
 
 def _cell(test: SelfTest | None) -> str:

@@ -20,7 +20,7 @@ import torch
 from cuda_on_cpu import cmake
 
 import dnc_kernels
-from dnc_kernels import backends
+from dnc_kernels import _source, backends
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
@@ -84,6 +84,7 @@ def test_the_sdist_holds_what_a_build_and_its_tests_need(source, sdist):
     needed = {
         "CMakeLists.txt",
         "cmake/architectures.cmake",
+        "cmake/source.cmake",
         "setup.py",
         "pyproject.toml",
         "README.md",
@@ -130,9 +131,69 @@ def test_the_installed_wheel_is_healthy_far_from_its_source(built, tmp_path):
 
 @pytest.mark.slow
 def test_a_cpu_build_has_no_cuda_in_it(built, tmp_path):
-    assert "no CUDA kernels" in built.output
+    assert "no CUDA kernels: DNC_KERNELS_BUILD=cpu" in built.output
     code = "from dnc_kernels import _C; print(_C.cuda_archs, hasattr(_C, 'momentum_update_cuda_'))"
     assert run([sys.executable, "-c", code], cwd=tmp_path, PYTHONPATH=str(built.site)).split()[-2:] == ["None", "False"]
+
+
+@pytest.mark.slow
+def test_a_build_says_how_long_it_takes_before_it_begins(built):
+    assert re.search(r"==> compiling \d+ C\+\+ files, \d+ at a time: about \d+ minutes?\n(?s:.*)Building CXX", built.output)
+
+
+@pytest.mark.slow
+def test_a_binary_knows_the_source_it_was_built_from(built, tmp_path):
+    code = "from dnc_kernels import _C; print(_C.source, _C.commit)"
+    printed = run([sys.executable, "-c", code], cwd=tmp_path, PYTHONPATH=str(built.site)).split()[-2:]
+    assert printed == [_source.source(built.tree), "unknown"]  # an sdist has no history
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_compiles_nothing_and_an_edited_kernel_has_another_hash(built):
+    def build() -> tuple[list[str], str]:
+        """What is compiled and linked, and the module's stamp."""
+        run([cmake("cmake"), "-S", built.tree, "-B", built.objects, "-DDNC_PYTHON=ON", "-DDNC_BUILD=cpu"], cwd=built.work)
+        output = run([cmake("cmake"), "--build", built.objects, "--target", "_C", "-j2"], cwd=built.work)
+        (module,) = built.objects.glob("_C.*.so")
+        code = f"import importlib.util as u; s = u.spec_from_file_location('_C', {str(module)!r}); m = u.module_from_spec(s); "
+        stamp = run([sys.executable, "-c", f"{code} s.loader.exec_module(m); print(m.source, m.commit)"], cwd=built.work)
+        return sorted(Path(line.split()[-1]).name for line in output.splitlines() if "Building" in line), stamp.strip()
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+        return run(["git", *identity, *arguments], cwd=built.tree).strip()
+
+    kernel = built.tree / "csrc" / "cpu" / "upsample.cpp"
+    text, source = kernel.read_text(), _source.source(built.tree)
+    build()  # other tests leave the tree without Python
+    try:
+        git("init", "-q")
+        git("add", "CMakeLists.txt", "cmake", "csrc", "README.md")
+        git("commit", "-qm", "first")
+        first = _source.commit(built.tree)
+        assert build() == (["stamp.cpp.o"], f"{source} {first}") and git("rev-parse", "HEAD").startswith(first)
+        (built.tree / "README.md").write_text("other words")
+        git("commit", "-qam", "second")
+        assert build() == ([], f"{source} {first}")
+        kernel.write_text(f"{text}// edited\n")
+        compiled, stamp = build()
+        assert compiled == sorted(["stamp.cpp.o", *["upsample.cpp.o"] * len(instruction_sets())])
+        assert stamp == f"{_source.source(built.tree)} {first}+" and not stamp.startswith(source)
+    finally:
+        kernel.write_text(text)
+        shutil.rmtree(built.tree / ".git", ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_an_editable_install_is_a_path_that_type_checkers_follow(built, tmp_path):
+    """Setuptools' own choice for this layout is an import hook, which mypy and Pylance cannot look behind."""
+    code = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
+    output = run([sys.executable, "-c", code], cwd=built.tree, DNC_KERNELS_BUILD="cpu")
+    assert "Building CXX object CMakeFiles/dnc_" not in output  # everything was built
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert [name for name in wheel.namelist() if "dist-info" not in name] == [f"__editable__.dnc_kernels-{VERSION}.pth"]
+        assert wheel.read(f"__editable__.dnc_kernels-{VERSION}.pth").decode().strip() == str(built.tree)
 
 
 def instruction_sets() -> list[str]:
@@ -226,6 +287,92 @@ def test_the_portable_path_is_plain_cpp(path):
     assert not re.search(r"/(imm|xmm|emm|x86|avx\w*|arm_neon)\w*\.h\b", headers)
 
 
+def test_this_binary_is_of_this_checkout():
+    assert backends.native().source == _source.source(ROOT), "csrc was edited since the extension was built: `make install`"
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """A tree with the files that decide a binary, and others."""
+    files = {
+        "CMakeLists.txt": "project(x)\n", "cmake/a.cmake": "# a; [b]\n", "csrc/cpu/k.cpp": "int k;\r\nint l;\n",
+        "csrc/cuda/k.cu": "", "csrc/include/dnc/k.h": "// \"k\"\n", "csrc/tests/t.cpp": "int t;\n", "README.md": "x\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    return tmp_path
+
+
+def stamp_by_cmake(folder: Path, paths, **environment) -> list[str]:
+    """What cmake/source.cmake finds of a tree."""
+    script = folder / "ask"
+    script.write_text(
+        f"include({ROOT}/cmake/source.cmake)\ndnc_digest(digest {' '.join(paths)})\ndnc_commit(commit)\n"
+        'message("${digest} ${commit}")\n'
+    )
+    command = [cmake("cmake"), "-P", str(script)]
+    asked = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+    script.unlink()
+    return asked.stderr.split()
+
+
+def test_cmake_and_python_find_the_same_stamp(planted, monkeypatch):
+    monkeypatch.delenv("DNC_COMMIT", raising=False)
+    names = [path.relative_to(planted).as_posix() for path in _source.files(planted)]
+    assert names == ["CMakeLists.txt", "cmake/a.cmake", "csrc/cpu/k.cpp", "csrc/cuda/k.cu", "csrc/include/dnc/k.h"]
+    assert stamp_by_cmake(planted, names) == [_source.source(planted), _source.commit(planted)]
+    assert _source.commit(planted) == "unknown"
+    monkeypatch.setenv("DNC_COMMIT", "abc")
+    assert stamp_by_cmake(planted, names)[1] == _source.commit(planted) == "abc"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_the_last_one_that_changed_the_source(planted):
+    def git(*arguments: str) -> str:
+        return run(["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", *arguments], cwd=planted).strip()
+
+    def commit() -> str:
+        found = _source.commit(planted)
+        assert stamp_by_cmake(planted, ["CMakeLists.txt"])[1] == found
+        return found
+
+    git("init", "-q")
+    assert commit() == "unknown"  # nothing committed yet
+    git("add", ".")
+    git("commit", "-qm", "first")
+    first = git("rev-parse", "--short=12", "HEAD")
+    assert commit() == first
+    (planted / "README.md").write_text("y")
+    (planted / "csrc/tests/t.cpp").write_text("int u;")
+    assert commit() == first
+    git("commit", "-qam", "second")
+    assert commit() == first
+    (planted / "csrc/cpu/new.cpp").write_text("int n;")  # no file of git's, but of the build's
+    assert commit() == f"{first}+"
+    git("add", ".")
+    git("commit", "-qm", "third")
+    assert commit() == git("rev-parse", "--short=12", "HEAD") != first
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("csrc/cpu/k.cpp", True), ("csrc/cuda/k.cu", True), ("CMakeLists.txt", True), ("cmake/a.cmake", True),
+     ("csrc/tests/t.cpp", False), ("README.md", False)],
+)  # fmt: skip
+def test_what_decides_a_binary_decides_its_hash(planted, name, counts):
+    before = _source.source(planted)
+    path = planted / name
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n"))  # as another system checks it out
+    assert _source.source(planted) == before
+    path.write_bytes(path.read_bytes() + b"//")
+    assert (_source.source(planted) != before) == counts
+
+
+def test_without_a_checkout_there_is_no_source(tmp_path):
+    assert _source.source(tmp_path) is None and _source.files(tmp_path) == []
+
+
 def test_one_version_everywhere():
     assert dnc_kernels.__version__ == VERSION
     assert backends.native().__version__ == VERSION
@@ -286,6 +433,80 @@ def test_memory_that_is_not_free_yet_makes_no_build_serial(setup, monkeypatch):
 def test_jobs_fit_the_memory_of_a_control_group(setup, monkeypatch, files):
     machine(monkeypatch, cores=16, total=128e9, free=100e9, **files)
     assert setup._jobs() == 4
+
+
+TARGETS = """
+CMakeFiles/dnc_avx2.dir/csrc/cpu/a.cpp.o: CXX_COMPILER__dnc_avx2_unscanned_Release
+CMakeFiles/_C.dir/csrc/stamp.cpp.o: CXX_COMPILER___C_unscanned_Release
+CMakeFiles/dnc.dir/csrc/cuda/a.cu.o: CUDA_COMPILER__dnc_unscanned_Release
+CMakeFiles/_checks.dir/csrc/tests/cuda_on_cpu/checks.cu.o: CUDA_COMPILER___checks_unscanned_Release
+libdnc.a: CXX_STATIC_LIBRARY_LINKER__dnc_Release
+"""
+
+
+def test_the_outlook_counts_what_is_not_compiled_yet(setup, tmp_path):
+    assert setup._outlook(TARGETS, tmp_path, 3, 2) == "compiling 2 C++ files and 1 CUDA files, 2 at a time: about 1 minute"
+    many = TARGETS + "".join(f"CMakeFiles/dnc.dir/csrc/cuda/{i}.cu.o: CUDA_COMPILER__dnc\n" for i in range(39))
+    minutes = round((2 * setup.SECONDS["CXX"] + 40 * 3 * setup.SECONDS["CUDA"]) / 2 / 60)
+    assert setup._outlook(many, tmp_path, 3, 2).endswith(f"and 40 CUDA files, 2 at a time: about {minutes} minutes")
+    for line in TARGETS.split():
+        if line.endswith(".o:"):
+            path = tmp_path / line[:-1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    assert setup._outlook(TARGETS, tmp_path, 3, 2) == ""
+
+
+def commands(goal, folder, **environment):
+    """What `make` would run for a goal with its venv in `folder`."""
+    environment = {"DNC_KERNELS_BUILD": "", **environment}
+    return run(["make", "-n", goal, f"VENV={folder}"], cwd=ROOT, **environment)
+
+
+def installed(folder, *stamps):
+    """A venv of which `make` takes these parts for done."""
+    for name in stamps:
+        (folder / name).touch()
+        os.utime(folder / name, (2**32, 2**32))
+    return folder
+
+
+def test_the_demo_installs_no_developers_tools(tmp_path):
+    text = commands("demo", tmp_path)
+    assert '".[demo]"' in text and ".[dev]" not in text
+    assert set(re.findall(r"DNC_KERNELS_BUILD=(\w+)", text)) == {"auto"}
+    assert "OMP_WAIT_POLICY=passive" in text
+
+
+def test_the_demo_takes_the_developers_setup_as_it_is(tmp_path):
+    text = commands("demo", installed(tmp_path, ".tools", ".installed"), CUDACXX=sys.executable)
+    assert "pip install" not in text and set(re.findall(r"DNC_KERNELS_BUILD=(\w+)", text)) == {"cuda"}
+
+
+def test_developers_add_to_the_demos_setup(tmp_path):
+    text = commands("install", installed(tmp_path, ".tools", ".demo"))
+    assert "venv" not in text.replace(str(tmp_path), "") and '".[dev]"' in text
+
+
+@pytest.mark.parametrize(("goal", "pip"), [("demo", '".[demo]"'), ("install", '".[dev]"')])
+def test_the_extension_is_built_in_place_before_pip_looks_for_it(tmp_path, goal, pip):
+    text = commands(goal, tmp_path)
+    assert text.index("setup.py --quiet build_ext --inplace") < text.index(pip)
+    assert "--no-build-isolation" in text
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({"CUDACXX": sys.executable}, "cuda"),  # any program: it is found
+        ({"CUDACXX": "/nonexistent/nvcc"}, "cpu"),
+        ({"CUDACXX": sys.executable, "DNC_KERNELS_BUILD": "cpu"}, "cpu"),
+        ({"CUDACXX": "/nonexistent/nvcc", "DNC_KERNELS_BUILD": "auto"}, "auto"),
+    ],
+)
+def test_developers_build_cuda_where_nvcc_is_found(tmp_path, environment, mode):
+    for goal in ("test", "install", "lint", "bench"):
+        assert set(re.findall(r"DNC_KERNELS_BUILD=(\w+)", commands(goal, tmp_path, **environment))) == {mode}
 
 
 def test_modes(setup, monkeypatch):
@@ -365,6 +586,54 @@ def test_native_without_a_gpu_fails_and_says_so(tmp_path):
     text = " ".join(result.stderr.split())
     assert "DNC_KERNELS_CUDA_ARCHS=native, but this machine has no GPU that CUDA can use" in text
     assert "name the architecture of the GPU that is to run the kernels, such as 80-real or 90a-real" in text
+
+
+def configure(folder, *options, program=None, **environment):
+    """The library alone, configured in `folder`."""
+    command = [program or cmake("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={cmake('ninja')}"]
+    command = [str(part) for part in (*command, *options)]
+    result = subprocess.run(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+    )
+    return result.returncode, " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_auto_asks_for_a_gpu_before_it_looks_for_nvcc(tmp_path, gpu):
+    if gpu:
+        (tmp_path / "nvidia0").touch()
+    options = f"-DDNC_GPU_FILES={tmp_path}/nvidia[0-9]*;{tmp_path}/dxg"
+    status, text = configure(tmp_path / "build", options, CUDACXX="/nonexistent/nvcc")
+    assert status == 0 and "no CUDA kernels: " in text
+    if gpu:
+        assert (
+            "A GPU is visible, but there will be no CUDA kernels: nvcc was not found or does not work; put it on PATH" in text
+        )
+    else:
+        assert f"no GPU is visible here ({tmp_path}/nvidia[0-9]*, {tmp_path}/dxg); -DDNC_BUILD=cuda builds them" in text
+        assert "CUDA compiler" not in text
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_auto_builds_cuda_where_nvcc_and_a_gpu_are(tmp_path):
+    (tmp_path / "nvidia0").touch()
+    status, text = configure(tmp_path / "build", f"-DDNC_GPU_FILES={tmp_path}/nvidia[0-9]*")
+    assert status == 0 and "and CUDA kernels (80-real;90a-real;100)" in text
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_cmake_older_than_nvcc_says_what_to_install(tmp_path):
+    program = shutil.which("cmake", path="/usr/bin")
+    if program is None:
+        pytest.skip("needs a CMake of the distribution")
+    status, text = configure(tmp_path / "asked", "-DDNC_BUILD=cuda", program=program)
+    if status == 0:
+        pytest.skip("this CMake knows this nvcc")
+    words = r"CMake 3\.\d+\.\d+ does not know how nvcc [\d.]+ compiles C\+\+20; run `pip install cmake` for a newer one"
+    assert re.search(f"-DDNC_BUILD=cuda, but {words}", text)
+    (tmp_path / "nvidia0").touch()
+    status, text = configure(tmp_path / "auto", f"-DDNC_GPU_FILES={tmp_path}/nvidia[0-9]*", program=program)
+    assert status == 0 and re.search(f"A GPU is visible, but there will be no CUDA kernels: {words}", text)
 
 
 @pytest.mark.slow

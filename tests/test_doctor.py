@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from dnc_kernels import __main__, _selftest, backends, doctor
+from dnc_kernels import __main__, _selftest, _source, _threads, backends, doctor
 from dnc_kernels._evidence import Proof
 
 
@@ -30,7 +31,82 @@ def test_versions_are_those_of_this_process(report):
 def test_processor_and_threads(report):
     assert report.processor["instruction_sets"].split() == list(backends.usable_isas())
     assert report.processor["instruction_set_in_use"] == backends.cpu_isa()
-    assert report.processor["threads"] == str(torch.get_num_threads())
+    assert report.threads["threads"] == str(torch.get_num_threads())
+    assert report.threads["cores"] == str(_threads.cores())
+    assert report.threads["waiting_threads"].startswith(("spin (", "sleep ("))
+
+
+def test_the_file_of_the_extension_and_its_source_are_named(report):
+    native = backends.native()
+    assert report.build["file"] == native.__file__
+    assert (report.build["source"], report.build["commit"]) == (native.source, native.commit)
+    assert native.source[:12] in doctor.text(report) and native.__file__ in doctor.text(report)
+
+
+def test_a_binary_of_other_source_is_a_problem(monkeypatch, capsys):
+    monkeypatch.setattr(_source, "source", lambda root: "f" * 64)
+    monkeypatch.setattr(_source, "commit", lambda root: "0123456789ab+")
+    found = doctor.check(self_test=False)
+    (problem,) = (p for p in found.problems if "was built from other source" in p.what)
+    assert problem.serious and backends.native().__file__ in problem.what
+    assert f"({backends.native().commit}) than this checkout's csrc (0123456789ab+)" in problem.what
+    assert "`make install`" in problem.fix and "build_ext --inplace" in problem.fix
+    assert doctor.main(["--no-self-test", "--json"]) == 1
+    build = json.loads(capsys.readouterr().out)["build"]
+    assert build["checkout_source"] == "f" * 64 and len(build["source"]) == 64
+
+
+def test_a_binary_that_knows_no_source_is_a_problem_in_a_checkout(monkeypatch):
+    monkeypatch.setattr(backends, "_native", types.SimpleNamespace(__file__="/old/_C.so", cuda_archs=None, compiler="GNU"))
+    monkeypatch.setattr(_source, "source", lambda root: "f" * 64)
+    report = doctor.Report()
+    doctor._look_at_build(report)
+    assert ["/old/_C.so was built from other source (unknown)" in p.what for p in report.problems] == [True]
+
+
+def test_an_installed_package_has_no_checkout_to_differ_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(_source, "ROOT", tmp_path)
+    found = doctor.check(self_test=False)
+    assert set(found.build) == {"file", "source", "commit"}
+    assert not [p for p in found.problems if "built from" in p.what]
+
+
+def planted_threads(monkeypatch, *, threads, cores, quota, load, **environment):
+    """What the doctor finds with these threads on this machine."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name, value in (("cores", cores), ("quota", quota), ("load", load), ("maps", "/torch/lib/libgomp.so.1\n")):
+        monkeypatch.setattr(_threads, name, lambda value=value: value)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = doctor.check(self_test=False)
+    return found, [p for p in found.problems if "threads that wait spin" in p.what]
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        ({"threads": 8, "cores": 8, "quota": 2.0, "load": 0.1}, "the control group allows 2 cores"),
+        ({"threads": 2, "cores": 2, "quota": None, "load": 3.2}, "a load of 3.2 on 2 cores leaves 0 free"),
+    ],
+)
+def test_threads_that_spin_without_a_core_are_a_note(monkeypatch, machine, words):
+    found, (note,) = planted_threads(monkeypatch, **machine)
+    assert words in note.what and not note.serious and found.healthy
+    assert note.fix == "set OMP_WAIT_POLICY=passive before Python starts"
+    assert found.threads["openmp"] == "/torch/lib/libgomp.so.1" and found.threads["waiting_threads"] == "spin (by default)"
+    found, notes = planted_threads(monkeypatch, **machine, OMP_WAIT_POLICY="passive")
+    assert not notes and found.threads["waiting_threads"] == "sleep (OMP_WAIT_POLICY=passive)"
+
+
+def test_threads_that_have_cores_of_their_own_may_spin(monkeypatch):
+    found, notes = planted_threads(monkeypatch, threads=4, cores=8, quota=None, load=0.4)
+    assert not notes
+    assert found.threads == {
+        "threads": "4", "cores": "8", "quota_cores": "none", "load_1min": "0.40", "openmp": "/torch/lib/libgomp.so.1",
+        "waiting_threads": "spin (by default)",
+    }  # fmt: skip
 
 
 def test_every_backend_is_usable_or_says_why(report):
@@ -166,6 +242,33 @@ def test_the_text_shows_every_part(report):
     for part in ("versions", "processor", "backends", "what `auto` picks", "self-test", "problems: "):
         assert part in text
     assert all(op in text for op in backends.KERNELS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_why_a_backend_cannot_run_is_said_once(monkeypatch):
+    why = "torch sees no CUDA device"
+    monkeypatch.setattr(backends, "UNUSABLE", {**backends.UNUSABLE, "triton": why, "cuda": why})
+    report = doctor.check(self_test=False)
+    lines = doctor.text(report).splitlines()
+    assert [line.split(maxsplit=1)[0] for line in lines if why in line] == ["triton", "cuda"]
+    assert not any("runs on cpu tensors" in line for line in lines)
+    (scores,) = (line for line in lines if line.split()[:2] == ["class_scores", "cuda"])
+    assert "triton and cuda cannot run; the cuda kernel does not take float32" in scores
+    (choice,) = (c for c in report.choices if (c.op, c.device) == ("class_scores", "cuda"))
+    assert why in choice.reason  # whole for machines
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("first usable kernel for cuda", "first usable kernel for cuda"),
+        ("the cpu backend runs on cpu tensors, not cuda", "the cpu backend runs on cpu tensors, not cuda"),
+        ("the cpu backend runs on cpu tensors, not cuda; gone; K is 99", "triton cannot run; K is 99"),
+    ],
+)
+def test_no_reason_is_lost(reason, shown):
+    choice = doctor.Choice("centroid_distance", "cuda", "reference", reason, ())
+    assert doctor._because(choice, {"reference": "", "triton": "gone", "cuda": "gone"}) == shown
 
 
 def test_unproven_kernels_are_called_unproven(report):
