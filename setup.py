@@ -105,9 +105,12 @@ def _outlook(targets: str, tree: Path, architectures: int, jobs: int) -> str:
     if not missing:
         return ""
     seconds = sum(SECONDS[language] * (architectures if language == "CUDA" else 1) for language in missing) / jobs
-    files = [f"{missing.count(name)} {text} files" for name, text in (("CXX", "C++"), ("CUDA", "CUDA")) if name in missing]
-    minutes = max(1, round(seconds / 60))
-    return f"compiling {' and '.join(files)}, {jobs} at a time: about {minutes} minute{'s' * (minutes > 1)}"
+    files = " and ".join(_count(missing.count(x), f"{x.replace('CXX', 'C++')} file") for x in SECONDS if x in missing)
+    return f"compiling {files}, {jobs} at a time: about {_count(max(1, round(seconds / 60)), 'minute')}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _run(command: list[str]) -> None:

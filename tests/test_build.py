@@ -149,6 +149,17 @@ def test_a_binary_knows_the_source_it_was_built_from(built, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_editable_install_is_a_path_that_type_checkers_follow(built, tmp_path):
+    """Setuptools' own choice for this layout is an import hook, which mypy and Pylance cannot look behind."""
+    code = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
+    output = run([sys.executable, "-c", code], cwd=built.tree, DNC_KERNELS_BUILD="cpu")
+    assert "Building CXX object CMakeFiles/dnc_" not in output  # everything was built
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert [name for name in wheel.namelist() if "dist-info" not in name] == [f"__editable__.dnc_kernels-{VERSION}.pth"]
+        assert wheel.read(f"__editable__.dnc_kernels-{VERSION}.pth").decode().strip() == str(built.tree)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_a_commit_compiles_nothing_and_an_edited_kernel_has_another_hash(built):
     def build() -> tuple[list[str], str]:
@@ -183,17 +194,6 @@ def test_a_commit_compiles_nothing_and_an_edited_kernel_has_another_hash(built):
     finally:
         kernel.write_text(text)
         shutil.rmtree(built.tree / ".git", ignore_errors=True)
-
-
-@pytest.mark.slow
-def test_an_editable_install_is_a_path_that_type_checkers_follow(built, tmp_path):
-    """Setuptools' own choice for this layout is an import hook, which mypy and Pylance cannot look behind."""
-    code = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
-    output = run([sys.executable, "-c", code], cwd=built.tree, DNC_KERNELS_BUILD="cpu")
-    assert "Building CXX object CMakeFiles/dnc_" not in output  # everything was built
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        assert [name for name in wheel.namelist() if "dist-info" not in name] == [f"__editable__.dnc_kernels-{VERSION}.pth"]
-        assert wheel.read(f"__editable__.dnc_kernels-{VERSION}.pth").decode().strip() == str(built.tree)
 
 
 def instruction_sets() -> list[str]:
@@ -445,7 +445,7 @@ libdnc.a: CXX_STATIC_LIBRARY_LINKER__dnc_Release
 
 
 def test_the_outlook_counts_what_is_not_compiled_yet(setup, tmp_path):
-    assert setup._outlook(TARGETS, tmp_path, 3, 2) == "compiling 2 C++ files and 1 CUDA files, 2 at a time: about 1 minute"
+    assert setup._outlook(TARGETS, tmp_path, 3, 2) == "compiling 2 C++ files and 1 CUDA file, 2 at a time: about 1 minute"
     many = TARGETS + "".join(f"CMakeFiles/dnc.dir/csrc/cuda/{i}.cu.o: CUDA_COMPILER__dnc\n" for i in range(39))
     minutes = round((2 * setup.SECONDS["CXX"] + 40 * 3 * setup.SECONDS["CUDA"]) / 2 / 60)
     assert setup._outlook(many, tmp_path, 3, 2).endswith(f"and 40 CUDA files, 2 at a time: about {minutes} minutes")
