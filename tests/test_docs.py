@@ -16,8 +16,9 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: Pages whose Python blocks run.
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+#: Its blocks are files that use each other: tests/test_deployment.py runs them in order.
+IN_ORDER = ROOT / "docs" / "deployment.md"
 #: Pages whose links, commands and file names are looked up.
 FOLLOWED = (*PAGES, ROOT / "CONTRIBUTING.md")
 FOLDERS = ("benchmarks", "cmake", "csrc", "dnc_kernels", "docs", "examples", "tests")
@@ -72,7 +73,9 @@ def run(block):
         assert list(names[name].shape) == json.loads(f"[{shape}]"), f"{block}: the shape of {name}"
 
 
-@pytest.mark.parametrize("block", [b for page in PAGES for b in blocks(page) if b.language in ("python", "pycon")], ids=str)
+@pytest.mark.parametrize(
+    "block", [b for page in PAGES if page != IN_ORDER for b in blocks(page) if b.language in ("python", "pycon")], ids=str
+)
 def test_python_block_runs_by_itself(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
