@@ -35,7 +35,7 @@ DNC_KERNELS_BUILD=$(2) $(BIN)/python -m pip install --no-build-isolation --no-co
 endef
 
 $(STAMP): pyproject.toml $(CONSTRAINTS) setup.py | $(VENV)/.tools
-	$(call set_up,dev,$(DEVELOPERS),3 GB,0.7 GB)
+	$(call set_up,dev,$(DEVELOPERS),3 GB,0.6 GB)
 
 install: $(STAMP) ## set up .venv with the package (editable) and everything a developer needs
 	DNC_KERNELS_BUILD=$(DEVELOPERS) $(BIN)/python setup.py --quiet build_ext --inplace
