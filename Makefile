@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help install demo test test-gpu-versions bench lint gpu-wheel gpu-build gpu-run clean
+.PHONY: help install install-demo demo test test-gpu-versions bench lint gpu-wheel gpu-build gpu-run clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1: /'
 
@@ -35,16 +35,19 @@ DNC_KERNELS_BUILD=$(2) $(BIN)/python -m pip install --no-build-isolation --no-co
 endef
 
 $(STAMP): pyproject.toml $(CONSTRAINTS) setup.py | $(VENV)/.tools
-	$(call set_up,dev,$(DEVELOPERS),3 GB,0.6 GB)
+	$(call set_up,dev,$(DEVELOPERS),3.3 GB,0.6 GB)
 
 install: $(STAMP) ## set up .venv with the package (editable) and everything a developer needs
 	DNC_KERNELS_BUILD=$(DEVELOPERS) $(BIN)/python setup.py --quiet build_ext --inplace
 
 $(VENV)/.demo: pyproject.toml $(CONSTRAINTS) setup.py | $(VENV)/.tools
-	$(call set_up,demo,$(USERS),2.5 GB,0.3 GB)
+	$(call set_up,demo,$(USERS),3 GB,0.3 GB)
+
+install-demo: $(VENV)/.demo
+	DNC_KERNELS_BUILD=$(USERS) $(BIN)/python setup.py --quiet build_ext --inplace
 
 # Where the developers' set-up is, the demo takes it as it is.
-demo: $(if $(wildcard $(STAMP)),install,$(VENV)/.demo) ## train a DNC head on scenes of real digits, beside a softmax head; writes demo-out/
+demo: $(if $(wildcard $(STAMP)),install,install-demo) ## train a DNC head on scenes of real digits, beside a softmax head; writes demo-out/
 	@echo "==> two trainings of 800 steps on the CPU, some 3 minutes on 2 cores; ARGS=--quick is one of seconds"
 	OMP_WAIT_POLICY=passive $(BIN)/python -m dnc_kernels demo $(ARGS)
 

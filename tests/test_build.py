@@ -483,6 +483,11 @@ def test_the_demo_takes_the_developers_setup_as_it_is(tmp_path):
     assert "pip install" not in text and set(re.findall(r"DNC_KERNELS_BUILD=(\w+)", text)) == {"cuda"}
 
 
+def test_the_demo_rebuilds_what_was_edited(tmp_path):
+    text = commands("demo", installed(tmp_path, ".tools", ".demo"))
+    assert "pip install" not in text and "DNC_KERNELS_BUILD=auto" in text and "build_ext --inplace" in text
+
+
 def test_developers_add_to_the_demos_setup(tmp_path):
     text = commands("install", installed(tmp_path, ".tools", ".demo"))
     assert "venv" not in text.replace(str(tmp_path), "") and '".[dev]"' in text
