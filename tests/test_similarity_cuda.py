@@ -110,9 +110,7 @@ def test_layouts_of_scores_and_pixels():
     assert image.is_contiguous(memory_format=torch.channels_last)
     for given, shaped in ((padded[:, :40], labels), (image, labels.view(2, 3, 7))):
         made = ops.class_scores(given, p, shaped, backend="cuda")
-        flat = [t if t.ndim == 2 else as_rows(t) for t in (made.scores, made.winner)]
-        assert torch.equal(flat[0], expected.scores) and torch.equal(flat[1], expected.winner)
-        assert torch.equal(made.own_similarity, expected.own_similarity)
+        assert all(torch.equal(t if t.ndim == 2 else as_rows(t), e) for t, e in zip(made, expected, strict=True))
     from dnc_kernels.ops.similarity import op
 
     planes = torch.empty(2, 19, 3, 7, device=DEVICE)
@@ -141,8 +139,7 @@ def test_scores_and_nearest_of_feature_maps(shape, dtype):
     assert backends.layout(image) == "planes"
     made, expected = (ops.class_scores(*given, backend="cuda") for given in ((image, p, shaped), (x, p, labels)))
     check_scores(x, p, labels)
-    assert torch.equal(as_rows(made.scores), expected.scores) and torch.equal(as_rows(made.winner), expected.winner)
-    assert torch.equal(made.own_similarity, expected.own_similarity)
+    assert all(torch.equal(as_rows(t), e) for t, e in zip(made, expected, strict=True))
     near, expected = (ops.nearest_centroid(given, p, backend="cuda") for given in (image, x))
     assert all(torch.equal(a.flatten(), b) for a, b in zip(near, expected, strict=True))
 
@@ -191,7 +188,7 @@ def check_loss(x, p, labels, metric="dot", image=None, **options):
     else:
         loss, prediction, own, dx, *others = loss_and_grads("cuda", image, p, labels.view_as(image[:, 0]), metric, **options)
         assert dx.stride() == image.stride()
-        actual = loss, prediction.flatten(), own, as_rows(dx), *others
+        actual = loss, prediction.flatten(), as_rows(own), as_rows(dx), *others
     exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     inside = torch.where((labels >= 0) & (labels < p.shape[0]), labels, -100)  # the CPU reference raises; GPU kernels ignore
     expected = loss_and_grads("reference", *wide(x, p, metric), inside, metric, **exact)
