@@ -48,7 +48,7 @@ install-demo: $(VENV)/.demo
 
 # Where the developers' set-up is, the demo takes it as it is.
 demo: $(if $(wildcard $(STAMP)),install,install-demo) ## train a DNC head on scenes of real digits, beside a softmax head; writes demo-out/
-	@echo "==> two trainings of 800 steps on the CPU, some 3 minutes on 2 cores; ARGS=--quick is one of seconds"
+	@echo "==> two trainings on the CPU; 800 steps each take some 3 minutes on 2 cores, 16 with ARGS=--quick some 20 seconds"
 	OMP_WAIT_POLICY=passive $(BIN)/python -m dnc_kernels demo $(ARGS)
 
 # The workers' OpenMP threads share the cores: a thread that waits must sleep, not spin.

@@ -30,7 +30,8 @@ inline void raise(const char* op, const dnc::Status& s) {
   switch (s.code) {
     case dnc::Code::ok: return;
     case dnc::Code::bad_label:
-      throw pybind11::value_error(name + s.what + "; got " + std::to_string(s.value) + " at pixel " + std::to_string(s.index));
+      throw pybind11::value_error(name + s.what + "; got " + std::to_string(s.value) + " at pixel " + std::to_string(s.index) +
+                                  (s.value == 255 ? " (ignore_index=255 leaves such pixels out)" : ""));
     case dnc::Code::bad_argument: throw pybind11::value_error(name + s.what);
     case dnc::Code::out_of_memory: throw std::bad_alloc();
     case dnc::Code::cuda_error: throw std::runtime_error(name + s.what);

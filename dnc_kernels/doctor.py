@@ -318,7 +318,8 @@ def text(report: Report) -> str:
         for op in dict.fromkeys(test.op for test in report.self_tests):
             rows.append([op, *(_cell(found.get((op, *column))) for column in columns)])
         lines += [f"self-test: largest error in float32 relative to float64 (allowed: {BOUND:.1e})", *_table(rows), ""]
-    lines.append(f"problems: {'none' if not report.problems else len(report.problems)}")
+    serious = sum(problem.serious for problem in report.problems)
+    lines.append(f"problems: {serious or 'none'}, notes: {len(report.problems) - serious or 'none'}")
     for problem in report.problems:
         lines += [f"  {'PROBLEM' if problem.serious else 'note'}: {problem.what}", f"    what to do: {problem.fix}"]
     return "\n".join(lines)

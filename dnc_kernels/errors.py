@@ -22,7 +22,10 @@ def describe(value: Any) -> str:
     """Short text of what the caller passed: shape and dtype of a tensor, repr of anything else."""
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
-    return repr(value)
+    if getattr(value, "ndim", 0) and hasattr(value, "dtype"):  # as of numpy
+        return f"a {type(value).__module__.partition('.')[0]} array {list(value.shape)} {value.dtype}, no tensor"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def message(op: str, argument: str, expected: str, got: Any, fix: str = "") -> str:
@@ -57,7 +60,13 @@ def check_float(op: str, argument: str, tensor: Any) -> None:
 def check_integer(op: str, argument: str, tensor: Any) -> None:
     """Raise TypeError unless `tensor` is an integer tensor (bool does not count)."""
     ok = isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    check_dtype(ok, op, argument, "an integer tensor", tensor, "labels and clusters are indices")
+    fix = "labels are ids; convert them with .long()" if isinstance(tensor, Tensor) else "labels are ids"
+    check_dtype(ok, op, argument, "an integer tensor", tensor, fix)
+
+
+def label_fix(labels: Tensor) -> str:
+    """What to do about labels of another shape, where that is clear."""
+    return "drop the channel axis with labels[:, 0]" if labels.ndim == 4 and labels.shape[1] == 1 else ""
 
 
 def check_device(op: str, argument: str, tensor: Tensor, like: Tensor, like_name: str = "x") -> None:
@@ -148,7 +157,11 @@ def holds_a_loss(result: type[Result]) -> type[Result]:
 
         return calculate
 
+    def no_number(self: Result) -> float:
+        raise TypeError(f"{name} is a tuple ({fields}), not a number: use .loss.item()")
+
     result.__getattr__ = missing  # type: ignore[attr-defined]
+    result.__float__ = no_number  # type: ignore[attr-defined]
     for method, sign in (("mul", "*"), ("add", "+"), ("sub", "-"), ("truediv", "/")):
         setattr(result, f"__{method}__", no_arithmetic(sign))
         setattr(result, f"__r{method}__", no_arithmetic(sign))

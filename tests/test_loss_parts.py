@@ -292,8 +292,27 @@ def test_compiled_module_computes_the_loss_in_one_graph(kind):
     expected.loss.backward(), actual.loss.backward()
     assert_same({"x": b.grad}, {"x": a.grad}, x.numel())
     assert torch.equal(twin.last_counts, eager.last_counts) and int(twin.num_updates) == 1
-    # in bands every compiled step would make the gradients of the parts
-    assert [getattr(actual, part).requires_grad for part in PARTS] == [kind in ("none", "classifier")] * 3
+
+
+@pytest.mark.parametrize("weights", ((0.3, 0.2), (0.3, 0.0), (0.0, 0.0)))
+def test_a_part_that_has_no_gradient_in_a_graph_is_no_silent_zero(weights):
+    """In bands every compiled step would make the gradients of the parts, so there are none; to ask for one is an error."""
+    eager, (x, labels) = make_head(ppc_weight=weights[0], ppd_weight=weights[1]), problem()
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    x = x.clone().requires_grad_()
+
+    def gradient(head, f):
+        return torch.autograd.grad(f(head(x, labels, update=False)), x)[0]
+
+    for f in (lambda r: r.loss + 5 * r.ppc, lambda r: r.cross_entropy + r.ppd, lambda r: r.ppc):
+        with pytest.raises(
+            RuntimeError, match=r"^DNCHead\.loss: under torch\.compile .* no gradients; use .*checkpoint=.none.*"
+        ):
+            gradient(compiled, f)
+    alone = gradient(compiled, lambda r: r.loss)
+    assert_same({"x": alone}, {"x": gradient(eager, lambda r: r.loss)}, x.numel())
+    if not any(weights):  # then the cross-entropy is the loss
+        assert torch.equal(gradient(compiled, lambda r: r.cross_entropy), alone)
 
 
 @pytest.mark.parametrize("kind", ("none", "classifier"))

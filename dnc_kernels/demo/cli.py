@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     except (TrainingFailedError, OSError) as error:
         print(f"dnc_kernels demo: {error}", file=sys.stderr)
         return 1
+    if options.quick:
+        console.print("A quick run of a few steps shows that everything works. Its numbers mean nothing.")
     console.print(report.table(runs, settings))
     console.print(f"{seconds:.0f} s in all. Written: {', '.join(str(file) for file in files)}", soft_wrap=True, highlight=False)
     return 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import check_device, check_dtype, check_integer, check_value, holds_a_loss, whole_number
+from ..errors import check_device, check_dtype, check_integer, check_value, holds_a_loss, label_fix, whole_number
 from ..ops._common import check_ignore_index, flat_pixels, full_precision
 from . import _sync
 from ._choices import Recipe, Sync, check_word
@@ -29,7 +29,8 @@ class DNCLoss(NamedTuple):
     `DNCHead` with ``checkpoint="all"`` or ``"scores"`` makes the gradients of `loss` in the forward pass. Those of any other
     mixture take both passes over the features again, in backward, and once more the memory of the features' gradient; the
     features and labels are kept until then, and must not be changed in place. Under torch.compile the parts of such a head
-    carry no gradient: set the weights in the constructor, or ``checkpoint="none"``.
+    have none, and asking for one is an error on a CPU and NaN elsewhere: set the weights in the constructor, or
+    ``checkpoint="none"``.
     """
 
     loss: Tensor
@@ -242,8 +243,8 @@ def check_labels(op: str, labels: Tensor, features: Tensor) -> None:
     batch, ndim = features.shape[0], 3 if features.ndim == 4 else 1
     if labels.ndim != ndim or labels.shape[0] != batch:
         # the message is made on failure alone: torch.compile cannot format a symbolic size
-        fix = "drop the channel axis with labels[:, 0]" if labels.ndim == 4 and labels.shape[1] == 1 else ""
-        check_value(False, op, "labels", f"[{batch}{',H,W' if ndim == 3 else ''}] to match features", labels, fix)
+        expected = f"[{batch}{',H,W' if ndim == 3 else ''}] to match features"
+        check_value(False, op, "labels", expected, labels, label_fix(labels))
     check_device(op, "labels", labels, features, "features")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, chosen, use_backend
-from ..ops._common import scale_saved
+from ..ops._common import NAMESPACE, scale_saved
 from ._step import first_pass, second_pass
 
 
@@ -140,21 +140,49 @@ class Again:
 
 
 class Made(torch.autograd.Function):
-    """A loss whose gradients exist already: `apply(loss, unit, *gradients, *inputs)`, as many of one as of the other.
+    """A loss whose gradients exist already, in a graph of torch.compile.
 
-    The gradients are those of `unit` times the loss.
+    ``apply(weights, values, unit, *gradients, *inputs)`` with the values [4] of loss, cross_entropy, ppc and ppd: the gradients
+    are those of `unit` times the loss, as many as there are inputs. A graph would make the gradients of the parts in every
+    step, used or not, so none are made; `_of_loss_alone` sees to it that none are used.
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, unit: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.count = len(tensors) // 2
+    def forward(
+        ctx: Any, weights: tuple[float, float], values: Tensor, unit: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.count, ctx.is_cross_entropy = len(tensors) // 2, not any(weights)
         ctx.save_for_backward(unit, *tensors[: ctx.count])
-        return loss.clone()
+        return tuple(value.clone() for value in values.unbind())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
-        return None, None, *(None,) * ctx.count, *_scaled(ctx, grad)
+    def backward(ctx: Any, loss: Tensor, *parts: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_cross_entropy:
+            loss, parts = loss + parts[0], parts[1:]
+        alone = _of_loss_alone(loss, torch.stack(parts))
+        return *(None,) * (3 + ctx.count), *_scaled(ctx, alone)
+
+
+def _of_loss_alone(loss: Tensor, parts: Tensor) -> Tensor:
+    """The incoming gradient of the loss []; where one of the parts' is not 0 an error, or NaN where asking would wait."""
+    if loss.device.type == "cpu":
+        return _checked(loss, parts)
+    return torch.where((parts != 0).any(), torch.nan, loss)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gradient_of_loss_alone", mutates_args=())
+def _checked(loss: Tensor, parts: Tensor) -> Tensor:
+    if parts.any():
+        raise RuntimeError(
+            'DNCHead.loss: under torch.compile cross_entropy, ppc and ppd have no gradients; use DNCHead(checkpoint="none"), or '
+            "set ppc_weight and ppd_weight in the constructor and go backward through loss alone"
+        )
+    return loss.clone()
+
+
+@_checked.register_fake
+def _(loss: Tensor, parts: Tensor) -> Tensor:
+    return torch.empty_like(loss)
 
 
 class MadeInParts(torch.autograd.Function):

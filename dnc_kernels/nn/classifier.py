@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Generator, Tensor
@@ -131,6 +131,8 @@ class DNCClassifier(CentroidModel):
     def forward(self, features: Tensor, labels: None = None, *, update: None = None) -> Tensor: ...
     @overload
     def forward(self, features: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss: ...
+    @overload
+    def forward(self, features: Tensor, labels: Tensor | None, *, update: bool | None = None) -> Tensor | DNCLoss: ...
     @renamed(x="features")
     def forward(self, features: Tensor, labels: Tensor | None = None, *, update: bool | None = None) -> Tensor | DNCLoss:
         """Logits [N,C] of features [N,D]; float32, or float64 for float64 features.
@@ -143,6 +145,9 @@ class DNCClassifier(CentroidModel):
         self._check_features("forward", features)
         e, gain = self._embed_with_gain(features)
         return self.logits(ops.class_scores(e, self.snapshot()).scores, gain)
+
+    if TYPE_CHECKING:  # torch's own gives Any
+        __call__ = forward
 
     @renamed(x="features")
     def loss(self, features: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Generator, Tensor, nn
@@ -180,6 +180,8 @@ class DNCHead(CentroidModel):
     def forward(self, features: Tensor, labels: None = None, *, update: None = None) -> Tensor: ...
     @overload
     def forward(self, features: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss: ...
+    @overload
+    def forward(self, features: Tensor, labels: Tensor | None, *, update: bool | None = None) -> Tensor | DNCLoss: ...
     def forward(self, features: Tensor, labels: Tensor | None = None, *, update: bool | None = None) -> Tensor | DNCLoss:
         """Logits [B,C,h,w] of features [B,in_channels,h,w]; float32, or float64 for float64 features.
 
@@ -191,6 +193,9 @@ class DNCHead(CentroidModel):
         self._check_features("forward", features)
         e, gain = self._embed_with_gain(self._projected(features))
         return self.logits(ops.class_scores(e, self.snapshot()).scores, gain)
+
+    if TYPE_CHECKING:  # torch's own gives Any
+        __call__ = forward
 
     def loss(self, features: Tensor, labels: Tensor, *, update: bool | None = None) -> DNCLoss:
         """Training loss; afterwards the sub-centroids move.
@@ -295,8 +300,9 @@ class DNCHead(CentroidModel):
                 tally = self._tally(small.reshape(-1), finite, wrong)
                 self._write_down(self._update(e if needs_embedding else None, target, correct, own, tally, sums=(sums, counts)))
         if gradient and torch.compiler.is_compiling():
-            # a graph would make the gradients of the parts in every step
-            loss = Made.apply(loss, unit, *made, *inputs)
+            loss, cross_entropy, ppc, ppd = Made.apply(
+                weights, torch.stack([loss, cross_entropy, ppc, ppd]), unit, *made, *inputs
+            )
         elif gradient:
             loss, cross_entropy, ppc, ppd = MadeInParts.apply(
                 again, weights, loss, cross_entropy, ppc, ppd, unit, *made, *inputs

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native
-from ..errors import check_device, check_float, check_integer, check_value, whole_number
+from ..errors import check_device, check_float, check_integer, check_value, label_fix, whole_number
 
 NAMESPACE = "dnc_kernels"
 Metric = Literal["dot", "cosine", "sqeuclidean"]
@@ -102,7 +102,8 @@ def check_labels(op: str, labels: Tensor, x: Tensor, name: str = "x") -> Tensor:
         check_value(list(labels.shape) == [x.shape[0]], op, "labels", lambda: f"[N]=[{x.shape[0]}] to match {name}", labels)
     elif labels.ndim != 1 or labels.shape[0] != pixel_count(x):
         expected = [x.shape[0], x.shape[2], x.shape[3]]
-        check_value(list(labels.shape) == expected, op, "labels", lambda: f"[B,H,W]={expected} to match {name}", labels)
+        if list(labels.shape) != expected:  # the text on failure alone: it would pin the sizes under torch.compile
+            check_value(False, op, "labels", f"[B,H,W]={expected} to match {name}", labels, label_fix(labels))
     check_device(op, "labels", labels, x, name)
     return labels.reshape(-1).to(torch.int64).contiguous()
 
@@ -138,7 +139,8 @@ def check_label_range(op: str, labels: Tensor, bound: int, ignore_index: int = -
     if bad.any():
         index = int(bad.flatten().nonzero()[0])
         got = f"{int(labels.flatten()[index])} at pixel {index}"
-        check_value(False, op, "labels", f"in [0,{bound}), ignore_index or negative", got)
+        fix = "ignore_index=255 leaves such pixels out" if int(labels.flatten()[index]) == 255 else ""
+        check_value(False, op, "labels", f"in [0,{bound}), ignore_index or negative", got, fix)
 
 
 def pixel_count(x: Tensor) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_float, check_integer, check_value, map_size, renamed
+from ...errors import check_device, check_float, check_integer, check_value, label_fix, map_size, renamed
 from .._common import REDUCTIONS, Reduction, check_choice, check_ignore_index, check_label_range, compute_dtype
 from . import op as ops
 from . import reference
@@ -59,7 +59,7 @@ def upsample_cross_entropy(
     _check_scores(op, scores)
     check_integer(op, "labels", labels)
     if labels.ndim != 3 or labels.shape[0] != scores.shape[0]:
-        check_value(False, op, "labels", f"[B,H,W] with B={scores.shape[0]} to match scores", labels)
+        check_value(False, op, "labels", f"[B,H,W] with B={scores.shape[0]} to match scores", labels, label_fix(labels))
     check_value(labels.shape[1] > 0 and labels.shape[2] > 0, op, "labels", "of at least one row and column", labels)
     check_device(op, "labels", labels, scores, "scores")
     classes = scores.shape[1]
