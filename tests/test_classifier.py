@@ -376,6 +376,8 @@ def test_nearest_samples_check_their_input():
         accumulator.add(torch.zeros(3, D), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"samples must be \[3\]"):
         accumulator.add(torch.zeros(3, D), torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"NearestSamples\.add: embedding must be of unit length; got .* \(pass head\.embed"):
+        accumulator.add(torch.full((3, D), 9.0) * accumulator.prototypes[0, 0], torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="count must be a positive integer"):
         nn.NearestSamples(make(), 0)
     with pytest.raises(

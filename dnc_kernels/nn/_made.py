@@ -174,8 +174,8 @@ def _of_loss_alone(loss: Tensor, parts: Tensor) -> Tensor:
 def _checked(loss: Tensor, parts: Tensor) -> Tensor:
     if parts.any():
         raise RuntimeError(
-            'DNCHead.loss: under torch.compile cross_entropy, ppc and ppd have no gradients; use DNCHead(checkpoint="none"), or '
-            "set ppc_weight and ppd_weight in the constructor and go backward through loss alone"
+            'DNCHead.loss: under torch.compile cross_entropy, ppc and ppd have no gradients; use DNCHead(checkpoint="none"), '
+            "or set ppc_weight and ppd_weight in the constructor and go backward through loss alone"
         )
     return loss.clone()
 
