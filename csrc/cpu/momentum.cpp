@@ -78,7 +78,9 @@ Status count(const Problem& a) {
     }
   }
   for (int64_t t = 0; t < a.threads; t++) {
-    if (first_bad[t] >= 0) return {Code::bad_label, first_bad[t], a.cluster[first_bad[t]], "labels must be in [0,num_clusters), ignore_index or negative"};
+    if (first_bad[t] >= 0)
+      return {Code::bad_label, first_bad[t], a.cluster[first_bad[t]],
+              "labels must be in [0,num_clusters), ignore_index or negative"};
   }
   std::memset(a.counts, 0, size_t(a.M) * sizeof(int64_t));
   for (int64_t t = 0; t < a.threads; t++) {

@@ -77,7 +77,8 @@ Status loss(const UpsampleCrossEntropy& a) {
   double total[2] = {0, 0};
   for (int64_t u = 0; u < units; u++) {
     const UnitSums& s = unit_sums.as<UnitSums>()[u];
-    if (s.bad_index >= 0) return {Code::bad_label, s.bad_index, s.bad_label, "labels must be in [0,C), ignore_index or negative"};
+    if (s.bad_index >= 0)
+      return {Code::bad_label, s.bad_index, s.bad_label, "labels must be in [0,C), ignore_index or negative"};
     total[0] += s.loss, total[1] += s.weight;
   }
   if (a.sums) std::memcpy(a.sums.data, total, sizeof total);

@@ -5,8 +5,8 @@
 
 namespace dnc {
 
-// sums[m] = sum of x[n] over cluster[n] == m; counts[m] = how many. Pixels with a negative cluster or a non-finite feature are left
-// out.
+// sums[m] = sum of x[n] over cluster[n] == m; counts[m] = how many. Pixels with a negative cluster or a non-finite feature are
+// left out.
 struct ClusterSums {
   View x;        // [N,D] or [B,D,H,W], float32/float64/float16/bfloat16
   View cluster;  // [N] int64 in [0,M); negative: left out
