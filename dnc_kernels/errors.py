@@ -92,7 +92,7 @@ def whole_number(op: str, argument: str, value: Any, least: int | None = 1, expe
         expected = names.get(least, f"an integer of at least {least}")
     number = value
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        whole = not isinstance(value, (bool, Tensor)) or (isinstance(value, Tensor) and torch.jit.is_tracing())
+        whole = torch.jit.is_tracing() if isinstance(value, Tensor) else not isinstance(value, bool)
         try:
             number = operator.index(value) if whole else None
         except TypeError:

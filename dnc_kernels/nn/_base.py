@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import check_device, check_dtype, check_integer, check_value, holds_a_loss, label_fix, whole_number
+from ..errors import check_device, check_dtype, check_integer, check_value, holds_a_loss, label_fix
 from ..ops._common import check_ignore_index, flat_pixels, full_precision
 from . import _sync
 from ._choices import Recipe, Sync, check_word
@@ -72,8 +72,7 @@ class CentroidModel(SubCentroids):
         own = {key: chosen.pop(key) for key in (*_OWN_OPTIONS,)}
         super().__init__(num_classes, num_subcentroids, channels, **chosen, **fixed, sync=sync, device=device, dtype=dtype)
         num_classes, channels = self.num_classes, self.channels
-        ignore_index = whole_number(op, "ignore_index", ignore_index, None)
-        check_ignore_index(op, ignore_index, num_classes)
+        ignore_index = check_ignore_index(op, ignore_index, num_classes)
         for name in ("scores", "confidence", "label_mode"):
             check_word(op, name, own[name])
         for name in ("temperature", "scale", "ppc_temperature"):

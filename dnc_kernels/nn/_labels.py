@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import check_integer, check_value, map_size
+from ..ops._common import first_of
 from ._choices import LabelMode, check_word
 from ._starts import uniform
 
@@ -36,10 +37,9 @@ def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int
     if most >= num_classes:
         bad = (labels >= num_classes) & (labels != ignore_index)
         if bad.any():
-            index = int(bad.flatten().nonzero()[0])
             check_value(
                 False, op, "labels", f"in [0,{num_classes}); ignore_index {ignore_index} or any negative id leaves a pixel out",
-                f"{int(labels.flatten()[index])} at pixel {index}", "set ignore_index, or num_classes",
+                first_of(labels, bad), "set ignore_index, or num_classes",
             )  # fmt: skip
     if least >= 0 or least == ignore_index == -1:
         return labels, ignore_index, none_wrong
@@ -57,18 +57,9 @@ def left_out_below_zero(op: str, argument: str, labels: Tensor, bound: int, name
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
         return torch.where((labels >= 0) & (labels < bound), labels, -1)
     if labels.numel() and int(labels.max()) >= bound:
-        index = int((labels >= bound).nonzero()[0])
-        check_value(
-            False, op, argument, f"in [0,{name}); any negative id leaves a pixel out", f"{int(labels[index])} at pixel {index}",
-            f"{name}={bound}",
-        )  # fmt: skip
+        expected = f"in [0,{name}); any negative id leaves a pixel out"
+        check_value(False, op, argument, expected, first_of(labels, labels >= bound), f"{name}={bound}")
     return labels.clamp(min=-1)
-
-
-def without_ignored(labels: Tensor, ignore_index: int) -> Tensor:
-    """Labels as int64 with -1 for `ignore_index`."""
-    labels = labels.to(torch.int64)
-    return labels if ignore_index == -1 else torch.where(labels == ignore_index, -1, labels)
 
 
 def resize_labels(labels: Tensor, size: int | Sequence[int], mode: LabelMode = "nearest-exact") -> Tensor:

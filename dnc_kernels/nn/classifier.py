@@ -9,10 +9,11 @@ from torch import Generator, Tensor
 
 from .. import ops
 from ..errors import check_value, renamed, whole_number
+from ..ops._common import without_ignored
 from . import _sync
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._choices import Assignment, Confidence, Init, Recipe, Scores, Sync, UpdateFrom
-from ._labels import sort_out_labels, without_ignored
+from ._labels import sort_out_labels
 from .memory import FeatureMemory
 from .subcentroids import Momentum
 
@@ -170,7 +171,7 @@ class DNCClassifier(CentroidModel):
         check_labels(op, labels, features)
         update = self.training if update is None else update
         labels, ignored, wrong = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
-        labels = without_ignored(labels, ignored)
+        labels = without_ignored(labels.to(torch.int64), ignored)
         (e, gain), p = self._embed_with_gain(features), self.snapshot(update)
         total, prediction, own = self._fused_cross_entropy(e, p, labels, gain)
         total_weight, count = self._denominators(labels, -1, labels, joint=update)
@@ -239,4 +240,6 @@ class DNCClassifier(CentroidModel):
         self._check_features("initialize_from_", features)
         check_labels(op, labels, features)
         labels, ignored, _ = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
-        return super().initialize_from_(self.embed(features), without_ignored(labels, ignored), refinements=refinements)
+        return super().initialize_from_(
+            self.embed(features), without_ignored(labels.to(torch.int64), ignored), refinements=refinements
+        )

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import check_device, check_integer, check_value, whole_number
-from ..ops._common import check_pixels, flat_pixels
-from ._labels import left_out_below_zero, pixels_at, sort_out_labels, without_ignored
+from ..ops._common import check_pixels, flat_pixels, without_ignored
+from ._labels import left_out_below_zero, pixels_at, sort_out_labels
 from .subcentroids import SubCentroids
 
 
@@ -103,7 +103,7 @@ class NearestSamples:
             labels = left_out_below_zero(op, "labels", labels, classes, "C").view(labels.shape)
         if labels.ndim == 3:
             labels = pixels_at(labels, size, self.label_mode)
-        labels = without_ignored(labels, ignored).reshape(-1)
+        labels = without_ignored(labels.to(torch.int64), ignored).reshape(-1)
         own = ops.class_scores(embedding, self.prototypes, labels.view(batch, *size)).own_similarity
         assert own is not None
         own = flat_pixels(own)

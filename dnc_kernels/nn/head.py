@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from .. import ops
 from ..errors import check_value, map_size, whole_number
-from ..ops._common import compute_dtype, flat_pixels
+from ..ops._common import compute_dtype, flat_pixels, without_ignored
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._choices import (
     Assignment,
@@ -26,7 +26,7 @@ from ._choices import (
     UpdateFrom,
     check_word,
 )
-from ._labels import pixels_at, sample_of_each_class, sort_out_labels, without_ignored
+from ._labels import pixels_at, sample_of_each_class, sort_out_labels
 from ._made import Again, Factors, Made, MadeInParts, Step, run_first, run_second, to_target
 from ._step import BAND_PIXELS
 from .subcentroids import Momentum
@@ -233,7 +233,7 @@ class DNCHead(CentroidModel):
                 "own memory)"
             )
         labels, ignored, wrong = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
-        small = without_ignored(pixels_at(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
+        small = without_ignored(pixels_at(labels, features.shape[2:], self.label_mode).to(torch.int64), ignored)
         if self.loss_size == "features":
             labels, ignored = small, -1
         sampled = small.reshape(-1)
@@ -400,5 +400,5 @@ class DNCHead(CentroidModel):
         self._check_features("initialize_from_", features)
         check_labels(op, labels, features)
         labels, ignored, _ = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
-        small = without_ignored(pixels_at(labels, (features.shape[2], features.shape[3]), self.label_mode), ignored)
+        small = without_ignored(pixels_at(labels, features.shape[2:], self.label_mode).to(torch.int64), ignored)
         return super().initialize_from_(self.embed(features), small, refinements=refinements)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from .. import ops
 from ..errors import check_device, check_dtype, check_float, check_value, renamed, whole_number
-from ..ops._common import NAMESPACE, flat_pixels
+from ..ops._common import NAMESPACE, flat_pixels, pixel_count
 from ..ops.momentum import reference as _momentum_reference
 from . import _starts, _sync
 from ._choices import Assignment, Init, Sync, UpdateFrom, check_word
@@ -461,7 +461,7 @@ def _check_momentum(op: str, momentum: Momentum) -> None:
 def _check_pixels_of(op: str, argument: str, values: Tensor, x: Tensor, name: str = "x") -> None:
     """Check values [N] (of any shape) for rows x [N,...], [B,H,W] or [N] for a map x [B,...,H,W], on its device."""
     check_dtype(isinstance(values, Tensor), op, argument, "a tensor", values)
-    pixels = x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[2] * x.shape[3]
+    pixels = pixel_count(x)
     fits = values.numel() == pixels
     if x.ndim == 4 and values.ndim != 1:
         fits = list(values.shape) == [x.shape[0], x.shape[2], x.shape[3]]

@@ -78,7 +78,7 @@ def check_pixels(op: str, x: Tensor, argument: str = "x") -> tuple[int, int]:
     check_float(op, argument, x)
     check_value(x.ndim in (2, 4), op, argument, "[N,D] or [B,D,H,W]", x)
     check_value(x.shape[1] > 0, op, argument, "of at least one channel", x)
-    return (x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[2] * x.shape[3]), x.shape[1]
+    return pixel_count(x), x.shape[1]
 
 
 def check_centroids(op: str, x: Tensor, centroids: Tensor) -> tuple[int, int]:
@@ -137,10 +137,15 @@ def check_label_range(op: str, labels: Tensor, bound: int, ignore_index: int = -
         return
     bad = (labels >= bound) & (labels != ignore_index)
     if bad.any():
-        index = int(bad.flatten().nonzero()[0])
-        got = f"{int(labels.flatten()[index])} at pixel {index}"
-        fix = "ignore_index=255 leaves such pixels out" if int(labels.flatten()[index]) == 255 else ""
+        got = first_of(labels, bad)
+        fix = "ignore_index=255 leaves such pixels out" if got.startswith("255 ") else ""
         check_value(False, op, "labels", f"in [0,{bound}), ignore_index or negative", got, fix)
+
+
+def first_of(labels: Tensor, bad: Tensor) -> str:
+    """The first bad label and its place, for an error. Waits for the device."""
+    index = int(bad.flatten().nonzero()[0])
+    return f"{int(labels.flatten()[index])} at pixel {index}"
 
 
 def pixel_count(x: Tensor) -> int:
