@@ -46,7 +46,7 @@ def tests_of(family: str, root: Path = ROOT) -> list[Path]:
 
 def step(family: str, record: Path, seconds: float = 300, select: str = "not large") -> Step:
     """The run of a family's tests; those of gigabytes stand apart, and prove nothing."""
-    return pytest_record.step(f"cuda {family}", tests_of(family), record, seconds=seconds, select=select)
+    return pytest_record.step(f"cuda {family}", tests_of(family), record, seconds=seconds, select=select, each=40)
 
 
 def verdict(
