@@ -153,13 +153,13 @@ def _tests(run: Run) -> None:
     from . import prove
 
     sources, workers = run.environment.get("sources") or {}, max(1, (os.cpu_count() or 1) - 7)
-    steps = [prove.step(family, run.record, 140, select="sanitize" if run.dry else "not large") for family in prove.FAMILIES]
+    steps = [prove.step(family, run.record, 170, select="sanitize" if run.dry else "not large") for family in prove.FAMILIES]
     others = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if not path.name.endswith("_cuda.py")]
     triton = [p for p in others if "mark.triton" in (text := p.read_text()) or "mark.gpu" in text]
     if run.dry:  # one tiny file, under the interpreter
         triton, workers = [ROOT / "tests" / "test_momentum_triton.py"], 1
     select = "(triton or gpu) and not large and not slow" if run.dry else "(triton or gpu) and not large"
-    steps.append(pytest_record.step("triton", triton, run.record, seconds=140, workers=workers, select=select))
+    steps.append(pytest_record.step("triton", triton, run.record, seconds=170, workers=workers, select=select))
     if run.plant:
         steps.append(pytest_record.step("planted", [PLANTED], run.record, seconds=140, each=10))
     families = {step.name: family for step, family in zip(steps, prove.FAMILIES, strict=False)}
