@@ -262,6 +262,11 @@ def _times(run: Run) -> None:
     _rows(run, "times", 80, gpu_steps.TIMES)
 
 
+def _kernels(run: Run) -> None:
+    """What those times are spent in, kernel by kernel."""
+    run.steps(run.child("kernels", 45, "kernels", cases=gpu_steps.TIMES, seconds=40 * run.share))
+
+
 def _all_rows(run: Run) -> None:
     """Rows of every op on every backend, and then of the head's step by what `auto` chooses from them."""
     _rows(run, "rows", 190, gpu_steps.ROWS, baselines="headline")
@@ -321,8 +326,8 @@ def _configurations(run: Run, family: str, kernel: str) -> None:
 
 #: The parts of every phase, in the order of their worth.
 PHASES: dict[str, tuple[Callable[[Run], None], ...]] = {
-    "works": (_primitives, _tests, _again, _times, _large, _memcheck_of_small_tests),
-    "numbers": (_all_rows, _trace, _profiles, _other_dtypes, _memcheck_of_small_tests),
+    "works": (_primitives, _tests, _again, _times, _kernels, _large, _memcheck_of_small_tests),
+    "numbers": (_all_rows, _kernels, _trace, _profiles, _other_dtypes, _memcheck_of_small_tests),
     "tune": (_tune,),
 }
 

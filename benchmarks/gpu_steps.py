@@ -182,6 +182,58 @@ def trace(request: Line) -> int:
     return 0
 
 
+def kernels(request: Line) -> int:
+    """Which kernels the chosen cases spend their time in: for every variant of ours a line, a call's launches and microseconds by
+    name, the longest first. The L2 cache is as the call before left it.
+    """
+    import torch
+    from torch import profiler
+
+    from .__main__ import select
+    from .harness import chosen
+
+    end, record, settings = time.monotonic() + request["seconds"], Path(request["record"]), _settings(request)
+    cases = [c for op, name in request["cases"] for c in select(settings, [op]) if request["dry"] or c.name == name]
+    activity = profiler.ProfilerActivity.CUDA if settings.cuda else profiler.ProfilerActivity.CPU
+    calls = 3
+    for case in cases:
+        for variant, _ in chosen(case, settings):
+            line = {"op": case.op, "case": case.name, "dtype": case.dtype, "variant": variant.name}
+            if time.monotonic() > end:
+                append(record, {"event": "dropped", "step": " ".join(["kernels", *line.values()]), "reason": "its time was over"})
+                continue
+            inputs = case.inputs()
+            run = variant.prepare(inputs)
+
+            def call(run: Any = run, reset: Any = case.reset, inputs: Any = inputs) -> None:
+                if reset:
+                    reset(inputs)
+                run()
+
+            for _ in range(3):
+                call()
+            if settings.cuda:
+                torch.cuda.synchronize()
+            with profiler.profile(activities=[activity]) as seen:
+                for _ in range(calls):
+                    call()
+                if settings.cuda:
+                    torch.cuda.synchronize()
+            attribute = f"self_{'device' if settings.cuda else 'cpu'}_time_total"
+            spent = [(getattr(e, attribute) / calls, e.count / calls, _short(e.key)) for e in seen.key_averages()]
+            spent = sorted((e for e in spent if e[0] > 0), reverse=True)
+            listed = [{"kernel": name, "launches": round(count, 2), "us": round(us, 1)} for us, count, name in spent[:40]]
+            total = {"launches": round(sum(e[1] for e in spent), 1), "us": round(sum(e[0] for e in spent), 1)}
+            append(record, {"event": "kernels", **line, **total, "kernels": listed})
+    return 0
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without types, of which torch's have hundreds of characters; what tells them apart comes first."""
+    name = kernel.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")
+    return name.replace("dnc::cuda::", "")[:90]
+
+
 def metrics(output: str) -> dict[str, dict[str, str]]:
     """Kernel -> metric -> value and unit, from what ``ncu --csv --page details`` prints after the program's own output."""
     lines = output.splitlines()
@@ -208,7 +260,7 @@ def worst(rows: Iterable[Line], count: int = 2) -> list[tuple[str, str, str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the child that is named; its request is a JSON object."""
     what, request = arguments or sys.argv[1:]
-    return {"environment": environment, "rows": rows, "call": call, "trace": trace}[what](json.loads(request))
+    return {"environment": environment, "rows": rows, "call": call, "kernels": kernels, "trace": trace}[what](json.loads(request))
 
 
 if __name__ == "__main__":

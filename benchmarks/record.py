@@ -54,7 +54,9 @@ def read(path: Path) -> Iterator[Line]:
 
 
 def commit() -> str:
-    """Of the checkout, with -dirty where its source has changed since; without a checkout what DNC_COMMIT says."""
+    """What DNC_COMMIT says, for a copy whose history is another; else of the checkout, with -dirty where its source has changed."""
+    if named := os.environ.get("DNC_COMMIT"):
+        return named
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -64,4 +66,4 @@ def commit() -> str:
         with suppress(OSError, subprocess.CalledProcessError):
             changed = git("status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _EVIDENCE))
             return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
-    return os.environ.get("DNC_COMMIT") or "unknown"
+    return "unknown"
