@@ -178,6 +178,12 @@ def error_ratio(actual: Tensor, expected: Tensor, allowed: Tensor | float) -> fl
     return math.inf if math.isnan(worst) else worst
 
 
+def norm_ratio(actual: Tensor, expected: Tensor, share: float) -> float:
+    """`error_ratio` of the whole: |actual - expected| over `share` of |expected|."""
+    off = (actual.double() - expected).norm()
+    return error_ratio(off, torch.zeros_like(off), share * expected.norm())
+
+
 def choice_ratio(choice: Tensor, scores: Tensor, margin: float) -> float:
     """Check of an argmax: how far the chosen score [N] of `scores` [N,K] lies below the best, over the rounding margin."""
     if choice.shape != scores.shape[:1] or not bool(((choice >= 0) & (choice < scores.shape[1])).all()):

@@ -1,10 +1,13 @@
 """The benchmarks must not lie: wrong results get no time, ratios are taken within rounds, rows say where they come from."""
 
+import gc
 import json
 import math
 import re
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bench_similarity, clock, harness, memory, record, tune
+from benchmarks import bench_head, bench_similarity, clock, harness, memory, record, tune
 from benchmarks.bench_sinkhorn import loop, vectorized, zipf_labels
 from benchmarks.harness import COLUMNS, Case, Settings, Variant, choice_ratio, error_ratio, summarize
 from dnc_kernels import ops, use_backend
@@ -507,6 +510,37 @@ def test_every_op_with_two_kernels_on_gpus_is_measured():
     for op, written in harness.backends.KERNELS.items():
         both = {name for name, kernel in written.items() if kernel.device == "cuda"}
         assert len(both) < 2 or measured[op] >= both, op
+
+
+@pytest.mark.parametrize("part", range(3), ids=["loss", "gradient", "sub-centroids"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_nan_in_any_part_of_a_step_is_wrong(part, dtype):
+    right = torch.tensor(2.0), torch.randn(2, 8, 4, 4).to(dtype), torch.randn(3, 2, 8)
+    expected = tuple(t.double() for t in right)
+    assert bench_head.check_step(right, expected) == 0
+    wrong = list(right)
+    wrong[part] = torch.full_like(right[part], torch.nan)
+    assert bench_head.check_step(tuple(wrong), expected) > 1
+
+
+def test_a_replayed_graph_holds_on_to_the_tensors_that_it_works_on(monkeypatch):
+    """It knows their addresses alone: once, a head that nobody held was overwritten while its step was replayed."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+
+    def step():
+        state = torch.zeros(3)
+        return (lambda: state.sum()), weakref.ref(state)
+
+    call, state = step()
+    replay = bench_head.graphed(call)
+    del call
+    gc.collect()
+    assert state() is not None and float(replay()) == 0
 
 
 def test_memory_on_a_gpu_is_what_its_allocator_counted(monkeypatch):

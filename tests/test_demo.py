@@ -364,6 +364,8 @@ def test_a_class_absent_from_a_run_is_null_in_json(runs):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(180)  # a minute of an H100's 16 cores compiles its kernels
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_demo_runs_on_a_gpu(tmp_path):
     assert cli.main(["--quick", "--device", "cuda", "--out", str(tmp_path)]) == 0

@@ -159,6 +159,30 @@ def test_tensors_of_another_device_than_the_current_one(name, backend):
     same(name, [r.to("cuda:0") for r in results], expected)
 
 
+LOSSES = {
+    "centroid_cross_entropy": lambda d: (d.x, lambda x: ops.centroid_cross_entropy(x, d.centroids, d.labels).loss),
+    "subcentroid_cross_entropy": lambda d: (
+        d.x, lambda x: ops.subcentroid_cross_entropy(x, d.centroids, d.cluster, temperature=0.5)
+    ),
+    "upsample_cross_entropy": lambda d: (d.maps, lambda maps: ops.upsample_cross_entropy(maps, d.map_labels)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_scale", [1 / 3, 65536.0], ids=["third", "GradScaler"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "backend"), [case for case in CASES if case[0] in LOSSES], ids=str)
+def test_a_loss_scale_reaches_the_gradient_in_full_precision(name, backend, dtype, loss_scale):
+    """65536 is infinite in float16, and 1/3 in 8 bits is 0.3 % too large: as a share of the whole gradient that would show."""
+    x, loss = LOSSES[name](problem(0))
+    leaf, wide = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
+    with use_backend(backend):
+        (made,) = torch.autograd.grad(loss(leaf) * loss_scale, leaf)
+    with use_backend("reference"):
+        (expected,) = torch.autograd.grad(loss(wide) * loss_scale, wide)
+    assert made.isfinite().all()
+    assert abs(float((made.double() * expected).sum() / expected.square().sum()) - 1) < 1e-3
+
+
 # the head's step
 
 

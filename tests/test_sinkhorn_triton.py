@@ -180,11 +180,13 @@ def test_strides_of_every_input():
     for s in (base[:, ::2], base[:, :7].t().contiguous().t(), base[::2, 3:8]):
         check(s, group[: len(s)], 3)
     s = base[:, :7].clone().requires_grad_()
+    one = torch.randn(7, device=DEVICE)
     results = []
-    for grad in (torch.ones((), device=DEVICE).expand(60, 7), torch.ones(60, 7, device=DEVICE)):
+    for grad in (one.expand(60, 7), one.repeat(60, 1), one.repeat(60, 2)[:, ::2].copy_(one)):
         (g,) = torch.autograd.grad(ops.sinkhorn_plan(s, group, 3, backend="triton"), s, grad)
         results.append(g)
-    assert torch.equal(*results)
+    for g in results[1:]:  # strides make kernels of their own, which may sum in another order
+        assert_close(g, results[0].double(), "plan_gradient", terms=4 * terms(s.detach(), 0.05), scale=float(one.abs().max()) / 0.05)
 
 
 @pytest.mark.parametrize("pixels", [0, 1, 16, 17])

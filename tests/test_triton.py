@@ -19,6 +19,7 @@ from dnc_kernels.nn import DNCHead
 pytest.importorskip("triton")
 from benchmarks import aot
 from dnc_kernels.ops import _triton
+from dnc_kernels.ops._common import scale_saved
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = torch.device("cpu")
@@ -294,6 +295,49 @@ def test_addresses_of_pixels_in_any_layout(shape, strides):
             inside, found = inside % at.width, found + inside // at.width * at.stride_h
         assert found + inside * at.stride_w == expected
     assert at.stride_d == strides[1]
+
+
+# a saved gradient times the incoming one
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("dtype", "to"), list(itertools.product((torch.float32, torch.float16, torch.bfloat16), repeat=2)), ids=str)
+@pytest.mark.parametrize("factor", [1.0, 65536.0, 1 / 3])
+def test_a_factor_is_not_rounded_to_16_bits(dtype, to, factor):
+    x = (torch.randn(7, 1001) / 65536).to(DEVICE, dtype)
+    by = torch.tensor(factor, device=DEVICE)
+    expected = (x.double() * by.double()).to(torch.float32).to(to)
+    assert torch.equal(_triton.scale(x, by, torch.empty_like(x, dtype=to)), expected)
+    if to == dtype:
+        assert _triton.scale(x, by, x) is x and torch.equal(x, expected)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (300, 400), (2, 64, 40, 50)], ids=str)
+@pytest.mark.parametrize("loss_scale", [1.0, 65536.0, 1 / 3])
+def test_a_saved_gradient_is_scaled_in_the_precision_of_the_incoming_one(shape, dtype, loss_scale):
+    """0-d factors: torch rounds them to the dtype of a tensor on a GPU, where the first scale of GradScaler is infinite in float16."""
+    saved = (torch.randn(shape) / 65536).to(DEVICE, dtype)
+
+    class Saved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(saved.clone())
+            return x.float().sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return scale_saved(*ctx.saved_tensors, grad)
+
+    for again in (False, True):
+        for layout in (torch.contiguous_format, torch.channels_last)[: len(shape) // 2]:
+            saved = saved.contiguous(memory_format=layout)
+            x = torch.zeros_like(saved, requires_grad=True)
+            loss = Saved.apply(x) * torch.tensor(loss_scale, device=DEVICE)
+            (made,) = torch.autograd.grad(loss, x, retain_graph=again)
+            expected = (saved.double() * torch.tensor(loss_scale).double()).float().to(dtype)
+            assert torch.equal(made, expected)
 
 
 # the head

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..backends import native
 from ..errors import check_device, check_float, check_integer, check_value, label_fix, whole_number
 
@@ -153,20 +154,36 @@ def pixel_count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def scale_saved(saved: Tensor, grad: Tensor) -> Tensor:
-    """`saved * grad` in the dtype of `saved`, in place where nothing else can read `saved`: the graph is freed after this pass.
+#: Numbers below which torch's own product is as fast on a GPU as the kernel that replaces it.
+_FEW = 1 << 16
 
-    The product is made in `grad`'s own precision: in 16 bits a loss scale of 65536 is infinite, and 1/N loses 8 bits.
+
+def scale_saved(saved: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`saved * grad` in `dtype` (None: that of `saved`), in place where that is one dtype and nothing else can read `saved`: the
+    graph is freed after this pass.
+
+    The product is made in the wider of both precisions: in 16 bits a loss scale of 65536 is infinite, and 1/N loses 8 bits.
     """
+    dtype = saved.dtype if dtype is None else dtype
     # under tracing the compiler decides about memory
     traced = torch.compiler.is_compiling() or type(saved) is not Tensor
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (saved * grad).to(saved.dtype)
+        return (saved.to(torch.promote_types(saved.dtype, grad.dtype)) * grad).to(dtype)
     if saved.device.type == "cpu" and grad.numel() == 1 and grad.item() == 1:  # the usual end of a loss; a CPU has no sync
-        return saved
-    if saved.dtype == grad.dtype or saved.device.type == "cpu":
-        return saved.mul_(grad)
-    return saved.copy_(saved * grad)
+        return saved.to(dtype)
+    if saved.device.type == "cuda" and grad.numel() == 1 and saved.numel() >= _FEW and _can_scale(saved):
+        from . import _triton
+
+        return _triton.scale(saved, grad, saved if dtype == saved.dtype else torch.empty_like(saved, dtype=dtype))
+    # torch would round a factor without dimensions to 16 bits on a GPU
+    return saved.mul_(grad if grad.ndim else grad.reshape([1] * saved.ndim)).to(dtype)
+
+
+def _can_scale(saved: Tensor) -> bool:
+    """Whether Triton's kernel takes a tensor: elements without gaps, no float64, a GPU that it is written for."""
+    dense = saved.is_contiguous() or (saved.ndim == 4 and saved.is_contiguous(memory_format=torch.channels_last))
+    usable = not backends.unusable("triton") and backends.capability(saved.device.index) >= backends.OLDEST_CAPABILITY
+    return dense and usable and saved.dtype != torch.float64
 
 
 def flat_pixels(x: Tensor) -> Tensor:

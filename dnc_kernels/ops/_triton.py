@@ -63,6 +63,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
+def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """x times `factor` [] to `out`, which may be x, for elements without gaps; nothing is read where that would change nothing."""
+    block = 4096
+    launch(_scale_kernel, (triton.cdiv(x.numel(), block),), x, factor, out, x.numel(), x is out, block, num_warps=8)
+    return out
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, out_ptr, N, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    """Floor: 2 N numbers over the bandwidth; 134 MB of bfloat16, 45 us at 3.0 TB/s, or one number a program for a factor of 1."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if (not IN_PLACE) or factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, rounded(value * factor, out_ptr.dtype.element_ty), mask=at < N)
+
+
 def dot_precision(x: Tensor) -> str:
     """``input_precision`` of a float32 product: what torch's own setting says (16-bit products ignore it)."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

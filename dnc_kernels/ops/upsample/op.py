@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import NAMESPACE, compute_dtype, keep_dtypes_under_autocast, kernels
+from .._common import NAMESPACE, compute_dtype, keep_dtypes_under_autocast, kernels, scale_saved
 from . import reference
 
 #: Label dtypes that the kernels read in place.
@@ -169,10 +169,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         return (None,) * 9
     grad = grad_loss.to(factor.dtype) * factor
     if ctx.early:
-        (early,) = saved
-        # in place where nothing else can read it: the graph is freed after this pass; the compiler decides for itself
-        keep = type(early) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
-        return ((early * grad if keep else early.mul_(grad)).to(ctx.dtype), *(None,) * 8)
+        return scale_saved(saved[0], grad, ctx.dtype), *(None,) * 8
     scores, labels, class_weight = saved
     return (_backward_op(grad.expand(labels.shape), scores, labels, class_weight, *ctx.options, ctx.backend), *(None,) * 8)
 
