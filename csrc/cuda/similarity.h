@@ -7,6 +7,7 @@
 // K. So the max over K never leaves the thread, K needs no padding, and the classes of a quad of lanes are neighbours.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "common.h"
 #include "dnc/similarity.h"
@@ -45,6 +46,7 @@ struct Problem {
   int N, C, K, D;
   int boxes;     // of channels
   int per_lane;  // whole classes of a lane in a tile of sub-centroids
+  unsigned begins, ends;  // bit e: element e of a lane is the first, the last sub-centroid of a class
   int tiles, slots;
   Metric metric;
   bool planes;
@@ -136,39 +138,82 @@ __device__ inline Rows read_rows(const Problem& p, const PixelTile<kPlanes>& x, 
   return r;
 }
 
+// Where the classes of a lane begin and end among its elements: known when the kernel is compiled for K = kK, from the problem's
+// bits for kK = 0.
+template <int kK>
+__device__ inline bool begins(const Problem& p, int e) {
+  return kK > 0 ? e % kK == 0 && e + kK <= kOwn : (p.begins >> e & 1) != 0;
+}
+template <int kK>
+__device__ inline bool ends(const Problem& p, int e) {
+  return kK > 0 ? e % kK == kK - 1 : (p.ends >> e & 1) != 0;
+}
+// f with a constant: the K that DNC is published with, or 0 for any other.
+template <class F>
+__device__ inline void for_subcentroids(const Problem& p, F f) {
+  if (p.K == 10) {
+    f(std::integral_constant<int, 10>{});
+  } else {
+    f(std::integral_constant<int, 0>{});
+  }
+}
+
+// Slots below this hold a class of this lane.
+__device__ inline int slots_here(const Problem& p) { return (p.C + 3 - lane_here() % 4) / 4; }
+
+// Scores of the labels' own sub-centroids in a tile's products to p.own; few lanes have any.
+__device__ inline void store_own(const Problem& p, const Rows& r, const float (&s)[kSums], int tile) {
+  if (p.own == nullptr) return;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int slot = r.label[h] / 4 - tile * p.per_lane;
+    if (r.label[h] < 0 || r.label[h] % 4 != lane_here() % 4 || slot < 0 || slot >= p.per_lane) continue;
+    const int first = slot * p.K;
+    float* own = p.own + r.n(h) * p.K - first;
+#pragma unroll
+    for (int e = 0; e < kOwn; e++) {
+      if (e >= first && e < first + p.K) own[e] = fmaf(s[e / 2 * 4 + 2 * h + e % 2], r.alpha[h], r.beta[h]);
+    }
+  }
+}
+
 // The max over K of every class in a tile's products: sink(h, slot, score, winner) for each class of this lane's pixels; scores
-// of the label's sub-centroids go to p.own.
+// of the label's sub-centroids go to p.own. Products are compared: a similarity grows with them, also when rounded.
 template <class Sink>
 __device__ inline void take_maxima(const Problem& p, const Rows& r, float (&s)[kSums], int tile, Sink& sink) {
-  const int q = lane_here() % 4;
   if (p.bias != nullptr) {
-    const float* bias = p.bias + int64_t(tile) * kColumns + 2 * q;
+    const float* bias = p.bias + int64_t(tile) * kColumns + 2 * (lane_here() % 4);
 #pragma unroll
     for (int e = 0; e < kOwn; e++) {
       const float b = __ldg(bias + e / 2 * 8 + e % 2);
       s[e / 2 * 4 + e % 2] += b, s[e / 2 * 4 + 2 + e % 2] += b;
     }
   }
-  int slot = tile * p.per_lane, k = 0;
-  const int last = slot + p.per_lane;
-  float best[2] = {0, 0};
-  int winner[2] = {0, 0};
+  store_own(p, r, s, tile);
+  for_subcentroids(p, [&](auto k) {
+    constexpr int kK = decltype(k)::value;
+    int slot = tile * p.per_lane, first = 0;
+    const int end = slots_here(p);
+    float best[2] = {0, 0};
+    int winner[2] = {0, 0};
 #pragma unroll
-  for (int e = 0; e < kOwn; e++) {
+    for (int e = 0; e < kOwn; e++) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float v = fmaf(s[e / 2 * 4 + 2 * h + e % 2], r.alpha[h], r.beta[h]);
-      // the label's class is its lane's; slots of the padding lie beyond every label
-      if (p.own != nullptr && slot < last && r.label[h] == 4 * slot + q) p.own[r.n(h) * p.K + k] = v;
-      const bool better = k == 0 || v > best[h];
-      best[h] = better ? v : best[h];
-      winner[h] = better ? k : winner[h];
+      for (int h = 0; h < 2; h++) {
+        const float v = s[e / 2 * 4 + 2 * h + e % 2];
+        const bool better = begins<kK>(p, e) || v > best[h];
+        best[h] = better ? v : best[h];
+        winner[h] = better ? e : winner[h];
+      }
+      if (ends<kK>(p, e)) {
+        if (slot < end) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) sink(h, slot, fmaf(best[h], r.alpha[h], r.beta[h]), winner[h] - first);
+        }
+        slot++, first = e + 1;
+      }
     }
-    if (++k == p.K) {
-      if (slot < last && 4 * slot + q < p.C) sink(0, slot, best[0], winner[0]), sink(1, slot, best[1], winner[1]);
-      k = 0, slot++;
-    }
-  }
+  });
 }
 
 // Own similarities of pixels without a label are zero.

@@ -261,27 +261,30 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
 // dS of a tile as fragments of the second product: a[f] covers 16 columns.
 template <class T, bool kShared>
 __device__ inline void make_fragments(uint32_t (&a)[kFragments][4], const Problem& p, const Slab<kShared>& slab, int tile) {
-  int slot = tile * p.per_lane, k = 0, winner[2] = {-1, -1};
-  const int last = slot + p.per_lane, q = lane_here() % 4;
-  float d[2] = {0, 0}, before[2] = {0, 0};
+  for_subcentroids(p, [&](auto k) {
+    constexpr int kK = decltype(k)::value;
+    int slot = tile * p.per_lane;
+    int winner[2] = {-1, -1};  // of the class of element e, as an element; none of the elements behind the last class
+    float d[2] = {0, 0}, before[2] = {0, 0};
 #pragma unroll
-  for (int e = 0; e < kOwn; e++) {
-    if (k == 0) {
-      const bool real = slot < last && 4 * slot + q < p.C;
+    for (int e = 0; e < kOwn; e++) {
+      if (begins<kK>(p, e)) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const bool real = slot < slots_here(p);
+          winner[h] = real ? slab.winner(slot, h) + e : -1;
+          d[h] = real ? slab.r(slot, h) : 0.f;
+        }
+        slot++;
+      }
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        winner[h] = real ? slab.winner(slot, h) : -1;
-        d[h] = real ? slab.r(slot, h) : 0.f;
+        const float v = winner[h] == e ? d[h] : 0.f;
+        if (e % 2 == 1) a[e / 4][e % 4 / 2 * 2 + h] = pack_pair<T>(before[h], v);
+        before[h] = v;
       }
     }
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float v = winner[h] == k ? d[h] : 0.f;
-      if (e % 2 == 1) a[e / 4][e % 4 / 2 * 2 + h] = pack_pair<T>(before[h], v);
-      before[h] = v;
-    }
-    if (++k == p.K) k = 0, slot++;
-  }
+  });
 }
 
 // dX of a slice of channels, in place of the warp's pixels in shared memory.

@@ -39,9 +39,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const PixelTile<kPlanes> x = consumer.pixels();
     clear_sums(a, warps);
     for (int at = int(blockIdx.x); block.has(at, p.x); at += int(gridDim.x)) {
-      const Place place = consumer.place(p.x, at);
+      const auto place = [&] { return consumer.place(p.x, at); };  // made anew at each use, because registers are scarce
       consumer.wait_pixels();
-      const Rows rows = read_rows<T>(p, x, place, a.ignore_index);
+      const Rows rows = read_rows<T>(p, x, place(), a.ignore_index);
       clear_own(p, rows);
       ToSlab<kShared> sink{slab};
       for (int tile = 0; tile < p.tiles; tile++) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         } else {
           __syncwarp();  // the warp's is
         }
-        store_gradient<T>(p, a.grad_x, x, place, 4);
+        store_gradient<T>(p, a.grad_x, x, place(), 4);
       }
       consumer.release_pixels();
     }

@@ -93,6 +93,7 @@ Problem problem_of(const View& x, const View& centroids, Metric metric, const Pa
   Problem p{};
   p.N = int(Pixels(x).N()), p.C = int(centroids.size[0]), p.K = int(centroids.size[1]), p.D = int(centroids.size[2]);
   p.boxes = packed.boxes, p.per_lane = packed.per_lane, p.tiles = packed.tiles, p.slots = int(divide_up(p.C, 4));
+  for (int e = 0; e < p.per_lane * p.K; e += p.K) p.begins |= 1u << e, p.ends |= 1u << (e + p.K - 1);
   p.metric = metric, p.rows = packed.rows, p.bias = packed.bias;
   runs_of(x, &p.x, &p.planes);
   return p;
