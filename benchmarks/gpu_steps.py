@@ -183,8 +183,8 @@ def trace(request: Line) -> int:
 
 
 def kernels(request: Line) -> int:
-    """Which kernels the chosen cases spend their time in: for every variant of ours a line, a call's launches and microseconds by
-    name, the longest first. The L2 cache is as the call before left it.
+    """Which kernels the chosen cases spend their time in: for every variant of ours a line with a call's launches and
+    microseconds by name, the longest first. The L2 cache is as the call before left it.
     """
     import torch
     from torch import profiler
@@ -200,7 +200,9 @@ def kernels(request: Line) -> int:
         for variant, _ in chosen(case, settings):
             line = {"op": case.op, "case": case.name, "dtype": case.dtype, "variant": variant.name}
             if time.monotonic() > end:
-                append(record, {"event": "dropped", "step": " ".join(["kernels", *line.values()]), "reason": "its time was over"})
+                append(
+                    record, {"event": "dropped", "step": " ".join(["kernels", *line.values()]), "reason": "its time was over"}
+                )
                 continue
             inputs = case.inputs()
             run = variant.prepare(inputs)
@@ -260,7 +262,9 @@ def worst(rows: Iterable[Line], count: int = 2) -> list[tuple[str, str, str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the child that is named; its request is a JSON object."""
     what, request = arguments or sys.argv[1:]
-    return {"environment": environment, "rows": rows, "call": call, "kernels": kernels, "trace": trace}[what](json.loads(request))
+    return {"environment": environment, "rows": rows, "call": call, "kernels": kernels, "trace": trace}[what](
+        json.loads(request)
+    )
 
 
 if __name__ == "__main__":

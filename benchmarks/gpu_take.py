@@ -127,7 +127,9 @@ def summary(lines: Sequence[Line]) -> str:
         )
     for line in events(lines, "kernels"):
         most = ", ".join(f"{k['launches']:g} {k['kernel'][:40]} {k['us']:.0f}" for k in line["kernels"][:8])
-        text.append(f"{line['op']} {line['case']} {line['variant']}: {line['launches']:g} launches, {line['us']:.0f} us: {most}")
+        text.append(
+            f"{line['op']} {line['case']} {line['variant']}: {line['launches']:g} launches, {line['us']:.0f} us: {most}"
+        )
     for line in events(lines, "profile"):
         metrics = ", ".join(f"{name} {value}" for name, value in line["metrics"].items())
         text.append(f"profile of {line['op']} ({line['backend']}), {line['kernel']}: {metrics}")

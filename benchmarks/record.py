@@ -54,7 +54,7 @@ def read(path: Path) -> Iterator[Line]:
 
 
 def commit() -> str:
-    """What DNC_COMMIT says, for a copy whose history is another; else of the checkout, with -dirty where its source has changed."""
+    """What DNC_COMMIT says, for a copy whose history is another; else of the checkout, -dirty where its source has changed."""
     if named := os.environ.get("DNC_COMMIT"):
         return named
     root = Path(__file__).parents[1]

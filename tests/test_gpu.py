@@ -71,7 +71,6 @@ def fresh(d):
     return _selftest.Data(**{name: tensor.detach().clone() for name, tensor in vars(d).items()})
 
 
-
 def run(name, backend, d):
     with use_backend(backend):
         return tuple(t.detach() for t in CALLS[name](fresh(d)) if t is not None)

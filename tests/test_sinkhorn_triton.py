@@ -186,7 +186,9 @@ def test_strides_of_every_input():
         (g,) = torch.autograd.grad(ops.sinkhorn_plan(s, group, 3, backend="triton"), s, grad)
         results.append(g)
     for g in results[1:]:  # strides make kernels of their own, which may sum in another order
-        assert_close(g, results[0].double(), "plan_gradient", terms=4 * terms(s.detach(), 0.05), scale=float(one.abs().max()) / 0.05)
+        assert_close(
+            g, results[0].double(), "plan_gradient", terms=4 * terms(s.detach(), 0.05), scale=float(one.abs().max()) / 0.05
+        )
 
 
 @pytest.mark.parametrize("pixels", [0, 1, 16, 17])

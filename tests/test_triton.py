@@ -301,7 +301,9 @@ def test_addresses_of_pixels_in_any_layout(shape, strides):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize(("dtype", "to"), list(itertools.product((torch.float32, torch.float16, torch.bfloat16), repeat=2)), ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "to"), list(itertools.product((torch.float32, torch.float16, torch.bfloat16), repeat=2)), ids=str
+)
 @pytest.mark.parametrize("factor", [1.0, 65536.0, 1 / 3])
 def test_a_factor_is_not_rounded_to_16_bits(dtype, to, factor):
     x = (torch.randn(7, 1001) / 65536).to(DEVICE, dtype)

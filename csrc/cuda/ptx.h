@@ -309,6 +309,11 @@ __device__ inline void copy_box(void* to, const TensorMap* map, int column, int 
       "l"(map), "r"(shared_address(b)), "r"(column), "r"(row), "r"(plane)
       : "memory");
 }
+// The box of a 3-dimensional array into L2, for a copy to come.
+__device__ inline void prefetch_box(const TensorMap* map, int column, int row, int plane) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(column), "r"(row), "r"(plane)
+               : "memory");
+}
 // Of the 2-dimensional one, to the same places of every block of the cluster whose bit is set in `blocks`.
 __device__ inline void copy_box_multicast(void* to, const TensorMap* map, int column, int row, PhaseBarrier* b,
                                           uint16_t blocks) {

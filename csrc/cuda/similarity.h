@@ -44,8 +44,8 @@ struct PixelRuns {
 // The product's shape and inputs, for every kernel.
 struct Problem {
   int N, C, K, D;
-  int boxes;     // of channels
-  int per_lane;  // whole classes of a lane in a tile of sub-centroids
+  int boxes;              // of channels
+  int per_lane;           // whole classes of a lane in a tile of sub-centroids
   unsigned begins, ends;  // bit e: element e of a lane is the first, the last sub-centroid of a class
   int tiles, slots;
   Metric metric;
@@ -138,8 +138,8 @@ __device__ inline Rows read_rows(const Problem& p, const PixelTile<kPlanes>& x, 
   return r;
 }
 
-// Where the classes of a lane begin and end among its elements: known when the kernel is compiled for K = kK, from the problem's
-// bits for kK = 0.
+// Where the classes of a lane begin and end among its elements: known when the kernel is compiled for K = kK, from the
+// problem's bits for kK = 0.
 template <int kK>
 __device__ inline bool begins(const Problem& p, int e) {
   return kK > 0 ? e % kK == 0 && e + kK <= kOwn : (p.begins >> e & 1) != 0;

@@ -92,21 +92,29 @@ __device__ inline void produce(const Problem& p, const Block& block, const Maps*
     }
     stage.advance(block.stages);
   };
+  // f(box, column, row, image) for the boxes of a group's pixels. Past the last run there are zeros too: one run's pixels go
+  // on, planes have an end.
+  const auto each_box = [&](const Place& first, auto f) {
+#pragma unroll 1
+    for (int box = 0; box < block.boxes; box++) {
+      const int d = box * kBox;
+      p.planes ? f(box, first.offset, d, first.image) : f(box, d, first.image * p.x.run + first.offset, 0);
+    }
+  };
   unsigned parity = 0;
   for (int at = int(blockIdx.x); block.has(at, p.x); at += int(gridDim.x), parity ^= 1) {
     for (int g = 0; g < kGroups; g++) {
-      const Place first = p.x.place(at * kGroups + g, kGroupPixels);
       barrier_wait(&block.barriers->pixels_empty[g], parity ^ 1);
       PhaseBarrier* full = &block.barriers->pixels_full[g];
       barrier_arrive_expect(full, unsigned(block.boxes) * kGroupPixels * 128);
-#pragma unroll 1
-      for (int box = 0; box < block.boxes; box++) {
-        const int d = box * kBox, column = p.planes ? first.offset : d;
-        // past the last run there are zeros too: one run's pixels go on, planes have an end
-        const int row = p.planes ? d : first.image * p.x.run + first.offset;
-        copy_box(block.x + (g * block.boxes + box) * kGroupPixels * 128, &maps->x, column, row, p.planes ? first.image : 0,
-                 full);
-      }
+      each_box(p.x.place(at * kGroups + g, kGroupPixels), [&](int box, int column, int row, int image) {
+        copy_box(block.x + (g * block.boxes + box) * kGroupPixels * 128, &maps->x, column, row, image, full);
+      });
+    }
+    // the next pixels on their way to L2 while these are multiplied
+    for (int g = 0; g < kGroups && block.has(at + int(gridDim.x), p.x); g++) {
+      each_box(p.x.place((at + int(gridDim.x)) * kGroups + g, kGroupPixels),
+               [&](int, int column, int row, int image) { prefetch_box(&maps->x, column, row, image); });
     }
     for (int tile = 0; tile < p.tiles; tile++) {
 #pragma unroll 1  // the producer has few registers

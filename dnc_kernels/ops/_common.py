@@ -159,7 +159,7 @@ _FEW = 1 << 16
 
 
 def scale_saved(saved: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`saved * grad` in `dtype` (None: that of `saved`), in place where that is one dtype and nothing else can read `saved`: the
+    """`saved * grad` in `dtype` (None: that of `saved`), in place where both are one and nothing else can read `saved`: the
     graph is freed after this pass.
 
     The product is made in the wider of both precisions: in 16 bits a loss scale of 65536 is infinite, and 1/N loses 8 bits.

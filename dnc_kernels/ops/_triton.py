@@ -64,7 +64,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 
 def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """x times `factor` [] to `out`, which may be x, for elements without gaps; nothing is read where that would change nothing."""
+    """`x` times `factor` [] to `out`, which may be x: elements without gaps. A factor of 1 in place costs nothing."""
     block = 4096
     launch(_scale_kernel, (triton.cdiv(x.numel(), block),), x, factor, out, x.numel(), x is out, block, num_warps=8)
     return out
@@ -72,7 +72,7 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 @triton.jit
 def _scale_kernel(x_ptr, factor_ptr, out_ptr, N, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """Floor: 2 N numbers over the bandwidth; 134 MB of bfloat16, 45 us at 3.0 TB/s, or one number a program for a factor of 1."""
+    """Floor: 2 N numbers, for [131072,256] of bfloat16 134 MB over 3.0 TB/s = 45 us; for a factor of 1 one number a program."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if (not IN_PLACE) or factor != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
