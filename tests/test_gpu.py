@@ -217,9 +217,13 @@ def step_of_the_head(compiled=False, **options):
     return step
 
 
+RECIPES = pytest.mark.parametrize("recipe", ["default", "released"])
+
+
 @needs_gpu
-def test_a_step_of_the_head_repeats_waits_for_nothing_and_replays(preferred):
-    step = step_of_the_head()
+@RECIPES
+def test_a_step_of_the_head_repeats_waits_for_nothing_and_replays(recipe, preferred):
+    step = step_of_the_head(recipe=recipe)
     expected = step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -237,7 +241,9 @@ def test_a_step_of_the_head_repeats_waits_for_nothing_and_replays(preferred):
 
 
 @needs_gpu
-def test_a_compiled_step_of_the_head_does_what_eager_does(preferred):
-    for actual, right in zip(step_of_the_head(compiled=True)(), step_of_the_head()(), strict=True):
+@RECIPES
+def test_a_compiled_step_of_the_head_does_what_eager_does(recipe, preferred):
+    compiled, eager = (step_of_the_head(compiled=c, recipe=recipe)() for c in (True, False))
+    for actual, right in zip(compiled, eager, strict=True):
         scale = max(1.0, float(right.abs().max()))
         assert_close(actual.float().cpu(), right.double().cpu(), "head", terms=CHANNELS, scale=scale)

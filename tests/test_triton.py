@@ -348,10 +348,11 @@ def test_a_saved_gradient_is_scaled_in_the_precision_of_the_incoming_one(shape, 
 @pytest.mark.triton
 @pytest.mark.parametrize("checkpoint", ["all", "none"])
 @pytest.mark.parametrize("size", [(6, 5), (12, 10)], ids=["equal", "upsampled"])
-def test_a_step_of_the_head_equals_float64(size, checkpoint):
+@pytest.mark.parametrize("scores", ["scale", "norm"])
+def test_a_step_of_the_head_equals_float64(scores, size, checkpoint):
     def step(backend, dtype):
         torch.manual_seed(0)
-        head = DNCHead(24, 5, 3, checkpoint=checkpoint, momentum=0.9).to(DEVICE, dtype)
+        head = DNCHead(24, 5, 3, scores=scores, checkpoint=checkpoint, momentum=0.9).to(DEVICE, dtype)
         head.train()
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(2, 24, 6, 5, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()

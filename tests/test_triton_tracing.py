@@ -206,7 +206,7 @@ def test_no_wait_and_capture(name):
 @pytest.mark.parametrize("checkpoint", ["all", "scores", "none"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"ppc_weight": 0.1, "ppd_weight": 0.1}, {"scores": "scale"}, {"pixels_per_class": 9}, {"label_smoothing": 0.1}],
+    [{}, {"ppc_weight": 0.1, "ppd_weight": 0.1}, {"scores": "norm"}, {"pixels_per_class": 9}, {"label_smoothing": 0.1}],
     ids=str,
 )
 def test_no_wait_and_capture_of_a_step_of_the_head(checkpoint, options):

@@ -31,6 +31,7 @@ from ..ops._common import (
 )
 from ..ops.similarity import op as scores_op
 from ..ops.similarity import op_loss as contrast_op
+from ..ops.similarity.class_norm import class_norm, class_norm_backward_
 from ..ops.upsample import op as upsample_op
 from ..ops.upsample.reference import target_rows_of
 
@@ -93,9 +94,8 @@ class Logits(NamedTuple):
         """Logits [B,C,rows,w]; in `out` where that saves a copy."""
         if self.norm_weight is None:
             return torch.mul(scores, self.factor(length), out=out)
-        return torch.native_layer_norm(
-            scores.movedim(1, -1), [scores.shape[1]], self.norm_weight, self.norm_bias, self.norm_eps
-        )[0].movedim(-1, 1)
+        assert self.norm_bias is not None
+        return class_norm(scores, self.norm_weight, self.norm_bias, self.norm_eps, out)
 
     def backward_(
         self, grad: Tensor, scores: Tensor, length: Tensor | None, scratch: Tensor
@@ -110,12 +110,9 @@ class Logits(NamedTuple):
                 to_scale = (along if length is None else along * length).sum() / self.temperature
             to_length = None if length is None else along * self.factor(None)
             return grad.mul_(self.factor(length)), to_length, to_scale, to_norm
-        rows, shape = scores.movedim(1, -1).contiguous(), [scores.shape[1]]
-        _, mean, rstd = torch.native_layer_norm(rows, shape, self.norm_weight, self.norm_bias, self.norm_eps)
-        to_rows, to_weight, to_bias = torch.ops.aten.native_layer_norm_backward(
-            grad.movedim(1, -1).contiguous(), rows, shape, mean, rstd, self.norm_weight, self.norm_bias, [True, True, True]
-        )
-        return to_rows.movedim(-1, 1), None, to_scale, torch.stack([to_weight, to_bias])
+        assert self.norm_bias is not None
+        to_scores, to_norm = class_norm_backward_(grad, scores, self.norm_weight, self.norm_bias, self.norm_eps)
+        return to_scores, None, to_scale, to_norm
 
 
 class Workspace:
