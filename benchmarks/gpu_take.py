@@ -33,7 +33,7 @@ def source(root: Path = ROOT) -> str:
 
 def rows_of(lines: Sequence[Line]) -> list[Line]:
     """The rows of benchmarks among the lines."""
-    return [line for line in lines if "variant" in line and "op" in line]
+    return [line for line in lines if "variant" in line and "event" not in line]
 
 
 def events(lines: Sequence[Line], event: str) -> list[Line]:
@@ -59,7 +59,9 @@ def take(out: Path, root: Path = ROOT) -> list[str]:
                 f"the results belong to commit {run['commit']}, whose source is not this tree's; "
                 f"run `git stash` or `git checkout {run['commit'].removesuffix('-dirty')}` first, then take them"
             )
-    return [*_take_proofs(lines, root), *_take_rows(lines, runs[0]["date"], root), *_take_configurations(lines, root)]
+    date = runs[0]["date"]
+    taken = [*_take_proofs(lines, root), *_take_rows(lines, date, root), *_take_configurations(lines, root)]
+    return [*taken, *_take_findings(lines, date, root)]
 
 
 def _take_proofs(lines: Sequence[Line], root: Path) -> list[str]:
@@ -90,6 +92,20 @@ def _take_rows(lines: Sequence[Line], date: str, root: Path) -> list[str]:
         for path in dispatch.update(choices, root / "dnc_kernels" / "dispatch"):
             written.append(f"choices in {path.relative_to(root)}")
     return written
+
+
+def _take_findings(lines: Sequence[Line], date: str, root: Path) -> list[str]:
+    """The page that says what the run found, and which kernels its times were spent in, beside its rows."""
+    folder = next((line["folder"] for line in events(lines, "environment") if line.get("folder")), None)
+    if folder is None:
+        return []
+    name = f"{Path('benchmarks') / 'results' / folder / date}"
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / f"{name}.txt").write_text(summary(lines) + "\n")
+    kernels = events(lines, "kernels")
+    if kernels:
+        (root / f"{name}.kernels.json").write_text("[\n" + ",\n".join(map(json.dumps, kernels)) + "\n]\n")
+    return [f"what it found in {name}.txt", *([f"kernels in {name}.kernels.json"] if kernels else [])]
 
 
 def _take_configurations(lines: Sequence[Line], root: Path) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from benchmarks import __main__ as benches
-from benchmarks import dispatch, harness, prove
+from benchmarks import aot_cuda, carry, dispatch, harness, prove
 from dnc_kernels import _evidence, backends, ops
 from dnc_kernels._evidence import Measured, Proof
 from dnc_kernels.backends import Kernel, resolve
@@ -517,3 +517,40 @@ def test_calls_take_what_was_measured_faster(monkeypatch, tmp_path, measured_cas
                 call(case.op, *sizes, harness.dtype_of(case.dtype), "nchw" in case.name)
             found = taken[case.op]
             assert (found.backend, found.reason[:15]) == (fastest, "measured faster"), (case.op, case.name, sizes, found, when)
+
+
+# carrying over
+
+
+def test_a_proof_is_carried_to_source_that_makes_the_same_program():
+    other = replace(PROOF, family="momentum")
+    stale = replace(PROOF, family="upsample", source="7" * 64)
+    before, now = dict.fromkeys(prove.FAMILIES, "0" * 64), dict.fromkeys(prove.FAMILIES, "1" * 64)
+    asked = []
+
+    def same(family, capability):
+        asked.append((family, capability))
+        return family == "similarity"
+
+    rows = carry.carried([PROOF, other, stale], before.get, now.get, same)
+    assert rows == [replace(PROOF, source="1" * 64)] and asked == [("similarity", (9, 0)), ("momentum", (9, 0))]
+    assert carry.carried([PROOF], before.get, before.get, same) == []
+
+
+@pytest.mark.skipif(bool(aot_cuda.missing()) or not all(map(shutil.which, ("nvcc", "objdump"))), reason="needs nvcc, cuobjdump, objdump")
+def test_a_program_is_the_same_where_only_unused_source_differs(tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("tests"))
+    file, shared = (tmp_path / "csrc" / "cuda" / name for name in ("similarity_pack.cu", "ptx.h"))
+
+    def program():
+        return carry.program(file, tmp_path, (9, 0))
+
+    code = carry.program(ROOT / "csrc" / "cuda" / file.name, ROOT, (9, 0))
+    assert "pack_centroids_kernel" in code and "EXIT" in code and "problem_of" in code
+    shared.write_text(shared.read_text() + "\nnamespace dnc::cuda { __device__ inline int unused() { return 1; } }\n")
+    assert program() == code
+    for before, after in (("1e-12f", "1e-11f"), ("INT32_MAX / 64", "INT32_MAX / 32")):  # on the GPU, and on the host
+        text = file.read_text()
+        file.write_text(text.replace(before, after))
+        assert program() != code
+        file.write_text(text)
