@@ -19,7 +19,7 @@ from . import record
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"<!-- rows: (?P<name>.*?) -->(?P<body>.*?)<!-- end rows -->", re.DOTALL)
-_CPU = "cpu-amd-epyc-2-threads"
+_CPU, _H100 = "cpu-amd-epyc-2-threads", "nvidia-h100-80gb-hbm3"
 _BASELINES = {
     "interpolate_ce": "`interpolate` + `cross_entropy`", "interpolate_argmax": "`interpolate` + `argmax`",
     "mm": "`mm` + `cross_entropy`", "mm_max": "`mm` + `max`", "mm_amax": "`mm` + `amax`", "mm_argmax": "`mm` + `argmax`",
@@ -114,6 +114,18 @@ def share(*patterns: str) -> Cell:
     return cell
 
 
+def where_there_is(cell: Cell, otherwise: str = "none") -> Cell:
+    """The same, and `otherwise` for a case without such a row."""
+
+    def optional(rows: Rows) -> str:
+        try:
+            return cell(rows)
+        except Unquotable:
+            return otherwise
+
+    return optional
+
+
 def best(rows: Rows) -> str:
     """The best baseline, its time and memory."""
     row = rows.pick(rows.pick()["best_baseline"] or "none")
@@ -126,6 +138,14 @@ def others(rows: Rows) -> str:
     """Range of the ratios to all baselines but the best."""
     row = rows.pick()
     return _range([r for name, r in (row["ratio_to_baselines"] or {}).items() if name != row["best_baseline"]])
+
+
+def _gpu(label: str, op: str, case: str) -> Line:
+    return Line(label, op, case, dtype="bfloat16")
+
+
+def _bands(pixels: int) -> str:
+    return f"dnc_auto checkpoint=all band_pixels={pixels}"
 
 
 _MAPS, _PIXELS = "[{B},{C},{h},{h}] to {H}x{H}", "N={N} C={C} K={K} D={D}"
@@ -162,6 +182,20 @@ _HARD = [
         for case in ("c2_d64", "c2_d64_k1", "hard_tiny")
     ),
 ]
+_GPU = [
+    *(
+        _gpu(f"`centroid_cross_entropy`, {_PIXELS}, with the gradient", "centroid_cross_entropy", case)
+        for case in ("ade20k", "cityscapes", "imagenet")
+    ),
+    _gpu(f"`nearest_centroid`, {_PIXELS}", "nearest_centroid", "ade20k"),
+    _gpu(f"`class_scores`, {_PIXELS}", "class_scores", "ade20k"),
+    _gpu(f"`subcentroid_cross_entropy`, {_PIXELS}, with the gradient", "subcentroid_cross_entropy", "ade20k"),
+    _gpu("`sinkhorn_assign`, N={N} C={C} K={K}", "sinkhorn_assign", "ade20k"),
+    _gpu(f"`momentum_update_`, {_PIXELS}", "momentum_update_", "ade20k"),
+    _gpu("`normalize_embedding`, [{B},{D},{H},{W}], with the gradient", "normalize_embedding", "nchw"),
+    _gpu(f"`upsample_cross_entropy`, {_MAPS}, with the gradient", "upsample_cross_entropy", "ade20k_large_x4"),
+    _gpu(f"`upsample_argmax`, {_MAPS}", "upsample_argmax", "ade20k_large_x4"),
+]
 _SHAPES = ("c2_d64", "c2_d64_k1", "c2_d256", "c2_d256_k1", "c19_d64", "c19_d256", "c150_d64", "c150_d256")
 
 TABLES: dict[str, Table] = {
@@ -187,6 +221,22 @@ TABLES: dict[str, Table] = {
             "ratio to the best": ratio("dnc_* checkpoint=all"),
         },
         [Line("{H}x{W}, {C}", "head_step", f"{size} C={c}") for c in (19, 150) for size in ("512x1024", "1024x1024")],
+    ),
+    "gpu": Table(
+        "op and shape", {
+            "CUDA C++": where_there_is(cost("dnc_cuda")), "Triton": cost("dnc_triton"),
+            "best of torch": where_there_is(best, "not measured"),
+        }, _GPU, _H100
+    ),
+    "gpu head": Table(
+        "features, labels, classes",
+        {
+            **{f"bands of {pixels}": cost(_bands(pixels)) for pixels in (32768, 65536, 131072)},
+            "131072, as a CUDA graph": cost(_bands(131072) + " graph"),
+            "without bands": cost("dnc_auto checkpoint=none"),
+        },
+        [Line("[{B},{D},{h},{w}], {H}x{W}, {C}", "head_step", "8x512x512 C=150", "dnc_auto *", "bfloat16")],
+        _H100,
     ),
     "ops": Table("op and shape", {"ours": cost(), "best baseline": best, "ratio": ratio(), "to the others": others}, _SINGLE),
     "upsample": Table(

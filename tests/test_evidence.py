@@ -537,7 +537,9 @@ def test_a_proof_is_carried_to_source_that_makes_the_same_program():
     assert carry.carried([PROOF], before.get, before.get, same) == []
 
 
-@pytest.mark.skipif(bool(aot_cuda.missing()) or not all(map(shutil.which, ("nvcc", "objdump"))), reason="needs nvcc, cuobjdump, objdump")
+@pytest.mark.skipif(
+    bool(aot_cuda.missing()) or not all(map(shutil.which, ("nvcc", "objdump"))), reason="needs nvcc, cuobjdump, objdump"
+)
 def test_a_program_is_the_same_where_only_unused_source_differs(tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("tests"))
     file, shared = (tmp_path / "csrc" / "cuda" / name for name in ("similarity_pack.cu", "ptx.h"))

@@ -38,6 +38,8 @@ CALLS = {**_selftest.CASES, "momentum_update_ deterministic": deterministic, "cl
 WITHOUT_CUDA = {"class_scores"}
 #: Adds floats in the order in which blocks come by.
 UNORDERED = {"momentum_update_"}
+#: Its gradient is a product of torch: cuBLAS gives the same bits again on one stream, and not where two are busy.
+LIBRARY_PRODUCTS = {"centroid_distance"}
 CASES = [
     (name, backend)
     for name in CALLS
@@ -145,7 +147,13 @@ def test_two_streams_do_not_meet(name, backend):
     torch.cuda.synchronize()
     for runs, right in zip(results, expected, strict=True):
         for one in runs:
-            same(name, one, right)
+            if name in LIBRARY_PRODUCTS:
+                for actual, wanted in zip(one, right, strict=True):
+                    assert_close(
+                        actual.cpu(), wanted.double().cpu(), "similarity", terms=CLASSES * K, scale=float(wanted.abs().max())
+                    )
+            else:
+                same(name, one, right)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -78,8 +78,8 @@ class DNCHead(CentroidModel):
         checkpoint: what is recomputed in a training step: ``all``: embedding and scores, band by band of rows; ``scores``: the
             scores; ``none``: nothing, every part of the step is an op of its own. docs/layer.md has the memory formula of each.
             The gradients are the same to rounding.
-        band_pixels: about how many pixels a band of ``checkpoint="all"`` and ``"scores"`` has; None: 2048 on a CPU, 32768 on
-            other devices. Longer bands are fewer calls and more memory.
+        band_pixels: about how many pixels a band of ``checkpoint="all"`` and ``"scores"`` has; None: 2048 on a CPU, 131072
+            on other devices. Longer bands are fewer calls and more memory.
         pixels_per_class: at most so many pixels of each class, drawn anew in every step, take part in clustering, contrast and
             update; None: all. The cross-entropy sees all pixels.
         accumulation_steps: losses of a training step whose gradients add up: their sums of pixels add up too, and the
