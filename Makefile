@@ -98,8 +98,9 @@ gpu-build:
 
 PHASE ?= works
 OUT ?= gpu-out
-gpu-run: $(if $(DRY),install) ## make the most of MINUTES on a GPU: PHASE=works|numbers|tune OUT=DIR; DRY=1 goes the same way without one
-	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_run $(PHASE) --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DRY),--dry) $(if $(PLANT),--plant)
+gpu-run: $(if $(DRY),install) ## make the most of MINUTES on a GPU: PHASE=works|numbers|tune OUT=DIR, or some PARTS= FAMILIES= TESTS=; DRY=1: without one
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_run $(PHASE) --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DRY),--dry) $(if $(PLANT),--plant) \
+		$(if $(PARTS),--parts $(PARTS)) $(if $(FAMILIES),--families $(FAMILIES)) $(if $(TESTS),--tests $(TESTS))
 
 clean: ## remove builds, caches and venvs
 	rm -rf build dist *.egg-info $(VENV) $(GPU_VENV) $(TOOLS) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out gpu-out

@@ -2,7 +2,8 @@
 
 works: is every kernel right? Primitives, the CUDA C++ kernels' proof, Triton's tests, failures again with blocking launches and
 under memcheck, a dozen times, large tests. numbers: rows of all ops and of the head's step, a trace, two kernels under ncu.
-tune: configurations for the two Triton kernels that are furthest from their limits.
+tune: configurations for the two Triton kernels that are furthest from their limits. After a mend: PARTS="tests times" names
+parts of any phase, FAMILIES and TESTS what the tests are.
 
 Nothing is lost: every test, row and verdict is a line of OUT/results.jsonl from the moment it is known. Nothing blocks: every
 step is a process with a limit, and what no longer fits is dropped from the end, with a line that says so. DRY=1 goes the same
@@ -45,14 +46,21 @@ _LONGEST_LOG = 200_000  # characters of a step's output
 
 
 class Run:
-    """A run: where its results go, and how much of its time is left."""
+    """A run: where its results go, and how much of its time is left.
 
-    def __init__(self, out: Path, phase: str, seconds: float, *, dry: bool, plant: bool = False) -> None:
+    parts: names of parts in place of the phase's; families, tests: what `_tests` runs in place of all.
+    """
+
+    def __init__(
+        self, out: Path, phase: str, seconds: float, *, dry: bool, plant: bool = False, parts: Sequence[str] = (),
+        families: Sequence[str] | None = None, tests: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.out, self.phase, self.dry, self.plant = out, phase, dry, plant
+        self.parts, self.families, self.tests = parts, families, tests
         self.record = out / RESULTS
         self.start = time.monotonic()
         self.deadline = self.start + seconds - _RESERVE
-        self.share = min(1.0, seconds / PLANNED[phase])
+        self.share = 1.0 if parts else min(1.0, seconds / PLANNED[phase])
         self.temporary = tempfile.TemporaryDirectory(prefix="gpu-run-", ignore_cleanup_errors=True)  # the steps' output
         self.environment: Line = {}
 
@@ -149,20 +157,22 @@ def _tell_primitives(run: Run, ended: Ended) -> None:
 
 
 def _tests(run: Run) -> None:
-    """The five families' CUDA C++ tests side by side, and Triton's in the meantime; a verdict on a family as it ends."""
+    """The families' CUDA C++ tests side by side, and Triton's in the meantime; a verdict on a family as it ends."""
     from . import prove
 
     sources, workers = run.environment.get("sources") or {}, max(1, (os.cpu_count() or 1) - 7)
-    steps = [prove.step(family, run.record, 170, select="sanitize" if run.dry else "not large") for family in prove.FAMILIES]
+    chosen = [family for family in run.families or prove.FAMILIES if family != "none"]
+    steps = [prove.step(family, run.record, 170, select="sanitize" if run.dry else "not large") for family in chosen]
     others = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if not path.name.endswith("_cuda.py")]
-    triton = [p for p in others if "mark.triton" in (text := p.read_text()) or "mark.gpu" in text]
+    triton: list[Path | str] = [p for p in others if "mark.triton" in (text := p.read_text()) or "mark.gpu" in text]
     if run.dry:  # one tiny file, under the interpreter
         triton, workers = [ROOT / "tests" / "test_momentum_triton.py"], 1
+    triton = [*run.tests] or triton
     select = "(triton or gpu) and not large and not slow" if run.dry else "(triton or gpu) and not large"
     steps.append(pytest_record.step("triton", triton, run.record, seconds=170, workers=workers, select=select))
     if run.plant:
         steps.append(pytest_record.step("planted", [PLANTED], run.record, seconds=140, each=10))
-    families = {step.name: family for step, family in zip(steps, prove.FAMILIES, strict=False)}
+    families = {step.name: family for step, family in zip(steps, chosen, strict=False)}
 
     def judge(ended: Ended) -> None:
         family = families.get(ended.step.name)
@@ -332,6 +342,10 @@ PHASES: dict[str, tuple[Callable[[Run], None], ...]] = {
 }
 
 
+#: All of them by name.
+PARTS = {part.__name__.strip("_"): part for parts in PHASES.values() for part in parts}
+
+
 def execute(run: Run) -> int:
     """A whole run; 0 where no test, primitive or kernel's row was wrong."""
     date = time.strftime("%Y-%m-%dT%H%M%S", time.gmtime())
@@ -339,7 +353,7 @@ def execute(run: Run) -> int:
              source=source(), date=date)  # fmt: skip
     try:
         usable = prepare(run)
-        for part in PHASES[run.phase]:
+        for part in [PARTS[name] for name in run.parts] or PHASES[run.phase]:
             name = part.__name__.strip("_").replace("_", " ")
             if not usable:
                 run.tell("dropped", step=name, reason="torch sees no CUDA device; DRY=1 goes the same way without one")
@@ -383,6 +397,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one.add_argument("--minutes", type=float, default=PLANNED[phase] / 60, help="all ends within these")
         one.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results (gpu-out)")
         one.add_argument("--dry", action="store_true", help="without a GPU: interpreter, host, tiny shapes")
+        one.add_argument("--parts", nargs="+", choices=PARTS, default=(), help="these in place of the phase's, in this order")
+        families = [path.parent.name for path in sorted((ROOT / "dnc_kernels" / "ops").glob("*/op.py"))]
+        one.add_argument("--families", nargs="+", choices=[*families, "none"], help="whose CUDA C++ tests run: all")
+        one.add_argument("--tests", nargs="+", default=(), help="in place of Triton's: files, or file::test")
         one.add_argument("--plant", action="store_true", help="more tests, with faults that must be found")
     taking = commands.add_parser("take", help="put the results of a run into this tree, and say what they are")
     taking.add_argument("out", type=Path, help="the folder that came back")
@@ -402,7 +420,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = 60 * options.minutes
     faulthandler.dump_traceback_later(seconds + 10, exit=True)  # whatever happens, it ends
     signal.signal(signal.SIGTERM, _stopped)
-    return execute(Run(out, options.command, seconds, dry=options.dry, plant=options.plant))
+    asked = {"parts": options.parts, "families": options.families, "tests": options.tests}
+    return execute(Run(out, options.command, seconds, dry=options.dry, plant=options.plant, **asked))
 
 
 if __name__ == "__main__":

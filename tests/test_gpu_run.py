@@ -219,11 +219,15 @@ def test_a_run_that_is_late_drops_from_the_end(tmp_path):
                 "failures again",
                 "memcheck 1 of f",
                 "times",
+                "kernels",
                 "large",
                 "memcheck momentum",
             ],
         ),
-        ("numbers", ["rows", "head", "trace", "profile centroid_cross_entropy cuda", "other dtypes", "memcheck momentum"]),
+        (
+            "numbers",
+            ["rows", "head", "kernels", "trace", "profile centroid_cross_entropy cuda", "other dtypes", "memcheck momentum"],
+        ),
         ("tune", ["tune nearest_centroid", "similarity as tuned", "nearest_centroid as tuned"]),
     ],
 )
@@ -257,6 +261,22 @@ def test_the_steps_of_a_phase_are_whole_commands_in_the_order_of_their_worth(tmp
         assert list(profile.command[:3]) == ["ncu", "--clock-control", "none"]
 
 
+def test_parts_families_and_tests_can_be_chosen(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(gpu_run, "prepare", lambda run: True)
+    monkeypatch.setattr(gpu_run.Run, "steps", lambda self, *steps, then=None: ran.extend(steps) or [])
+    monkeypatch.setattr(gpu_run.Run, "take", lambda self: None)
+    monkeypatch.setattr(gpu_run.faulthandler, "dump_traceback_later", lambda *arguments, **options: None)
+    monkeypatch.setattr(gpu_run.signal, "signal", lambda *arguments: None)
+    chosen = ["--parts", "trace", "tests", "--families", "momentum", "--tests", "tests/test_gpu.py"]
+    gpu_run.main(["works", "--out", str(tmp_path), *chosen])
+    assert [step.name for step in ran] == ["trace", "cuda momentum", "triton"]
+    assert [word for word in ran[2].command if word.startswith("tests")] == ["tests/test_gpu.py"]
+    ran.clear()
+    gpu_run.main(["works", "--out", str(tmp_path), "--parts", "tests", "--families", "none"])
+    assert [step.name for step in ran] == ["triton"]
+
+
 def test_the_run_itself_imports_nothing_that_a_gpu_could_break():
     code = "import sys, benchmarks.gpu_run; assert not {'torch', 'triton', 'dnc_kernels', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -283,7 +303,7 @@ def test_what_no_time_is_left_for_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "prepare", lambda run: setattr(run, "deadline", time.monotonic()) or True)
     assert gpu_run.execute(run) == 1
     dropped = {line["step"]: line["reason"] for line in gpu_take.events(list(read(run.record)), "dropped")}
-    assert list(dropped) == ["primitives", "tests", "again", "times", "large", "memcheck of small tests"]
+    assert list(dropped) == ["primitives", "tests", "again", "times", "kernels", "large", "memcheck of small tests"]
     assert set(dropped.values()) == {"no time was left"}
 
 
@@ -321,7 +341,8 @@ def tree(tmp_path):
     """A copy of what a run's results touch."""
     root = tmp_path / "tree"
     for folder in ("csrc", "dnc_kernels"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__", "dispatch"))
+    (root / "dnc_kernels" / "proofs.json").write_text("[]\n")
     return root
 
 
@@ -331,6 +352,12 @@ def row(backend, ms, **changes):
         "status": "ok", "shape": {"N": 131072, "C": 150, "K": 10, "D": 256}, "dtype": "bfloat16", "device": GPU,
         "capability": "9.0", "cache": "cold", "shape_class": {"N": 131072, "C": 150, "bits": 16}, "p50_ms": ms, **changes,
     }  # fmt: skip
+
+
+KERNELS = {
+    "event": "kernels", "op": "nearest_centroid", "case": "ade20k", "dtype": "bfloat16", "variant": "dnc_cuda", "launches": 4.0,
+    "us": 244.0, "kernels": [{"kernel": "class_scores_sm90_kernel", "launches": 1.0, "us": 234.0}],
+}  # fmt: skip
 
 
 def results(out, root, *lines, **changes):
@@ -358,7 +385,8 @@ def test_results_are_taken_into_the_tree_once(tree, tmp_path):
     results(
         tmp_path / "out", tree, proof(tree), proof(tree, family="sinkhorn", source="0" * 64),
         {"event": "proof", "proven": False, "family": "upsample", "reason": "2 of its 9 tests failed"},
-        row("triton", 2.0), row("cuda", 1.0), configuration,
+        row("triton", 2.0), row("cuda", 1.0), configuration, {"event": "environment", "gpu": GPU, "folder": "nvidia-h100-80gb-hbm3"},
+        KERNELS,
     )  # fmt: skip
     for _ in range(2):
         written = gpu_take.take(tmp_path / "out", tree)
@@ -369,7 +397,11 @@ def test_results_are_taken_into_the_tree_once(tree, tmp_path):
         assert choice.backend == "cuda" and choice.rows == f"{file}:1 {file}:2"
         path = tree / "dnc_kernels" / "ops" / "similarity" / "configs" / "nvidia-h100.json"
         assert json.loads(path.read_text()) == {"centroid_loss": entries}
-        assert len(written) == 4 and f"2 rows in {file}" in written
+        assert len(written) == 6 and f"2 rows in {file}" in written
+        page, kernels = (tree / file.replace("jsonl", end) for end in ("txt", "kernels.json"))
+        assert "proof of upsample: none: 2 of its 9 tests failed" in page.read_text() and json.loads(kernels.read_text()) == [
+            KERNELS
+        ]
 
 
 def test_results_of_other_source_are_refused(tree, tmp_path):
@@ -404,7 +436,7 @@ def test_the_summary_names_every_fault():
         {"event": "note", "step": "cuda momentum", "test": "a.py::y[1]", "detail": "an illegal memory access"},
         {"event": "proof", "proven": False, "family": "momentum", "reason": "1 of its 2 tests failed"},
         row("cuda", 0.25, pct_gemm_probe=60.0, host_us=41.0, ratio_to_best_baseline=3.0),
-        row("triton", None, status="wrong", reason="error is 3 times what is allowed"),
+        row("triton", None, status="wrong", reason="error is 3 times what is allowed"), KERNELS,
         {"event": "step", "step": "cuda momentum", "status": "stopped", "returncode": 1, "seconds": 60.0, "detail": "it hung"},
         {"event": "dropped", "step": "large", "reason": "3 s were left"},
     ]  # fmt: skip
@@ -412,6 +444,7 @@ def test_the_summary_names_every_fault():
     for part in (
         "primitives: 1 of 2 right; multicast hang", "tests of cuda momentum: 1 passed, 1 crashed",
         "crashed a.py::y[1]: an illegal memory access; gone", "proof of momentum: none: 1 of its 2 tests failed",
+        "nearest_centroid ade20k dnc_cuda: 4 launches, 244 us: 1 class_scores_sm90_kernel 234",
         "dnc_cuda: 250.0 us, host 41 us, 60% of mm, 3.00x the best baseline", "dnc_triton: wrong: error is 3 times",
         "step cuda momentum: stopped after 60 s: it hung", "dropped large: 3 s were left", "cut off: no end",
     ):  # fmt: skip
