@@ -372,7 +372,12 @@ def execute(run: Run) -> int:
     finally:
         run.tell("end", seconds=round(time.monotonic() - run.start, 1))
         run.temporary.cleanup()
-        print(summary(run.lines())[-11_000:], flush=True)
+        print(_cut(summary(run.lines())), flush=True)
+
+
+def _cut(text: str, most: int = 11_000) -> str:
+    """What a run is, and what stands last: the faults. What lies between can be long."""
+    return text if len(text) <= most else f"{text[:500]}\n...\n{text[500 - most :]}"
 
 
 def _wrong(lines: Sequence[Line]) -> bool:

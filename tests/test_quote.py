@@ -151,16 +151,19 @@ def test_a_table_without_a_page_is_told_and_no_error(checkout, capsys):
 
 def test_every_table_can_be_made_of_what_a_run_measures(tmp_path):
     """No entry names a case or a variant that does not exist, though its rows may not be there yet."""
-    folder = tmp_path / quote._CPU
-    folder.mkdir()
     like = json.loads(next((quote.ROOT / "benchmarks" / "results" / quote._CPU).glob("*.jsonl")).read_text().splitlines()[0])
-    with (folder / "rows.jsonl").open("w") as file:
-        for case in command.select(Settings(dtypes=("float32", "bfloat16"))):
-            baselines = [v.name for v in case.variants if v.baseline]
-            for v in case.variants:
-                own = {"op": case.op, "case": case.name, "dtype": case.dtype, "shape": dict(case.shape), "variant": v.name}
-                raced = {"best_baseline": baselines[0], "ratio_to_baselines": dict.fromkeys(baselines, 1.0)}
-                print(json.dumps(like | own | raced), file=file)
+    for name, settings in (
+        (quote._CPU, Settings(dtypes=("float32", "bfloat16"))),
+        (quote._H100, Settings(device="cuda", dtypes=("bfloat16",))),
+    ):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "rows.jsonl").open("w") as file:
+            for case in command.select(settings):
+                baselines = [v.name for v in case.variants if v.baseline]
+                for v in case.variants:
+                    own = {"op": case.op, "case": case.name, "dtype": case.dtype, "shape": dict(case.shape), "variant": v.name}
+                    raced = {"best_baseline": baselines[0], "ratio_to_baselines": dict.fromkeys(baselines, 1.0)}
+                    print(json.dumps(like | own | raced), file=file)
     for name, table in quote.TABLES.items():
         made = quote.render(name, tmp_path)
         assert made.count("\n| ") == 2 + len(table.lines)

@@ -82,7 +82,7 @@ def class_norm_backward_kernel(
 def _blocks(classes: int, numbers: int) -> dict[str, int]:
     """A tile of about so many numbers."""
     block_c = tile_of(classes)
-    return {"BLOCK_N": max(8, min(128, numbers // block_c)), "BLOCK_C": block_c}
+    return {"BLOCK_N": max(8, min(64, numbers // block_c)), "BLOCK_C": block_c}
 
 
 def class_norm(scores: Tensor, gain: Tensor, shift: Tensor, eps: float, out: Tensor) -> Tensor:
