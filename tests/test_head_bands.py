@@ -97,6 +97,10 @@ def test_the_length_of_bands_is_an_option(monkeypatch):
     assert seen and all(band.last - band.first <= 26 for found in seen for band in found)
     shorter, longer = (make_head(band_pixels=pixels).step_bytes((2, CHANNELS, 9, 13), (2, 18, 26)) for pixels in (26, 234))
     assert shorter < longer
+    on_gpu = [
+        _step.default_band(torch.empty(1, d, 1, 1, device="meta"), c) for d, c in ((256, 150), (256, 1000), (2048, 10**6))
+    ]
+    assert on_gpu == [131072, 2**30 // 34048, 33]
     with pytest.raises(ValueError, match=r"DNCHead: band_pixels must be None or a positive integer; got 0"):
         make_head(band_pixels=0)
 

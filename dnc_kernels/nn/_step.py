@@ -40,6 +40,8 @@ BAND_PIXELS = 2048
 #: On other devices, where a call costs more and there is more to keep busy. A step of 131072 pixels of 256 channels in bfloat16
 #: and 150 classes takes an H100 3.6 ms in one band of them, and 4.7 ms in four (docs/cuda.md).
 DEVICE_BAND_PIXELS = 131072
+#: And at most as many as take this much memory, about.
+DEVICE_BAND_BYTES = 2**30
 
 
 class Band(NamedTuple):
@@ -57,10 +59,16 @@ class Band(NamedTuple):
         return maps[self.begin : self.end, :, self.top : self.bottom]
 
 
+def default_band(x: Tensor, classes: int) -> int:
+    """Pixels of a band where nobody chose: by what features [B,D,h,w] lie on, and what D channels and C classes take."""
+    if x.device.type == "cpu":
+        return BAND_PIXELS
+    return max(1, min(DEVICE_BAND_PIXELS, DEVICE_BAND_BYTES // (8 * x.shape[1] + 32 * classes)))
+
+
 def bands(x: Tensor, pixels: int) -> Iterator[Band]:
-    """The bands of features [B,D,h,w], in order, of about so many pixels; 0: the default."""
+    """The bands of features [B,D,h,w], in order, of about so many pixels."""
     batch, _, height, width = x.shape
-    pixels = pixels or (BAND_PIXELS if x.device.type == "cpu" else DEVICE_BAND_PIXELS)
     rows = min(height, max(1, pixels // max(width, 1)))
     samples = max(1, pixels // max(height * width, 1)) if rows == height else 1
     for begin in range(0, batch, samples):

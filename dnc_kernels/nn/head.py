@@ -28,7 +28,7 @@ from ._choices import (
 )
 from ._labels import pixels_at, sample_of_each_class, sort_out_labels
 from ._made import Again, Factors, Made, MadeInParts, Step, run_first, run_second, to_target
-from ._step import BAND_PIXELS
+from ._step import BAND_PIXELS, default_band
 from .subcentroids import Momentum
 
 
@@ -78,8 +78,8 @@ class DNCHead(CentroidModel):
         checkpoint: what is recomputed in a training step: ``all``: embedding and scores, band by band of rows; ``scores``: the
             scores; ``none``: nothing, every part of the step is an op of its own. docs/layer.md has the memory formula of each.
             The gradients are the same to rounding.
-        band_pixels: about how many pixels a band of ``checkpoint="all"`` and ``"scores"`` has; None: 2048 on a CPU, 131072
-            on other devices. Longer bands are fewer calls and more memory.
+        band_pixels: about how many pixels a band of ``checkpoint="all"`` and ``"scores"`` has; None: 2048 on a CPU; on
+            other devices 131072, or as many as 1 GiB has room for. Longer bands are fewer calls and more memory.
         pixels_per_class: at most so many pixels of each class, drawn anew in every step, take part in clustering, contrast and
             update; None: all. The cross-entropy sees all pixels.
         accumulation_steps: losses of a training step whose gradients add up: their sums of pixels add up too, and the
@@ -264,7 +264,7 @@ class DNCHead(CentroidModel):
                 x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, ignored,
                 self.confidence == "length" and self.scores != "norm", temperature, fixed_scale, fixed_gains, fixed_shift,
                 self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
-                self.ppc_temperature, self.band_pixels or 0,
+                self.ppc_temperature, self.band_pixels or default_band(x, self.num_classes),
             )  # fmt: skip
             total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, ignored, sampled, joint=update))
             # gradients are made of `unit` times the loss: in half precision they get the size of probabilities and unit vectors

@@ -171,7 +171,7 @@ def scale_saved(saved: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -
         return (saved.to(torch.promote_types(saved.dtype, grad.dtype)) * grad).to(dtype)
     if saved.device.type == "cpu" and grad.numel() == 1 and grad.item() == 1:  # the usual end of a loss; a CPU has no sync
         return saved.to(dtype)
-    if saved.device.type == "cuda" and grad.numel() == 1 and saved.numel() >= _FEW and _can_scale(saved):
+    if grad.numel() == 1 and saved.numel() >= _FEW and triton_serves(saved) and _without_gaps(saved):
         from . import _triton
 
         return _triton.scale(saved, grad, saved if dtype == saved.dtype else torch.empty_like(saved, dtype=dtype))
@@ -179,11 +179,17 @@ def scale_saved(saved: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -
     return saved.mul_(grad if grad.ndim else grad.reshape([1] * saved.ndim)).to(dtype)
 
 
-def _can_scale(saved: Tensor) -> bool:
-    """Whether Triton's kernel takes a tensor: elements without gaps, no float64, a GPU that it is written for."""
-    dense = saved.is_contiguous() or (saved.ndim == 4 and saved.is_contiguous(memory_format=torch.channels_last))
-    usable = not backends.unusable("triton") and backends.capability(saved.device.index) >= backends.OLDEST_CAPABILITY
-    return dense and usable and saved.dtype != torch.float64
+def triton_serves(x: Tensor) -> bool:
+    """Whether Triton's kernels for what is no op of its own run on a tensor: on a GPU that they are written for, unless the
+    reference was chosen.
+    """
+    if x.device.type != "cuda" or x.dtype == torch.float64 or backends.chosen() == "reference" or backends.unusable("triton"):
+        return False
+    return backends.capability(x.device.index) >= backends.OLDEST_CAPABILITY
+
+
+def _without_gaps(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def flat_pixels(x: Tensor) -> Tensor:

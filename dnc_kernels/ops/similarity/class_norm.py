@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from .._common import triton_serves
 
 #: Most classes of a tile of Triton's kernels.
 MAX_CLASSES = 1024
 
 
 def _fused(scores: Tensor) -> bool:
-    """Whether Triton's kernels run: float32 maps, on a GPU that they are written for or by name under the interpreter."""
-    if scores.dtype != torch.float32 or scores.shape[1] > MAX_CLASSES or backends.unusable("triton"):
+    """Whether Triton's kernels run: float32 maps on a GPU, or under the interpreter where it was chosen by name."""
+    if scores.dtype != torch.float32 or scores.shape[1] > MAX_CLASSES:
         return False
-    if scores.device.type == "cuda":
-        return backends.chosen() != "reference" and backends.capability(scores.device.index) >= backends.OLDEST_CAPABILITY
-    return backends.INTERPRETED and backends.chosen() == "triton"
+    by_name = backends.INTERPRETED and backends.chosen() == "triton" and not backends.unusable("triton")
+    return by_name if scores.device.type == "cpu" else triton_serves(scores)
 
 
 def class_norm(scores: Tensor, gain: Tensor, shift: Tensor, eps: float, out: Tensor) -> Tensor:
