@@ -77,12 +77,12 @@ def _real(arch: int) -> str:
     return "sm_90a" if arch == 90 else f"sm_{arch}"
 
 
-def _compile(job: tuple[Path, int, Path]) -> tuple[Path, int]:
-    """As CMakeLists.txt does it, for one architecture."""
+def _compile(job: tuple[Path, int, Path], root: Path = ROOT) -> tuple[Path, int]:
+    """As CMakeLists.txt does it, for one architecture; the file's headers are those of `root`."""
     path, arch, to = job
     name = _real(arch).removeprefix("sm_")
-    include = [f"-I{ROOT / 'csrc' / folder}" for folder in ("include", "cuda")]
-    _run("nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "-DDNC_WITH_CUDA", *include,
+    include = [f"-I{root / 'csrc' / folder}" for folder in ("include", "cuda")]
+    _run("nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "-DDNC_WITH_CUDA", "-Xcompiler=-fPIC", *include,
          f"-arch=compute_{name}", f"-code=sm_{name}", "-c", str(path), "-o", str(to))  # fmt: skip
     return to, arch
 

@@ -29,13 +29,9 @@ _HASHES = re.compile(r"(?<=_GLOBAL__N__)[0-9a-f]{8}|(?<=_cu_)[0-9a-f]{8}")
 
 def program(path: Path, root: Path, capability: Capability) -> str:
     """The code of a file of `root`, for a GPU and for the host, without what depends on where the file lies."""
-    arch = "".join(map(str, capability)) + ("a" if capability == (9, 0) else "")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "code.o"
-        aot_cuda._run(
-            "nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DDNC_WITH_CUDA", "-Xcompiler=-fPIC", f"-I{root / 'csrc' / 'include'}",
-            f"-arch=compute_{arch}", f"-code=sm_{arch}", "-c", str(path), "-o", str(made),
-        )  # fmt: skip
+        aot_cuda._compile((path, 10 * capability[0] + capability[1], made), root)
         gpu = aot_cuda._run(aot_cuda._cuobjdump(), "--dump-sass", str(made)).partition("Function :")[2]
         host = aot_cuda._run("objdump", "--disassemble", "--reloc", str(made)).partition("Disassembly of")[2]
     return _HASHES.sub("", gpu + host)

@@ -145,12 +145,17 @@ def _prepared(request: Line, case: Chosen, backend: str | None = None) -> Callab
     cases = [c for c in select(_settings(request), [op]) if request["dry"] or c.name == name]
     variants = [v for v in cases[0].variants if not v.baseline]
     variant = next((v for v in variants if v.backend == backend), variants[0])
-    inputs = cases[0].inputs()
+    return _call(cases[0], variant)
+
+
+def _call(case: Any, variant: Any) -> Callable[[], None]:
+    """The call of a case's variant, on inputs of its own that are put back before each."""
+    inputs = case.inputs()
     run = variant.prepare(inputs)
 
     def call() -> None:
-        if cases[0].reset:
-            cases[0].reset(inputs)
+        if case.reset:
+            case.reset(inputs)
         run()
 
     return call
@@ -204,21 +209,14 @@ def kernels(request: Line) -> int:
                     record, {"event": "dropped", "step": " ".join(["kernels", *line.values()]), "reason": "its time was over"}
                 )
                 continue
-            inputs = case.inputs()
-            run = variant.prepare(inputs)
-
-            def call(run: Any = run, reset: Any = case.reset, inputs: Any = inputs) -> None:
-                if reset:
-                    reset(inputs)
-                run()
-
+            run = _call(case, variant)
             for _ in range(3):
-                call()
+                run()
             if settings.cuda:
                 torch.cuda.synchronize()
             with profiler.profile(activities=[activity]) as seen:
                 for _ in range(calls):
-                    call()
+                    run()
                 if settings.cuda:
                     torch.cuda.synchronize()
             attribute = f"self_{'device' if settings.cuda else 'cpu'}_time_total"
