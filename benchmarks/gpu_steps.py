@@ -67,11 +67,11 @@ def environment(request: Line) -> int:
         "cores": len(os.sched_getaffinity(0)), "gpu": "", "build": "",
     }  # fmt: skip
     if torch.cuda.is_available():
-        from .gpu_take import folder_of
+        from dnc_kernels._evidence import slug
 
         gpu = torch.cuda.get_device_properties(0)
         line |= {
-            "gpu": gpu.name, "folder": folder_of(gpu.name), "capability": (gpu.major, gpu.minor), "cuda": torch.version.cuda,
+            "gpu": gpu.name, "folder": slug(gpu.name), "capability": (gpu.major, gpu.minor), "cuda": torch.version.cuda,
             "memory_gb": round(gpu.total_memory / 1e9), "multiprocessors": gpu.multi_processor_count,
         }  # fmt: skip
     line["build"] = reason = _build(line.get("capability"))

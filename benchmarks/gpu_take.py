@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import fields
@@ -78,13 +77,15 @@ def _take_proofs(lines: Sequence[Line], root: Path) -> list[str]:
 
 
 def _take_rows(lines: Sequence[Line], date: str, root: Path) -> list[str]:
+    from dnc_kernels._evidence import slug
+
     from . import dispatch
 
     written, by_device = [], defaultdict(list)
     for row in rows_of(lines):
         by_device[row["device"]].append(row)
     for device, rows in by_device.items():
-        file = Path("benchmarks") / "results" / folder_of(device) / f"{date}.jsonl"
+        file = Path("benchmarks") / "results" / slug(device) / f"{date}.jsonl"
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
         written.append(f"{len(rows)} rows in {file}")
@@ -117,11 +118,6 @@ def _take_configurations(lines: Sequence[Line], root: Path) -> list[str]:
         path.write_text(json.dumps(content, indent=1) + "\n")
         written[path] = f"configurations in {path.relative_to(root)}"
     return list(written.values())
-
-
-def folder_of(device: str) -> str:
-    """Name of a device as a folder: NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
-    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def summary(lines: Sequence[Line]) -> str:

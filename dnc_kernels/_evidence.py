@@ -37,6 +37,11 @@ class Measured:
     rows: str
 
 
+def slug(name: str) -> str:
+    """A device's name as a file's: lower case, dashes."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
 def read_proofs(path: Path = PROOFS) -> tuple[Proof, ...]:
     """Every row of proof, of whatever source."""
     return tuple(Proof(**{**row, "capability": tuple(row["capability"])}) for row in json.loads(path.read_text()))

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._evidence import slug
 from ..backends import INTERPRETED, capability
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -129,11 +130,6 @@ def shared_memory(device: torch.device) -> float:
 def _shared_memory(index: int) -> int:
     # what Triton itself compares with when it loads a kernel
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-
-
-def slug(name: str) -> str:
-    """A device's name as a file's: lower case, dashes."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 @cache
