@@ -5,33 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import (
-    bench_embedding,
-    bench_head,
-    bench_momentum,
-    bench_segmentation,
-    bench_similarity,
-    bench_sinkhorn,
-    bench_upsample,
-)
-from .harness import BASELINES, Case, GpuLost, Row, Settings, chosen, demand_gpu, failed, run_case
+from .case import BASELINES, Case, Row, Settings
+from .harness import chosen
 from .memory import on_cpu
 from .quote import quote
+from .suite import BENCHES, case_rows, select
 
-BENCHES: dict[str, Any] = {
-    "similarity": bench_similarity, "sinkhorn": bench_sinkhorn, "momentum": bench_momentum, "embedding": bench_embedding,
-    "upsample": bench_upsample, "head": bench_head, "segmentation": bench_segmentation,
-}  # fmt: skip
 _TABLE = (
     "variant", "p50_ms", "p20_ms", "p80_ms", "host_us", "pct_queued", "ratio_to_best_baseline", "pct_gemm_probe",
     "pct_copy_probe", "peak_delta_mb", "allowed_peak_delta_mb", "error_over_allowed", "status",
@@ -41,6 +27,7 @@ _OTHERS = """other programs of this folder, each with its own --help:
   python -m benchmarks.dispatch    derive from measured rows whether `auto` takes triton or cuda
   python -m benchmarks.aot         no GPU: compile every GPU kernel; list registers, spills and shared memory
   python -m benchmarks.prove       GPU: run the tests of the CUDA C++ kernels, and record that they passed
+  python -m benchmarks.carry       no GPU: carry proofs to source of which nvcc makes the same program
   python -m benchmarks.primitives  GPU: check the instructions that the CUDA C++ kernels rest on, one by one
   python -m benchmarks.sanitize    GPU: run the tests of the CUDA C++ kernels under compute-sanitizer
   python -m benchmarks.gpu_run     GPU: the above within some minutes, and take the results into the tree"""
@@ -130,28 +117,6 @@ def _measure(cases: Sequence[Case], settings: Settings, out: Path | None) -> int
     finally:
         print_rows(rows)
     return int(any(r["status"] == "wrong" or (r["status"] == "failed" and r["kind"] == "kernel") for r in rows))
-
-
-def case_rows(cases: Sequence[Case], settings: Settings) -> Iterator[Row]:
-    """Rows of all cases. A case that cannot be set up is a row with the reason too."""
-    for number, case in enumerate(cases, 1):
-        print(f"[{number}/{len(cases)}] {case.op} {case.name} {case.dtype}", file=sys.stderr, flush=True)
-        try:
-            yield from run_case(case, settings)
-        except GpuLost:
-            raise
-        except Exception as error:
-            yield failed(case, settings, error)
-            demand_gpu(settings, f"{case.op} {case.name}")
-        if settings.cuda:
-            torch.cuda.empty_cache()
-
-
-def select(settings: Settings, ops: Sequence[str] | None = None, names: Sequence[str] | None = None) -> list[Case]:
-    """Cases of the chosen benchmarks or ops whose names match one of the patterns; None chooses all."""
-    cases = [(bench, case) for bench, module in BENCHES.items() for case in module.cases(settings)]
-    of_op = [c for bench, c in cases if not ops or bench in ops or c.op in ops]
-    return [c for c in of_op if not names or any(fnmatchcase(c.name, name) for name in names)]
 
 
 def print_list(cases: Sequence[Case], settings: Settings) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +17,11 @@ from pathlib import Path
 
 from dnc_kernels import backends
 
-from .aot import ARCHS, FAMILIES, Row
-from .prove import source
+from . import ROOT
+from .families import FAMILIES, cuda_files, source
+from .machine_code import ARCHS, Row, cuobjdump, run, usage
 
-ROOT = Path(__file__).resolve().parents[1]
-#: Names of `aot.FEATURES`, and how an instruction of machine code begins that does it.
+#: Names of `machine_code.FEATURES`, and how an instruction of machine code begins that does it.
 _INSTRUCTIONS = {
     "wgmma": "HGMMA", "tcgen05.mma": r"UT\w*MMA", "mma.sync": "HMMA", "cp.async": "(LDGSTS|UBLKCP|UTMALDG)",
     "mbarrier": "SYNCS", "redux": "C?REDUX", "atom": "ATOM[GS]?", "red": "RED[GS]?", "ld.local": "LDL", "st.local": "STL",
@@ -38,7 +37,7 @@ _DEVICE_FENCE = re.compile(r"MEMBAR\.\w+\.(GPU|SYS)|CCTL\.IVALL")
 
 def missing() -> str:
     """Why there is nothing to read here, or the empty string."""
-    if shutil.which(_cuobjdump()) is None:
+    if shutil.which(cuobjdump()) is None:
         return "cuobjdump was found neither in triton nor on PATH"
     if not is_current() and shutil.which("nvcc") is None:
         return "the extension was not built from this source for every architecture, and nvcc is not on PATH"
@@ -66,10 +65,11 @@ def _binaries(families: Sequence[str], archs: Sequence[int], jobs: int) -> Itera
         yield [(Path(backends.native().__file__), arch) for arch in archs]
         return
     with tempfile.TemporaryDirectory() as folder:
-        paths = [path for family in families for path in sorted((ROOT / "csrc" / "cuda").glob(f"{family}*.cu"))]
+        paths = [path for family in families for path in cuda_files(family)]
         work = [(path, arch, Path(folder) / f"{path.stem}_{arch}.o") for path in paths for arch in archs]
         with ThreadPoolExecutor(jobs) as pool:
-            yield list(pool.map(_compile, work))
+            list(pool.map(lambda job: compile_file(*job), work))
+        yield [(to, arch) for _, arch, to in work]
 
 
 def _real(arch: int) -> str:
@@ -77,24 +77,21 @@ def _real(arch: int) -> str:
     return "sm_90a" if arch == 90 else f"sm_{arch}"
 
 
-def _compile(job: tuple[Path, int, Path], root: Path = ROOT) -> tuple[Path, int]:
+def compile_file(path: Path, arch: int, to: Path, root: Path = ROOT) -> None:
     """As CMakeLists.txt does it, for one architecture; the file's headers are those of `root`."""
-    path, arch, to = job
     name = _real(arch).removeprefix("sm_")
     include = [f"-I{root / 'csrc' / folder}" for folder in ("include", "cuda")]
-    _run("nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "-DDNC_WITH_CUDA", "-Xcompiler=-fPIC", *include,
-         f"-arch=compute_{name}", f"-code=sm_{name}", "-c", str(path), "-o", str(to))  # fmt: skip
-    return to, arch
+    run("nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "-DDNC_WITH_CUDA", "-Xcompiler=-fPIC", *include,
+        f"-arch=compute_{name}", f"-code=sm_{name}", "-c", str(path), "-o", str(to))  # fmt: skip
 
 
 def _rows_of(file: Path, arch: int) -> list[Row]:
-    dump = (_cuobjdump(), "--gpu-architecture", _real(arch), str(file))
-    usage, code = _run(*dump, "--dump-resource-usage"), _run(*dump, "--dump-sass")
+    dump = (cuobjdump(), "--gpu-architecture", _real(arch), str(file))
+    resources, code = run(*dump, "--dump-resource-usage"), run(*dump, "--dump-sass")
     instructions = {name: text for _, name, text in _functions(code, r"^\s*Function : (\S+)$")}
     found = []
-    for family, name, text in _functions(usage, r"^ Function (\S+):$"):
-        used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-        kernel, operations = readable(name), {m[3] for m in _INSTRUCTION.finditer(instructions[name])}
+    for family, name, text in _functions(resources, r"^ Function (\S+):$"):
+        used, kernel, operations = usage(text), readable(name), {m[3] for m in _INSTRUCTION.finditer(instructions[name])}
         found.append(
             Row(
                 op=f"{family}.{kernel.partition('<')[0].removesuffix('_kernel')}", kernel=kernel, config={},
@@ -178,7 +175,7 @@ def _functions(text: str, pattern: str) -> Iterator[tuple[str, str, str]]:
 def readable(name: str) -> str:
     """A kernel's name and template arguments, without namespaces and parameters."""
     if shutil.which("c++filt"):
-        name = _run("c++filt", name).strip()
+        name = run("c++filt", name).strip()
     name = re.sub(r"\(anonymous namespace\)::|dnc::|cuda::|^void ", "", name)
     depth = 0
     for i, c in enumerate(name):
@@ -186,19 +183,3 @@ def readable(name: str) -> str:
         if c == "(" and depth == 0:
             return name[:i]
     return name
-
-
-@cache
-def _cuobjdump() -> str:
-    try:
-        from triton import knobs
-    except ImportError:
-        return "cuobjdump"
-    return str(knobs.nvidia.cuobjdump.path)
-
-
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return done.stdout

@@ -13,7 +13,8 @@ from torch import Tensor
 from dnc_kernels import ops
 from dnc_kernels.backends import Backend
 
-from .harness import Call, Case, Settings, Variant, compiled, dtype_of, error_ratio, kernels
+from .case import Case, Settings, Variant, compiled, dtype_of, error_ratio, kernels
+from .clock import Call
 
 # Element-wise chains of sums of D terms; gradients of the parameters are sums over all pixels.
 _ALLOWED, _PARAMETERS = 64, 1024

@@ -22,7 +22,8 @@ from dnc_kernels.nn import DNCHead
 
 from . import bench_momentum as momentum
 from . import bench_sinkhorn as sinkhorn
-from .harness import Call, Case, Settings, Variant, dtype_of, error_ratio, kernels, norm_ratio
+from .case import Case, Settings, Variant, dtype_of, error_ratio, kernels, norm_ratio
+from .clock import Call
 
 K, CHANNELS, STRIDE = 10, 256, 4
 PPC, PPD = 0.01, 0.001

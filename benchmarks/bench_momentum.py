@@ -21,7 +21,8 @@ from dnc_kernels import ops
 from dnc_kernels.backends import Backend
 
 from . import bench_sinkhorn as sinkhorn
-from .harness import Call, Case, Settings, Variant, compiled, dtype_of, error_ratio, kernels
+from .case import Case, Settings, Variant, compiled, dtype_of, error_ratio, kernels
+from .clock import Call
 
 MOMENTUM = 0.999  # the default of the op
 _DATA = sinkhorn.DATA + ", 30% of the others wrongly classified"

@@ -21,7 +21,8 @@ from dnc_kernels import ops, use_backend
 from dnc_kernels.nn import DNCHead
 
 from .bench_head import STRIDE, check_step
-from .harness import Call, Case, Settings, Variant, compiled, dtype_of, error_ratio, norm_ratio
+from .case import Case, Settings, Variant, compiled, dtype_of, error_ratio, norm_ratio
+from .clock import Call
 
 _IGNORED = 255
 # classes, sub-centroids of each, channels, height and width of the labels; hard_*: where a linear head is hard to beat

@@ -22,7 +22,8 @@ from dnc_kernels import ops
 from dnc_kernels.backends import Backend
 from dnc_kernels.ops._common import flat_pixels
 
-from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
+from .case import Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
+from .clock import Call
 
 _ADE20K = {"N": 16384, "C": 150, "K": 10, "D": 256}
 # name: sizes, least ratio to the best baseline on CPU, options of _loss_case

@@ -19,7 +19,8 @@ from torch import Tensor
 from dnc_kernels import ops
 from dnc_kernels.backends import Backend
 
-from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
+from .case import Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
+from .clock import Call
 
 EPSILON, ITERATIONS = 0.05, 3
 # Rounding of s/epsilon (|s| <= 1) and of the exp, log and sums of 3 iterations.

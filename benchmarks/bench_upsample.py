@@ -16,7 +16,8 @@ from torch import Tensor
 from dnc_kernels import ops
 from dnc_kernels.backends import Backend
 
-from .harness import Call, Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
+from .case import Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
+from .clock import Call
 
 # The gradient's largest element collects the pixels of a cell; F.interpolate computes positions in float32.
 _GRADIENT = 256

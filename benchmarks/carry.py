@@ -20,8 +20,10 @@ from pathlib import Path
 from dnc_kernels import _evidence
 from dnc_kernels._evidence import Capability, Proof
 
-from . import aot_cuda, prove
-from .prove import ROOT, source
+from . import ROOT, prove
+from .aot_cuda import compile_file
+from .families import cuda_files, source
+from .machine_code import cuobjdump, run
 
 #: What nvcc calls an anonymous namespace, after a hash of the file's path and content.
 _HASHES = re.compile(r"(?<=_GLOBAL__N__)[0-9a-f]{8}|(?<=_cu_)[0-9a-f]{8}")
@@ -31,15 +33,15 @@ def program(path: Path, root: Path, capability: Capability) -> str:
     """The code of a file of `root`, for a GPU and for the host, without what depends on where the file lies."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "code.o"
-        aot_cuda._compile((path, 10 * capability[0] + capability[1], made), root)
-        gpu = aot_cuda._run(aot_cuda._cuobjdump(), "--dump-sass", str(made)).partition("Function :")[2]
-        host = aot_cuda._run("objdump", "--disassemble", "--reloc", str(made)).partition("Disassembly of")[2]
+        compile_file(path, 10 * capability[0] + capability[1], made, root)
+        gpu = run(cuobjdump(), "--dump-sass", str(made)).partition("Function :")[2]
+        host = run("objdump", "--disassemble", "--reloc", str(made)).partition("Disassembly of")[2]
     return _HASHES.sub("", gpu + host)
 
 
 def same_program(family: str, before: Path, capability: Capability) -> bool:
     """Whether a family's files, those of `before` and those here, make one program."""
-    files, old = ({p.name: p for p in (root / "csrc" / "cuda").glob(f"{family}*.cu")} for root in (ROOT, before))
+    files, old = ({p.name: p for p in cuda_files(family, root)} for root in (ROOT, before))
     if files.keys() != old.keys():
         return False
     with ThreadPoolExecutor(2) as pool:

@@ -17,9 +17,8 @@ from typing import Any
 
 from dnc_kernels import _evidence, backends
 
-from .harness import Row
-
-ROOT = Path(__file__).resolve().parents[1]
+from . import ROOT
+from .case import Row
 
 
 def faster(rows: Iterable[tuple[str, Row]]) -> dict[str, dict[str, list[dict[str, Any]]]]:

@@ -28,8 +28,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import gpu_steps, processes, pytest_record
-from .gpu_take import BAD, RESULTS, ROOT, events, rows_of, source, summary, take
+from . import ROOT, gpu_steps, processes, pytest_record
+from .families import FAMILIES, cuda_tests
+from .gpu_take import BAD, RESULTS, events, rows_of, source, summary, take
 from .processes import Ended, Step
 from .record import Line, append, commit, read
 
@@ -161,7 +162,7 @@ def _tests(run: Run) -> None:
     from . import prove
 
     sources, workers = run.environment.get("sources") or {}, max(1, (os.cpu_count() or 1) - 7)
-    chosen = [family for family in run.families or prove.FAMILIES if family != "none"]
+    chosen = [family for family in run.families or FAMILIES if family != "none"]
     steps = [prove.step(family, run.record, 170, select="sanitize" if run.dry else "not large") for family in chosen]
     others = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if not path.name.endswith("_cuda.py")]
     triton: list[Path | str] = [p for p in others if "mark.triton" in (text := p.read_text()) or "mark.gpu" in text]
@@ -230,7 +231,7 @@ def _large(run: Run) -> None:
 
 def _memcheck_of_small_tests(run: Run) -> None:
     """The tests that cover every CUDA C++ kernel once, under memcheck, the families side by side."""
-    from . import prove, sanitize
+    from . import sanitize
 
     sanitizer = sanitize.find()
     if sanitizer is not None and not run.dry:
@@ -238,10 +239,10 @@ def _memcheck_of_small_tests(run: Run) -> None:
         run.steps(
             *(
                 pytest_record.step(
-                    f"memcheck {family}", prove.tests_of(family), run.record, seconds=60, workers=0, each=30,
+                    f"memcheck {family}", cuda_tests(family), run.record, seconds=60, workers=0, each=30,
                     select="sanitize and not large", env=sanitize.ENVIRONMENT, under=under,
                 )
-                for family in prove.FAMILIES
+                for family in FAMILIES
             )
         )  # fmt: skip
 
@@ -403,8 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results (gpu-out)")
         one.add_argument("--dry", action="store_true", help="without a GPU: interpreter, host, tiny shapes")
         one.add_argument("--parts", nargs="+", choices=PARTS, default=(), help="these in place of the phase's, in this order")
-        families = [path.parent.name for path in sorted((ROOT / "dnc_kernels" / "ops").glob("*/op.py"))]
-        one.add_argument("--families", nargs="+", choices=[*families, "none"], help="whose CUDA C++ tests run: all")
+        one.add_argument("--families", nargs="+", choices=[*FAMILIES, "none"], help="whose CUDA C++ tests run: all")
         one.add_argument("--tests", nargs="+", default=(), help="in place of Triton's: files, or file::test")
         one.add_argument("--plant", action="store_true", help="more tests, with faults that must be found")
     taking = commands.add_parser("take", help="put the results of a run into this tree, and say what they are")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .families import FAMILIES, source
 from .record import Line, append
 
 #: op and case of a benchmark, * for all of its cases.
@@ -88,8 +89,6 @@ def _build(capability: tuple[int, int] | None) -> str:
     """Why the extension cannot serve on this GPU as it is, or the empty string."""
     from dnc_kernels import backends
 
-    from .prove import FAMILIES, source
-
     if backends._native is None:
         return backends.NATIVE_ERROR
     if backends._native.cuda_archs is None:
@@ -108,7 +107,7 @@ def _version(name: str) -> str:
 
 def rows(request: Line) -> int:
     """Rows of the chosen cases, each as soon as it is known; ends by itself once its seconds are over."""
-    from .__main__ import case_rows, select
+    from .suite import case_rows, select
 
     end, record = time.monotonic() + request["seconds"], Path(request["record"])
     settings = _settings(request)
@@ -128,7 +127,7 @@ def rows(request: Line) -> int:
 
 
 def _settings(request: Line) -> Any:
-    from .harness import Settings
+    from .case import Settings
 
     dry = request["dry"]
     return Settings(
@@ -139,7 +138,7 @@ def _settings(request: Line) -> Any:
 
 def _prepared(request: Line, case: Chosen, backend: str | None = None) -> Callable[[], Any]:
     """The call of a case's kernel, of a backend where one is named."""
-    from .__main__ import select
+    from .suite import select
 
     op, name = case
     cases = [c for c in select(_settings(request), [op]) if request["dry"] or c.name == name]
@@ -194,8 +193,8 @@ def kernels(request: Line) -> int:
     import torch
     from torch import profiler
 
-    from .__main__ import select
     from .harness import chosen
+    from .suite import select
 
     end, record, settings = time.monotonic() + request["seconds"], Path(request["record"]), _settings(request)
     cases = [c for op, name in request["cases"] for c in select(settings, [op]) if request["dry"] or c.name == name]

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from . import ROOT, families
 from .record import Line, read
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.jsonl"
 #: Outcomes of a test that are faults.
 BAD = ("failed", "crashed", "hung")
@@ -70,7 +70,7 @@ def _take_proofs(lines: Sequence[Line], root: Path) -> list[str]:
 
     names = [field.name for field in fields(Proof)]
     proofs = [Proof(**{n: line[n] for n in names}) for line in events(lines, "proof") if line["proven"]]
-    current = [p for p in proofs if p.source == prove.source(p.family, root)]
+    current = [p for p in proofs if p.source == families.source(p.family, root)]
     if current:
         prove.add(current, root / "dnc_kernels" / "proofs.json")
     return [f"proof of {p.family} by {p.tests} tests on {p.device}" for p in current]

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .harness import Case, Row, Settings, Variant
+from . import ROOT
+from .case import Case, Row, Settings, Variant
 
 
 def on_cuda(call: Callable[[], Any]) -> Row:
@@ -32,7 +32,7 @@ def in_fresh_process(case: Case, variant: Variant, settings: Settings) -> Row:
     """`on_cpu` in a process of its own."""
     request = {"op": case.op, "case": case.name, "dtype": case.dtype, "variant": variant.name, "settings": asdict(settings)}
     command = [sys.executable, "-m", "benchmarks", "peak", json.dumps(request)]
-    child = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if child.returncode:
         return {"reason": "peak memory: " + (child.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     row: Row = json.loads(child.stdout.splitlines()[-1])

@@ -39,7 +39,7 @@ def test_spoiling_its_process() -> None:
     def fail() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA ...")
 
-    pytest_record._synchronize = fail
+    pytest_record.synchronize = fail
 
 
 @pytest.mark.parametrize("n", range(3))

@@ -21,12 +21,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import ROOT
+
 #: Folder of the module for a GPU, and of the one for the host.
 FOLDERS = {False: ROOT / "build" / "gpu", True: ROOT / "build" / f"cuda-on-cpu-{sys.implementation.cache_tag}"}
 LANES = np.arange(32)

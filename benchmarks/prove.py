@@ -19,34 +19,16 @@ import torch
 
 from dnc_kernels import _evidence, backends
 from dnc_kernels._evidence import Proof
-from dnc_kernels._source import digest
 
-from . import processes, pytest_record
+from . import ROOT, processes, pytest_record
+from .families import FAMILIES, cuda_tests, source
 from .processes import Ended, Step
 from .record import Line, commit, read
-
-ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = tuple(sorted(set(backends.FAMILY.values())))
-#: What the names of a family's tests begin with, after test_; else the family itself.
-_STEMS = {"similarity": ("similarity", "nearest", "contrast")}
-
-
-def source(family: str, root: Path = ROOT) -> str:
-    """SHA-256 of what a family's kernels are compiled from, as CMakeLists.txt computes it."""
-    folders = (("csrc/cuda", "*.cu"), ("csrc/cuda", "*.h"), ("csrc/include/dnc", "*.h"))
-    paths = sorted((path for folder, names in folders for path in (root / folder).glob(names)), key=str)
-    mine = (p for p in paths if p.name.startswith(family) or not p.name.startswith(FAMILIES))
-    return digest(mine)
-
-
-def tests_of(family: str, root: Path = ROOT) -> list[Path]:
-    """Files with the tests of a family's CUDA C++ kernels."""
-    return sorted({p for s in _STEMS.get(family, (family,)) for p in (root / "tests").glob(f"test_{s}*_cuda.py")})
 
 
 def step(family: str, record: Path, seconds: float = 300, select: str = "not large") -> Step:
     """The run of a family's tests; those of gigabytes stand apart, and prove nothing."""
-    return pytest_record.step(f"cuda {family}", tests_of(family), record, seconds=seconds, select=select, each=40)
+    return pytest_record.step(f"cuda {family}", cuda_tests(family), record, seconds=seconds, select=select, each=40)
 
 
 def verdict(
@@ -64,7 +46,7 @@ def verdict(
     """
     outcomes = [line["outcome"] for line in lines if line["step"] == ended.step.name]
     count = outcomes.count("passed")
-    if not tests_of(family):
+    if not cuda_tests(family):
         return "it has no tests"
     if sources.get(family) != source(family):
         return "the extension was built from other source; run `python setup.py build_ext --inplace`"

@@ -44,7 +44,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Wait for the test's kernels, so that their errors are its own."""
     try:
         result = yield
-        _synchronize()
+        synchronize()
         return result
     except Exception as error:
         if hasattr(item.config, "workerinput") and (broken := _broken()):
@@ -54,7 +54,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         raise
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the kernels of this process, if it can have any."""
     torch = sys.modules.get("torch")  # a test without torch has no kernels
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -63,7 +64,7 @@ def _synchronize() -> None:
 def _broken() -> str:
     """What CUDA says in a process that is spoilt, or the empty string."""
     try:
-        _synchronize()
+        synchronize()
     except Exception as error:
         return _first_line(str(error))
     return ""

@@ -14,10 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import record
+from . import ROOT, record
 
 Row = dict[str, Any]
-ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"<!-- rows: (?P<name>.*?) -->(?P<body>.*?)<!-- end rows -->", re.DOTALL)
 _CPU, _H100 = "cpu-amd-epyc-2-threads", "nvidia-h100-80gb-hbm3"
 _BASELINES = {

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from . import ROOT
+
 Line = dict[str, Any]
 #: What a run on a GPU writes beside the source: it makes no other source.
 _EVIDENCE = ("dnc_kernels/proofs.json", "dnc_kernels/dispatch", "dnc_kernels/ops/*/configs/*", "benchmarks/results")
@@ -57,12 +59,11 @@ def commit() -> str:
     """What DNC_COMMIT says, for a copy whose history is another; else of the checkout, -dirty where its source has changed."""
     if named := os.environ.get("DNC_COMMIT"):
         return named
-    root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    if (root / ".git").exists():
+    if (ROOT / ".git").exists():
         with suppress(OSError, subprocess.CalledProcessError):
             changed = git("status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _EVIDENCE))
             return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from .prove import FAMILIES, ROOT, tests_of
+from . import ROOT
+from .families import FAMILIES, cuda_tests
 
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 #: Tools that look at every kernel. initcheck must: what torch's kernels wrote would count as never written.
@@ -40,7 +41,7 @@ def find() -> str | None:
 
 def applies(tool: str, family: str) -> bool:
     """Whether a tool can tell something about a family's kernels."""
-    return bool(tests_of(family)) and (tool != "racecheck" or family in _RACECHECK)
+    return bool(cuda_tests(family)) and (tool != "racecheck" or family in _RACECHECK)
 
 
 @cache
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "no:cacheprovider",
                 *(["-k", options.k] if options.k else []),
             ]
-            tests = [sys.executable, "-m", "pytest", *chosen, *map(str, tests_of(family))]
+            tests = [sys.executable, "-m", "pytest", *chosen, *map(str, cuda_tests(family))]
             if subprocess.run([*under(sanitizer, tool), *tests], cwd=ROOT, env={**os.environ, **ENVIRONMENT}).returncode:
                 failed.append(f"{family} {tool}")
     print(f"compute-sanitizer: {'complains about ' + ', '.join(failed) if failed else 'clean'}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from dnc_kernels.ops._common import pixel_count
 from dnc_kernels.ops.similarity import triton_contrast, triton_nearest
 
-from .aot import Case
+from .aot_triton import Launch
 
 Shape = dict[str, int]
 
@@ -123,9 +123,9 @@ def _mix_candidates(when: Shape) -> list[dict[str, Any]]:
 
 
 CASES = {
-    "nearest_centroid": Case(_nearest, _nearest_candidates),
-    "centroid_distance": Case(_distance, _product_candidates),
-    "subcentroid_cross_entropy": Case(_contrast, _contrast_candidates),
-    "subcentroid_weights": Case(_contrast, _product_candidates),
-    "subcentroid_mix": Case(_contrast, _mix_candidates),
+    "nearest_centroid": Launch(_nearest, _nearest_candidates),
+    "centroid_distance": Launch(_distance, _product_candidates),
+    "subcentroid_cross_entropy": Launch(_contrast, _contrast_candidates),
+    "subcentroid_weights": Launch(_contrast, _product_candidates),
+    "subcentroid_mix": Launch(_contrast, _mix_candidates),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dnc_kernels.ops.embedding import triton as kernels
 
-from .aot import Case
+from .aot_triton import Launch
 
 _DTYPES = {16: torch.bfloat16, 32: torch.float32}
 #: Layout -> side of a map. 65 is what a crop of 513 pixels leaves at stride 8.
@@ -62,7 +62,7 @@ def _candidates(layout: str, backward: bool, when: dict[str, int]) -> list[dict[
 
 
 CASES = {
-    f"normalize{step}_{layout}": Case(partial(prepare, layout), partial(_candidates, layout, bool(step)))
+    f"normalize{step}_{layout}": Launch(partial(prepare, layout), partial(_candidates, layout, bool(step)))
     for step, prepare in (("", _forward), ("_backward", _backward))
     for layout in _SIDES
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aot import Case
+from .aot_triton import Launch
 
 
 def _cluster(device: torch.device, when: dict[str, int]) -> Tensor:
@@ -64,4 +64,4 @@ def _candidates(when: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-CASES = {"momentum_rows": Case(_rows, _candidates), "momentum_planes": Case(_planes, _candidates)}
+CASES = {"momentum_rows": Launch(_rows, _candidates), "momentum_planes": Launch(_planes, _candidates)}

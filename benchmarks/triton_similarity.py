@@ -12,7 +12,7 @@ from torch import Tensor
 from dnc_kernels.ops._common import pixel_count
 
 from . import triton_contrast
-from .aot import Case
+from .aot_triton import Launch
 from .triton_contrast import spread
 
 #: Pixels of a shape class: those of an ADE20K step with 1024^2 crops at stride 4.
@@ -105,7 +105,7 @@ def _candidates(
 _TILE = ("BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D")
 
 CASES = {
-    "class_scores": Case(
+    "class_scores": Launch(
         class_scores,
         _candidates(
             (*_TILE, "KEEP_D"),
@@ -117,7 +117,7 @@ CASES = {
             ((128, 32, 2, 32, 0, 8, 3), (64, 32, 2, 32, 0, 8, 3), (64, 16, 4, 16, 0, 8, 2), (32, 32, 1, 32, 0, 4, 2)),
         ),
     ),
-    "scores_gradient": Case(
+    "scores_gradient": Launch(
         scores_gradient,
         _candidates(
             _TILE,
@@ -128,7 +128,7 @@ CASES = {
             ((128, 32, 1, 128, 8, 2), (64, 32, 1, 128, 8, 2), (64, 32, 1, 64, 8, 2), (64, 16, 1, 64, 8, 2)),
         ),
     ),
-    "centroid_gradient": Case(
+    "centroid_gradient": Launch(
         centroid_gradient,
         _candidates(
             _TILE,
@@ -139,7 +139,7 @@ CASES = {
             ((32, 32, 2, 128, 8, 2), (32, 32, 2, 64, 8, 2), (16, 32, 2, 64, 8, 2)),
         ),
     ),
-    "centroid_loss": Case(
+    "centroid_loss": Launch(
         centroid_loss,
         _candidates(
             (*_TILE, "KEEP_D", "BLOCK_GRAD", "PROGRAMS"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .aot import Case
+from .aot_triton import Launch
 
 
 def _inputs(device: torch.device, when: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,4 +54,4 @@ def _candidates(when: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-CASES = {"sinkhorn": Case(_forward, _candidates), "sinkhorn_backward": Case(_backward, _candidates)}
+CASES = {"sinkhorn": Launch(_forward, _candidates), "sinkhorn_backward": Launch(_backward, _candidates)}

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aot import Row, compiling, product_precision, row_of
-from .aot import faults as resource_faults
+from .aot_triton import compiling, product_precision, row_of
+from .machine_code import Row
+from .machine_code import faults as resource_faults
 
 Point = dict[str, Any]
 META = torch.device("meta")

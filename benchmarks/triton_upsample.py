@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dnc_kernels.ops.upsample import triton as kernels
 
-from .aot import Case
+from .aot_triton import Launch
 
 _DTYPES = {16: torch.bfloat16, 32: torch.float32}
 #: Labels of 8 maps of 512 x 512.
@@ -71,7 +71,7 @@ def _gradient_candidates(when: dict[str, int]) -> list[dict[str, Any]]:
 
 
 CASES = {
-    "log_sum_exp": Case(_log_sum_exp, _candidates),
-    "gradient": Case(_gradient, _gradient_candidates),
-    "argmax": Case(_argmax, _candidates),
+    "log_sum_exp": Launch(_log_sum_exp, _candidates),
+    "gradient": Launch(_gradient, _gradient_candidates),
+    "argmax": Launch(_argmax, _candidates),
 }

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
-from .aot import FAMILIES, cases, product_precision
+from .aot import cases
+from .aot_triton import product_precision
 from .clock import CudaClock
+from .families import FAMILIES
 
 
 def milliseconds(call: Callable[[], None], clock: CudaClock, rounds: int) -> float:

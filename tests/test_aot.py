@@ -11,10 +11,12 @@ import pytest
 
 pytest.importorskip("triton")
 from benchmarks import aot, aot_cuda
+from benchmarks.families import FAMILIES, source
+from benchmarks.machine_code import ARCHS, Row, cuobjdump, faults, run
 from dnc_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = aot.Row("similarity.x", "x_kernel", {}, {"bits": 16}, "sm_90", 80, 0, 0, 0, [], backend="cuda")
+ROW = Row("similarity.x", "x_kernel", {}, {"bits": 16}, "sm_90", 80, 0, 0, 0, [], backend="cuda")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def rows():
 
 @pytest.mark.slow
 def test_no_kernel_touches_local_memory(rows):
-    assert [(r.kernel, r.arch, aot.faults(r)) for r in rows if aot.faults(r)] == []
+    assert [(r.kernel, r.arch, faults(r)) for r in rows if faults(r)] == []
     assert all(0 < r.registers <= 255 and r.spills == 0 for r in rows)
 
 
@@ -34,11 +36,11 @@ def test_no_kernel_touches_local_memory(rows):
 def test_every_kernel_is_there_on_every_architecture(rows):
     written = {}
     for path in (ROOT / "csrc" / "cuda").glob("*.*"):
-        family = next((f for f in aot.FAMILIES if path.name.startswith(f)), None)
+        family = next((f for f in FAMILIES if path.name.startswith(f)), None)
         if family:
             names = re.findall(r"__global__(?:.|\n)*?\b(\w+_kernel)\(", path.read_text())
             written.setdefault(family, set()).update(names)
-    for arch in aot.ARCHS:
+    for arch in ARCHS:
         found = {}
         for r in rows:
             if r.arch == f"sm_{arch}":
@@ -66,7 +68,7 @@ def test_one_family_and_architecture_can_be_compiled_alone(monkeypatch):
 
 
 def test_a_build_of_other_source_is_not_read(monkeypatch):
-    sources = {f: aot_cuda.source(f) for f in aot.FAMILIES}
+    sources = {f: source(f) for f in FAMILIES}
     build = SimpleNamespace(cuda_archs="80-real 90a-real 100", cuda=SimpleNamespace(sources=sources))
     monkeypatch.setattr(backends, "_native", build)
     assert aot_cuda.is_current()
@@ -86,16 +88,16 @@ def test_without_tools_the_reason_is_given(monkeypatch, capsys):
 
 
 def test_what_must_not_ship_is_a_fault():
-    assert aot.faults(ROW) == []
-    assert aot.faults(replace(ROW, spills=8)) == ["spills 8 bytes"]
-    assert aot.faults(replace(ROW, ptx_features=["ld.local", "st.local"])) == ["has ld.local", "has st.local"]
-    assert aot.faults(replace(ROW, fences=3)) == ["has 3 device-wide fences between products"]
-    assert aot.faults(replace(ROW, kernel="scores_sm90_kernel<T>")) == ["has no wgmma"]
-    assert aot.faults(replace(ROW, kernel="scores_sm90_kernel<T>", arch="sm_80")) == ["has no trap"]
-    assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>")) == ["has no trap"]
-    assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>", ptx_features=["trap"])) == []
-    assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>", arch="sm_80")) == ["has no mma.sync"]
-    assert aot.faults(replace(ROW, kernel="scores_sm80_kernel<T>", arch="sm_80", ptx_features=["mma.sync"])) == []
+    assert faults(ROW) == []
+    assert faults(replace(ROW, spills=8)) == ["spills 8 bytes"]
+    assert faults(replace(ROW, ptx_features=["ld.local", "st.local"])) == ["has ld.local", "has st.local"]
+    assert faults(replace(ROW, fences=3)) == ["has 3 device-wide fences between products"]
+    assert faults(replace(ROW, kernel="scores_sm90_kernel<T>")) == ["has no wgmma"]
+    assert faults(replace(ROW, kernel="scores_sm90_kernel<T>", arch="sm_80")) == ["has no trap"]
+    assert faults(replace(ROW, kernel="scores_sm80_kernel<T>")) == ["has no trap"]
+    assert faults(replace(ROW, kernel="scores_sm80_kernel<T>", ptx_features=["trap"])) == []
+    assert faults(replace(ROW, kernel="scores_sm80_kernel<T>", arch="sm_80")) == ["has no mma.sync"]
+    assert faults(replace(ROW, kernel="scores_sm80_kernel<T>", arch="sm_80", ptx_features=["mma.sync"])) == []
 
 
 USAGE = """
@@ -177,13 +179,13 @@ def test_device_wide_fences_between_products_are_counted(lines, fences):
 
 
 def test_machine_code_is_read(monkeypatch):
-    monkeypatch.setattr(aot_cuda, "_run", lambda *c: USAGE if "--dump-resource-usage" in c else SASS if "--dump-sass" in c else "f_kernel(float*)")  # fmt: skip
+    monkeypatch.setattr(aot_cuda, "run", lambda *c: USAGE if "--dump-resource-usage" in c else SASS if "--dump-sass" in c else "f_kernel(float*)")  # fmt: skip
     aot_cuda.readable.cache_clear()
     (row,) = aot_cuda._rows_of(Path("x.so"), 90)
     aot_cuda.readable.cache_clear()
     assert (row.op, row.kernel, row.arch, row.registers, row.spills) == ("momentum.f", "f_kernel", "sm_90", 34, 24)
     assert row.ptx_features == ["wgmma", "redux", "atom", "st.local"]
-    assert aot.faults(row) == ["spills 24 bytes", "has st.local"]
+    assert faults(row) == ["spills 24 bytes", "has st.local"]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_machine_code_is_read(monkeypatch):
     ],
 )
 def test_names_are_made_readable(demangled, name, monkeypatch):
-    monkeypatch.setattr(aot_cuda, "_run", lambda *_: demangled)
+    monkeypatch.setattr(aot_cuda, "run", lambda *_: demangled)
     monkeypatch.setattr(aot_cuda.shutil, "which", lambda _: "c++filt")
     aot_cuda.readable.cache_clear()
     assert aot_cuda.readable(demangled) == name
@@ -207,7 +209,7 @@ def test_rows_are_printed_beside_tritons(rows, capsys):
     assert aot.main(["--backend", "cuda", "--family", "momentum", "--arch", "80", "--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert found and {(r["backend"], r["arch"]) for r in found} == {("cuda", "sm_80")}
-    assert found[0].keys() == {*aot.Row.__dataclass_fields__, "faults"}
+    assert found[0].keys() == {*Row.__dataclass_fields__, "faults"}
 
 
 #: What the checks of a file are to have on a GPU, as the beginnings of instructions.
@@ -228,9 +230,9 @@ def test_checks_of_primitives_compile_to_the_instructions_they_are_for(name, tmp
         pytest.skip("needs nvcc and cuobjdump")
     checks, file = ROOT / "csrc" / "tests" / "cuda_on_cpu", tmp_path / "checks.cubin"
     folders = [checks, ROOT / "csrc/include", ROOT / "csrc/cuda", pybind11.get_include(), sysconfig.get_path("include")]
-    aot_cuda._run("nvcc", "-std=c++20", "-O3", "-DDNC_WITH_CUDA", *(f"-I{folder}" for folder in folders),
-                  "-arch=sm_90a", "-cubin", str(checks / f"checks_{name}.cu"), "-o", str(file))  # fmt: skip
-    code = aot_cuda._run(aot_cuda._cuobjdump(), "--dump-sass", str(file))
+    run("nvcc", "-std=c++20", "-O3", "-DDNC_WITH_CUDA", *(f"-I{folder}" for folder in folders),
+        "-arch=sm_90a", "-cubin", str(checks / f"checks_{name}.cu"), "-o", str(file))  # fmt: skip
+    code = run(cuobjdump(), "--dump-sass", str(file))
     missing = [i for i in PRIMITIVES[name] if not re.search(rf"\*/ +(@!?U?P\w+ )?{re.escape(i)}", code)]
     assert missing == [] and not re.search(r"\*/ +(@!?U?P\w+ )?(LDL|STL)", code)
     kernels = re.split(r"^\s*Function : ", code, flags=re.MULTILINE)[1:]

@@ -18,7 +18,8 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import bench_head, bench_similarity, clock, harness, memory, record, tune
 from benchmarks.bench_sinkhorn import loop, vectorized, zipf_labels
-from benchmarks.harness import COLUMNS, Case, Settings, Variant, choice_ratio, error_ratio, summarize
+from benchmarks.case import Case, Settings, Variant, choice_ratio, error_ratio
+from benchmarks.harness import COLUMNS, summarize
 from dnc_kernels import ops, use_backend
 
 QUICK = Settings(threads=1, rounds=3, quick=True, baselines="eager", memory=False)
@@ -552,7 +553,7 @@ def test_memory_on_a_gpu_is_what_its_allocator_counted(monkeypatch):
 
 
 def test_commit_of_a_copy_without_git(monkeypatch, tmp_path):
-    monkeypatch.setattr(record, "__file__", str(tmp_path / "benchmarks" / "record.py"))
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     monkeypatch.setenv("DNC_COMMIT", "abc123")
     assert record.commit() == "abc123"
     monkeypatch.delenv("DNC_COMMIT")
@@ -563,7 +564,7 @@ def test_evidence_makes_no_other_source(monkeypatch, tmp_path):
     def git(*arguments):
         return subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *arguments], cwd=tmp_path, check=True)
 
-    monkeypatch.setattr(record, "__file__", str(tmp_path / "benchmarks" / "record.py"))
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     configs = tmp_path / "dnc_kernels" / "ops" / "sinkhorn" / "configs"
     configs.mkdir(parents=True)
     for path in (tmp_path / "dnc_kernels" / "proofs.json", configs / "sm_90.json", tmp_path / "README.md"):

@@ -70,13 +70,13 @@ def test_the_kernels_compile_without_a_spill():
     program = """
 from itertools import product
 import torch
-from benchmarks import aot
+from benchmarks import aot_triton, machine_code
 from dnc_kernels.ops.similarity import triton_class_norm as kernels
 rows = []
 def found(jit, compiled):
-    rows.append((jit.fn.__name__, *aot.resources(compiled)))
-for arch in aot.ARCHS:
-    with aot.compiling(arch, found):
+    rows.append((jit.fn.__name__, *aot_triton.resources(compiled)))
+for arch in machine_code.ARCHS:
+    with aot_triton.compiling(arch, found):
         for classes, layout in product((19, 150, 1000), (torch.contiguous_format, torch.channels_last)):
             s, o = (torch.empty(8, classes, 128, 128, device="meta").contiguous(memory_format=layout) for _ in range(2))
             gain = torch.empty(classes, device="meta")

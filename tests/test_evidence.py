@@ -11,6 +11,8 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks import __main__ as benches
 from benchmarks import aot_cuda, carry, dispatch, harness, prove
+from benchmarks.case import Settings, dtype_of
+from benchmarks.families import FAMILIES, cuda_tests, source
 from dnc_kernels import _evidence, backends, ops
 from dnc_kernels._evidence import Measured, Proof
 from dnc_kernels.backends import Kernel, resolve
@@ -183,11 +185,11 @@ def copy_of_sources(folder):
 
 def test_the_hash_of_a_family_follows_its_own_and_the_shared_files(tmp_path):
     root = copy_of_sources(tmp_path)
-    before = {f: prove.source(f, root) for f in prove.FAMILIES}
-    assert before == {f: prove.source(f) for f in prove.FAMILIES} and len(set(before.values())) == 5
+    before = {f: source(f, root) for f in FAMILIES}
+    assert before == {f: source(f) for f in FAMILIES} and len(set(before.values())) == 5
 
     def changed():
-        return {f for f in prove.FAMILIES if prove.source(f, root) != before[f]}
+        return {f for f in FAMILIES if source(f, root) != before[f]}
 
     path = root / "csrc" / "cuda" / "momentum.cu"
     text = path.read_bytes()
@@ -199,7 +201,7 @@ def test_the_hash_of_a_family_follows_its_own_and_the_shared_files(tmp_path):
     (root / "csrc" / "cuda" / "similarity_wgmma.cu").write_text("new")
     assert changed() == {"similarity"}
     (root / "csrc" / "cuda" / "ptx.h").write_text("new")
-    assert changed() == set(prove.FAMILIES)
+    assert changed() == set(FAMILIES)
 
 
 @pytest.mark.skipif(backends.native().cuda_archs is None, reason="a build without CUDA kernels has no sources")
@@ -207,21 +209,21 @@ def test_the_build_states_the_same_hashes():
     built = Path(backends.native().__file__).stat().st_mtime
     if any(p.stat().st_mtime > built for name in ("cuda", "include/dnc") for p in (ROOT / "csrc" / name).iterdir()):
         pytest.skip("sources are newer than the build")
-    assert backends.native().cuda.sources == {f: prove.source(f) for f in prove.FAMILIES}
+    assert backends.native().cuda.sources == {f: source(f) for f in FAMILIES}
 
 
 def test_every_op_has_a_family_and_every_kernel_its_tests():
-    families = {op: f for f in prove.FAMILIES for op in __import__(f"dnc_kernels.ops.{f}", fromlist=["x"]).__all__}
+    families = {op: f for f in FAMILIES for op in __import__(f"dnc_kernels.ops.{f}", fromlist=["x"]).__all__}
     assert {op: families[op] for op in backends.KERNELS} == backends.FAMILY
     for op, kernels in backends.KERNELS.items():
-        assert "cuda" not in kernels or prove.tests_of(backends.FAMILY[op]), op
-    found = {path for f in prove.FAMILIES for path in prove.tests_of(f)}
+        assert "cuda" not in kernels or cuda_tests(backends.FAMILY[op]), op
+    found = {path for f in FAMILIES for path in cuda_tests(f)}
     assert found == set((ROOT / "tests").glob("test_*_cuda.py"))
 
 
 def test_stored_proofs_and_choices_are_whole():
     for proof in _evidence.read_proofs():
-        assert proof.family in prove.FAMILIES and len(proof.source) == 64 and proof.tests > 0 and proof.device
+        assert proof.family in FAMILIES and len(proof.source) == 64 and proof.tests > 0 and proof.device
     for (op, _), entries in _evidence.read_dispatch().items():
         assert op in backends.KERNELS
         for entry in entries:
@@ -254,13 +256,13 @@ def test_only_families_whose_tests_pass_are_proven(tmp_path, monkeypatch, capsys
     }
     for family, body in bodies.items():
         (tmp_path / f"test_{family}.py").write_text(body)
-    monkeypatch.setattr(prove, "tests_of", lambda family: [tmp_path / f"test_{family}.py"])
+    monkeypatch.setattr(prove, "cuda_tests", lambda family: [tmp_path / f"test_{family}.py"])
     monkeypatch.setattr(prove, "commit", lambda: "abc")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     written = []
     monkeypatch.setattr(prove, "add", written.extend)
-    sources = {family: prove.source(family) for family in bodies}
+    sources = {family: source(family) for family in bodies}
     assert sorted(prove.prove(list(bodies), sources, seconds=30)) == [False, False, False, True]
     (proof,) = written
     assert (proof.family, proof.tests, proof.source, proof.commit) == ("momentum", 2, sources["momentum"], "abc")
@@ -436,7 +438,7 @@ def test_cases_of_one_class_decide_together():
 @pytest.fixture(scope="module")
 def measured_cases():
     """Every case in small, run here: (case, row of a kernel), in 16 bits and in 32."""
-    settings = harness.Settings(
+    settings = Settings(
         threads=1, rounds=1, quick=True, baselines="none", memory=False, dtypes=("bfloat16", "float32")
     )  # fmt: skip
     return [
@@ -455,7 +457,7 @@ def rows_of_a_gpu(measured_cases, fastest):
         layout, _ = when.pop("layout", None), when.pop("bits")
         for name in ("triton", "cuda"):
             kernel = backends.KERNELS[case.op].get(name)
-            if kernel and not kernel.refuses(name, harness.dtype_of(case.dtype), (9, 0), layout, when):
+            if kernel and not kernel.refuses(name, dtype_of(case.dtype), (9, 0), layout, when):
                 yield {**row, "capability": "9.0", "cache": "cold", "backend": name, "p50_ms": 1.0 if name == fastest else 2.0}
 
 
@@ -514,7 +516,7 @@ def test_calls_take_what_was_measured_faster(monkeypatch, tmp_path, measured_cas
         for sizes in ((n, c, k, d), (2 * n, c + 2, k + 1, d + 8)):
             taken.clear()
             with torch.no_grad(), FakeTensorMode():
-                call(case.op, *sizes, harness.dtype_of(case.dtype), "nchw" in case.name)
+                call(case.op, *sizes, dtype_of(case.dtype), "nchw" in case.name)
             found = taken[case.op]
             assert (found.backend, found.reason[:15]) == (fastest, "measured faster"), (case.op, case.name, sizes, found, when)
 
@@ -525,7 +527,7 @@ def test_calls_take_what_was_measured_faster(monkeypatch, tmp_path, measured_cas
 def test_a_proof_is_carried_to_source_that_makes_the_same_program():
     other = replace(PROOF, family="momentum")
     stale = replace(PROOF, family="upsample", source="7" * 64)
-    before, now = dict.fromkeys(prove.FAMILIES, "0" * 64), dict.fromkeys(prove.FAMILIES, "1" * 64)
+    before, now = dict.fromkeys(FAMILIES, "0" * 64), dict.fromkeys(FAMILIES, "1" * 64)
     asked = []
 
     def same(family, capability):

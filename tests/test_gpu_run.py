@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import __main__ as command
-from benchmarks import gpu_run, gpu_steps, gpu_take, processes, prove, pytest_record, sanitize
-from benchmarks.harness import COLUMNS, Settings
+from benchmarks import gpu_run, gpu_steps, gpu_take, processes, prove, pytest_record, sanitize, suite
+from benchmarks.case import Settings
+from benchmarks.families import FAMILIES, source
+from benchmarks.harness import COLUMNS
 from benchmarks.processes import Ended, Step
 from benchmarks.record import append, read
 from dnc_kernels import _evidence
@@ -163,7 +164,7 @@ def test_a_dry_run_ends_in_time_and_tells_every_fault(tmp_path):
     lines = list(read(tmp_path / gpu_take.RESULTS))
     assert [line["dry"] for line in gpu_take.events(lines, "run")] == [True] and gpu_take.events(lines, "end")
     told = {line["step"] for kind in ("step", "dropped") for line in gpu_take.events(lines, kind)}
-    assert told >= {"environment", "primitives", "triton", "planted", *(f"cuda {f}" for f in prove.FAMILIES)}
+    assert told >= {"environment", "primitives", "triton", "planted", *(f"cuda {f}" for f in FAMILIES)}
     assert not any(line["proven"] for line in gpu_take.events(lines, "proof")), "a rehearsal proves nothing"
     assert "dry: nothing here comes from a GPU" in printed and "ended after" in printed
     assert len(list(tmp_path.iterdir())) <= 6 and all(file.stat().st_size < 16e6 for file in tmp_path.iterdir())
@@ -285,7 +286,7 @@ def test_the_run_itself_imports_nothing_that_a_gpu_could_break():
 @pytest.mark.parametrize("what", ["rows", "call", "trace"])
 def test_what_the_children_measure_exists(what, tmp_path):
     """Every op and case that is asked for on a GPU is one of the benchmarks' there."""
-    cases = command.select(Settings(device="cuda", dtypes=("bfloat16", "float16", "float32"), baselines="none"))
+    cases = suite.select(Settings(device="cuda", dtypes=("bfloat16", "float16", "float32"), baselines="none"))
     known = {(case.op, case.name) for case in cases}
     asked = {
         "rows": [*gpu_steps.TIMES, *gpu_steps.ROWS, *gpu_steps.HEAD, *gpu_steps.OTHER_DTYPES],
@@ -369,7 +370,7 @@ def results(out, root, *lines, **changes):
 
 
 def proof(root, **changes):
-    made = Proof("momentum", prove.source("momentum", root), GPU, (9, 0), 84, "abc", "2026-11-27")
+    made = Proof("momentum", source("momentum", root), GPU, (9, 0), 84, "abc", "2026-11-27")
     return {"event": "proof", "proven": True, **asdict(made), **changes}
 
 
@@ -475,7 +476,7 @@ def lines_of(*outcomes, step="cuda momentum"):
 def test_only_a_whole_green_run_proves(outcomes, status, reason, monkeypatch):
     monkeypatch.setattr(prove, "commit", lambda: "abc")
     one = Ended(Step("cuda momentum", [], 1), status, 0, 1.0, "")
-    sources = {"momentum": prove.source("momentum")}
+    sources = {"momentum": source("momentum")}
     others = lines_of("failed", step="cuda sinkhorn")
     found = prove.verdict("momentum", one, [*lines_of(*outcomes), *others], sources, GPU, (9, 0))
     if reason is None:

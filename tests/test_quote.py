@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import quote
-from benchmarks.harness import Settings
+from benchmarks.case import Settings
 from benchmarks.quote import ROOT, Line, Table, Unquotable, cost, others, ratio
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -17,7 +17,8 @@ from dnc_kernels import backends, ops, use_backend
 from dnc_kernels.nn import DNCHead
 
 pytest.importorskip("triton")
-from benchmarks import aot
+from benchmarks import aot, aot_triton, machine_code
+from benchmarks.families import FAMILIES
 from dnc_kernels.ops import _triton
 from dnc_kernels.ops._common import scale_saved
 
@@ -106,7 +107,7 @@ def test_configuration_files_are_whole(path):
 
 
 @pytest.mark.parametrize("kind", ["sm_80", "sm_90", "sm_100", "interpreter"])
-@pytest.mark.parametrize("family", aot.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_launcher_finds_its_own_configuration(family, kind, monkeypatch):
     """The sizes a launcher looks up with are those its entries are kept by: for an entry's shape it takes that entry, uncut."""
     taken = []
@@ -118,14 +119,14 @@ def test_every_launcher_finds_its_own_configuration(family, kind, monkeypatch):
 
     monkeypatch.setattr(_triton, "_chosen", look_up)
     if kind != "interpreter":
-        monkeypatch.setattr(_triton, "_kind_shared", aot.SHARED_LIMIT[int(kind.removeprefix("sm_"))])
+        monkeypatch.setattr(_triton, "_kind_shared", machine_code.SHARED_LIMIT[int(kind.removeprefix("sm_"))])
     monkeypatch.setattr(_triton, "_recorder", lambda *arguments: None)
     monkeypatch.setattr(_triton, "_kind", kind)
     shapes = _triton.stored(family, kind if kind != "interpreter" else "sm_90")
     for kernel, entries in shapes.items():
         for entry in entries:
             taken.clear()
-            with aot.product_precision(entry["when"]):
+            with aot_triton.product_precision(entry["when"]):
                 aot.cases(family)[kernel].prepare(torch.device("meta"), entry["when"])()
             uses = [use for name, use in taken if name == kernel]
             assert uses, f"{kernel} is launched without a configuration"
@@ -135,7 +136,7 @@ def test_every_launcher_finds_its_own_configuration(family, kind, monkeypatch):
 
 def test_every_family_has_every_kind():
     kinds = {"sm_80", "sm_90", "sm_100", "interpreter"}
-    for family in aot.FAMILIES:
+    for family in FAMILIES:
         assert kinds <= {path.stem for path in files() if path.parts[-3] == family}
 
 
@@ -258,7 +259,7 @@ def test_the_tuner_keeps_the_fastest_that_fits(monkeypatch):
             raise made
         return made
 
-    case = aot.Case(lambda device, when: lambda: None, lambda when: [{"a": a} for a in (2, 3, 4)])
+    case = aot_triton.Launch(lambda device, when: lambda: None, lambda when: [{"a": a} for a in (2, 3, 4)])
     monkeypatch.setattr(tune, "cases", lambda family: {"some_kernel": case})
     monkeypatch.setattr(_triton, "stored", lambda family, kind: {"some_kernel": [{"when": {"C": 19}, "use": {"a": 1}}]})
     _triton._chosen.cache_clear()
@@ -417,7 +418,7 @@ def rows():
     """Two in five, every kernel on every architecture among it; whoever changes one compiles all by `python -m benchmarks.aot`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.aot", "--json", "--backend", "triton", "--every", str(len(aot.ARCHS))],
+        [sys.executable, "-m", "benchmarks.aot", "--json", "--backend", "triton", "--every", str(len(machine_code.ARCHS))],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -434,13 +435,13 @@ def test_every_shipped_configuration_compiles_without_a_spill(rows):
     assert len(rows) >= 20 and {r["arch"] for r in rows} == {"sm_80", "sm_90", "sm_100"}
     assert all(0 < r["registers"] <= 255 and r["spills"] == 0 for r in rows)
     compiled = {(r["op"], r["arch"]) for r in rows}
-    expected = {(f"{f}.{k}", f"sm_{a}") for f in aot.FAMILIES for a in aot.ARCHS for k in aot.cases(f)}
+    expected = {(f"{f}.{k}", f"sm_{a}") for f in FAMILIES for a in machine_code.ARCHS for k in aot.cases(f)}
     assert compiled == expected
 
 
 @pytest.mark.slow
 def test_products_use_the_tensor_cores(rows):
-    products = [r for r in rows if aot.PRODUCTS.search(r["kernel"]) and r["when"].get("bits") == 16]
+    products = [r for r in rows if machine_code.PRODUCTS.search(r["kernel"]) and r["when"].get("bits") == 16]
     assert {r["arch"] for r in products if "wgmma" in r["ptx_features"]} == {"sm_90"}
     assert {r["kernel"].strip("_") for r in products} >= {
         "class_scores_kernel",
@@ -459,8 +460,8 @@ def test_shapes_between_the_shape_classes_fit_and_do_not_spill(every):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(r["kernel"], r["arch"], r["when"], r["config"], r["faults"]) for r in rows if r["faults"]] == []
     assert done.returncode == 0, done.stderr
-    assert {r["arch"] for r in rows} == {f"sm_{arch}" for arch in aot.SHARED_LIMIT}
-    assert {r["op"].partition(".")[0] for r in rows} == set(aot.FAMILIES)
+    assert {r["arch"] for r in rows} == {f"sm_{arch}" for arch in machine_code.SHARED_LIMIT}
+    assert {r["op"].partition(".")[0] for r in rows} == set(FAMILIES)
 
 
 def test_a_covering_set_covers():
@@ -477,15 +478,15 @@ def test_a_covering_set_covers():
 def test_a_need_taken_for_too_small_is_a_fault():
     from benchmarks import triton_sweep
 
-    row = aot.Row("x", "x_kernel", {"need": 1000}, {}, "sm_86", 255, 0, 2000, 128, [])
+    row = machine_code.Row("x", "x_kernel", {"need": 1000}, {}, "sm_86", 255, 0, 2000, 128, [])
     assert triton_sweep.faults(row) == ["needs 2000 bytes of shared memory, not at most 1000"]
 
 
 def test_a_few_spilled_bytes_with_registers_left_are_ptxas_own_choice():
     from benchmarks import triton_sweep
 
-    row = aot.Row("x", "x_kernel", {}, {}, "sm_90", 128, 24, 0, 256, [])
-    assert triton_sweep.faults(row) == [] and aot.faults(row) == ["spills 24 bytes"]
+    row = machine_code.Row("x", "x_kernel", {}, {}, "sm_90", 128, 24, 0, 256, [])
+    assert triton_sweep.faults(row) == [] and machine_code.faults(row) == ["spills 24 bytes"]
     assert triton_sweep.faults(replace(row, spills=32)) == ["spills 32 bytes"]
     assert triton_sweep.faults(replace(row, registers=255)) == ["spills 24 bytes"]
     assert triton_sweep.faults(replace(row, threads=512)) == ["spills 24 bytes"]
@@ -496,18 +497,18 @@ def test_accepted_spills_are_few_and_exact():
 
     assert len(triton_sweep.ACCEPTED) <= 1, "look for a configuration that does not spill first"
     kernel, point, spilled = triton_sweep.ACCEPTED[0]
-    row = aot.Row("x", kernel, {}, point, f"sm_{point['arch']}", 255, spilled, 0, 256, [])
+    row = machine_code.Row("x", kernel, {}, point, f"sm_{point['arch']}", 255, spilled, 0, 256, [])
     assert triton_sweep.faults(row) == []
     assert triton_sweep.faults(replace(row, spills=spilled + 8)) == [f"spills {spilled + 8} bytes"]
     assert triton_sweep.faults(replace(row, when={**point, "D": 321})) == [f"spills {spilled} bytes"]
 
 
 def test_faults_are_named():
-    row = aot.Row("x", "class_scores_kernel", {}, {"bits": 16}, "sm_90", 255, 8, 300_000, 128, ["mma.sync"])
-    spill, shared, cores = aot.faults(row)
+    row = machine_code.Row("x", "class_scores_kernel", {}, {"bits": 16}, "sm_90", 255, 8, 300_000, 128, ["mma.sync"])
+    spill, shared, cores = machine_code.faults(row)
     assert "spills 8 bytes" in spill and "300000 bytes of shared memory" in shared and "has no wgmma" in cores
 
 
 def test_instructions_are_found_at_the_start_of_a_line():
     ptx = "  wgmma.mma_async.sync x;\n  @%p1 red.global.add y;\n ld.shared.b32 z;\n"
-    assert aot.features(ptx) == ["wgmma", "red"]
+    assert aot_triton.features(ptx) == ["wgmma", "red"]
