@@ -315,7 +315,8 @@ __device__ uint32_t sum_finite_pixels(T& s, const PixelMap& x, const int64_t* __
   return count;
 }
 
-__device__ inline bool usable(double squared) { return squared > 0 && squared <= 1.7976931348623157e308; }
+constexpr double kLargestSquare = std::numeric_limits<double>::max();
+__device__ inline bool usable(double squared) { return squared > 0 && squared <= kLargestSquare; }
 
 // p [D] <- unit(g * p + (1 - g) * unit(sum)), by a warp; `squared` is <sum, sum>. What has no direction changes nothing.
 __device__ inline void move(float* p, const float* sum, double squared, double g, int D) {
@@ -354,7 +355,7 @@ __device__ void finish(T& s, const PixelMap& x, const int64_t* __restrict__ clus
       const uint32_t m = first + warp, count = m < M ? total(m) : 0;
       const double squared = count > 0 ? squared_length(sums + m * pitch, int(x.D)) : 0;
       note(count, squared);
-      if (threadIdx.x % 32 == 0) s.again[warp] = squared <= 1.7976931348623157e308 ? kLeftOut : m;
+      if (threadIdx.x % 32 == 0) s.again[warp] = squared <= kLargestSquare ? kLeftOut : m;
     }
     __syncthreads();  // again is complete
     for (int w = 0; w < kWarps; w++) {

@@ -179,7 +179,7 @@ __device__ inline uint32_t pack_pair<Float16>(float low, float high) {
   asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-// 2^x, error 2^-22 relative over the whole range (PTX ISA: ex2.approx.ftz); log2(x), error 2^-22 (lg2.approx).
+// 2^x, error 2^-22 relative over the whole range (PTX ISA: ex2.approx.ftz).
 __device__ inline float exp2_approximate(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -261,16 +261,18 @@ __device__ inline void barrier_arrive_expect(PhaseBarrier* b, unsigned bytes) {
 __device__ inline void barrier_arrive(PhaseBarrier* b, unsigned rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(b)),
-      "r"(rank)
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
+      :
+      : "r"(shared_address(b)), "r"(rank)
       : "memory");
 }
 // Waits until the phase of this parity (0 for the first) has ended.
 __device__ inline void barrier_wait(PhaseBarrier* b, unsigned parity) {
   asm volatile(
       "{\n.reg .pred done;\nwaiting:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\nbra waiting;\nfinished:\n}" ::"r"(shared_address(b)),
-      "r"(parity)
+      "@done bra finished;\nbra waiting;\nfinished:\n}"
+      :
+      : "r"(shared_address(b)), "r"(parity)
       : "memory");
 }
 __device__ inline unsigned cluster_rank() {
@@ -296,18 +298,17 @@ __device__ inline void registers_decrease() {
 __device__ inline void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // The box at (column, row) into shared memory, zeros outside the array; its bytes are counted by `b`. One thread calls it.
 __device__ inline void copy_box(void* to, const TensorMap* map, int column, int row, PhaseBarrier* b) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-                   shared_address(to)),
-               "l"(map), "r"(shared_address(b)), "r"(column), "r"(row)
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+               :
+               : "r"(shared_address(to)), "l"(map), "r"(shared_address(b)), "r"(column), "r"(row)
                : "memory");
 }
 // The same of a 3-dimensional array.
 __device__ inline void copy_box(void* to, const TensorMap* map, int column, int row, int plane, PhaseBarrier* b) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          shared_address(to)),
-      "l"(map), "r"(shared_address(b)), "r"(column), "r"(row), "r"(plane)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+               :
+               : "r"(shared_address(to)), "l"(map), "r"(shared_address(b)), "r"(column), "r"(row), "r"(plane)
+               : "memory");
 }
 // The box of a 3-dimensional array into L2, for a copy to come.
 __device__ inline void prefetch_box(const TensorMap* map, int column, int row, int plane) {
@@ -318,10 +319,10 @@ __device__ inline void prefetch_box(const TensorMap* map, int column, int row, i
 __device__ inline void copy_box_multicast(void* to, const TensorMap* map, int column, int row, PhaseBarrier* b,
                                           uint16_t blocks) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4, %5}], "
-      "[%2], "
-      "%3;" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(b)), "h"(blocks), "r"(column), "r"(row)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%4, %5}], [%2], %3;"
+      :
+      : "r"(shared_address(to)), "l"(map), "r"(shared_address(b)), "h"(blocks), "r"(column), "r"(row)
       : "memory");
 }
 // Makes this thread's writes to shared memory visible to copies and products that follow a barrier.

@@ -30,7 +30,7 @@ struct ToScores {
     }
     __device__ void operator()(int h, int slot, float v, int k) {
       const int64_t c = 4 * slot + threadIdx.x % 4;
-      if (score[h] != nullptr) score[h][c * out.scores.sd] = fabsf(v) <= 3.4028235e38f ? v : NAN;
+      if (score[h] != nullptr) score[h][c * out.scores.sd] = is_finite(v) ? v : NAN;
       if (win[h] != nullptr) win[h][c * out.winner.sd] = uint8_t(k);
     }
     __device__ void finish(const Rows&) {}
@@ -60,7 +60,7 @@ struct ToNearest {
           if (other > best[h] || (other == best[h] && m < at[h])) best[h] = other, at[h] = m;
         }
         // where all similarities are NaN, nothing beat minus infinity
-        const bool found = fabsf(best[h]) <= 3.4028235e38f;
+        const bool found = is_finite(best[h]);
         if (threadIdx.x % 4 == 0 && rows.inside(h)) {
           out.label[rows.n(h)] = found ? at[h] / K : -1;
           out.sub[rows.n(h)] = found ? at[h] % K : -1;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(sm90::kThreads, 1)
 }
 
 template <class T, bool kPlanes, class Out>
-__global__ void __launch_bounds__(sm80::kMaxWarps * 32, 1)
+__global__ void __launch_bounds__(kMaxWarps * 32, 1)
     class_scores_sm80_kernel(const __grid_constant__ Problem p, const __grid_constant__ Out out) {
 #if DNC_AMPERE
   sm80::Block<T, kPlanes> block(p, shared_memory<unsigned char>(), false);

@@ -15,12 +15,13 @@
 namespace dnc {
 namespace cuda {
 
-constexpr int kColumns = 80;         // packed sub-centroids of a tile: K = 1, 2, 4, 5, 10 and 20 leave none of them empty
-constexpr int kOwn = kColumns / 4;   // of a lane, for each of its pixels: the most sub-centroids a class may have
+// packed sub-centroids of a lane, for each of its pixels: K = 1, 2, 4, 5, 10 and 20 leave none of them empty
+constexpr int kOwn = similarity_limits::max_subcentroids;
+constexpr int kColumns = 4 * kOwn;   // of a tile
 constexpr int kSums = kColumns / 2;  // accumulators of a thread
 constexpr int kFragments = kColumns / 16;
-constexpr int kBox = 64;  // channels of a box: 128 bytes, one swizzle row
-constexpr int kMaxChannels = 768;
+constexpr int kBox = 64;         // channels of a box: 128 bytes, one swizzle row
+constexpr int kMaxWarps = 8;     // of a block, with pixels of their own
 constexpr int kMaxBlocks = 192;  // blocks of a persistent launch; a shape's workspace does not depend on the device
 
 // Where a group of pixels lies: `offset` within the run of pixels `image`.

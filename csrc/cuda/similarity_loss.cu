@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *total = sum;
 }
 
-// Block 0: the scalars, from the sums of `warps` warps. Further blocks: 32 entries of [2][4 slots] each, from `blocks` rows.
+// Block 0: the scalars, from the sums of `warps` warps. Further blocks: 32 entries of [kSlotSums slots] each, from `blocks`
+// rows.
 __global__ void __launch_bounds__(kThreads)
     finish_loss_kernel(const WarpSums* __restrict__ sums, int warps, const double* __restrict__ weight,
                        float* __restrict__ loss, float* __restrict__ grad_scale, const float* __restrict__ block_sums,
@@ -51,8 +52,8 @@ __global__ void __launch_bounds__(kThreads)
   float* part = shared_memory<float>();  // [kWarps][32]
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32, i = (int(blockIdx.x) - 1) * 32 + lane;
   float sum = 0;
-  if (i < 8 * slots) {
-    for (int b = row; b < blocks; b += kWarps) sum += block_sums[int64_t(b) * 8 * slots + i];
+  if (i < kSlotSums * slots) {
+    for (int b = row; b < blocks; b += kWarps) sum += block_sums[int64_t(b) * kSlotSums * slots + i];
   }
   part[row * 32 + lane] = sum;
   __syncthreads();  // the rows' sums are complete
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kWarps; r++) sum += part[r * 32 + lane];
     const int c = i % (4 * slots);
     float* out = i < 4 * slots ? grad_gain : grad_shift;
-    if (i < 8 * slots && c < C && out != nullptr) out[c] = sum;
+    if (i < kSlotSums * slots && c < C && out != nullptr) out[c] = sum;
   }
 }
 
@@ -82,12 +83,12 @@ Workspace layout(void* base, const CentroidCrossEntropy& a) {
   const int64_t N = Pixels(a.x).N(), blocks = N < kMaxBlocks ? N : kMaxBlocks;
   const int slots = int(divide_up(a.centroids.size[0], 4));
   w.weight = parts.take<double>(1 + kMaxBlocks);
-  w.sums = parts.take<WarpSums>(blocks * 8);
+  w.sums = parts.take<WarpSums>(blocks * kMaxWarps);
   const bool parameters = a.grad_norm_weight || a.grad_norm_bias;
-  w.norm_sums = parts.take<float>(parameters ? blocks * 8 * 8 * slots : 0);
-  w.block_sums = parts.take<float>(parameters ? blocks * 8 * slots : 0);
+  w.norm_sums = parts.take<float>(parameters ? blocks * kMaxWarps * kSlotSums * slots : 0);
+  w.block_sums = parts.take<float>(parameters ? blocks * kSlotSums * slots : 0);
   w.in_shared = slab_in_shared(w.packed.boxes, slots);
-  w.slab = w.in_shared ? nullptr : parts.take<unsigned char>(blocks * int64_t(slab_bytes(slots, 256)));
+  w.slab = w.in_shared ? nullptr : parts.take<unsigned char>(blocks * int64_t(slab_bytes(slots, 32 * kMaxWarps)));
   w.bytes = parts.bytes();
   return w;
 }
@@ -146,7 +147,7 @@ Status centroid_cross_entropy(const CentroidCrossEntropy& a, const Launch& where
   }
   float* loss = each ? nullptr : a.loss.as<float>();
   if (loss == nullptr && !a.grad_scale && !l.parameters) return {};
-  const unsigned blocks = 1 + (l.parameters ? unsigned(divide_up(8 * l.p.slots, 32)) : 0);
+  const unsigned blocks = 1 + (l.parameters ? unsigned(divide_up(kSlotSums * l.p.slots, 32)) : 0);
   DNC_CHECK(launch(Grid{blocks, kThreads, stream, shared}, finish_loss_kernel, w.sums, int(launched.warps), l.weight, loss,
                    a.grad_scale.as<float>(), w.block_sums, int(launched.blocks), l.p.slots, l.p.C,
                    a.grad_norm_weight.as<float>(), a.grad_norm_bias.as<float>()));

@@ -17,6 +17,8 @@ namespace cuda {
 
 using Reduction = CentroidCrossEntropy::Reduction;
 
+constexpr int kSlotSums = 2 * 4;  // of a slot's classes, for gain and shift
+
 // Sums over the pixels of a warp.
 struct WarpSums {
   double loss, scale;
@@ -37,20 +39,23 @@ struct Loss {
   bool parameters;         // gradients of gain and shift are wanted
   bool wanted;             // any gradient
   WarpSums* sums;          // [warps]
-  float* norm_sums;        // [warps][2][4 slots], with parameters
-  float* block_sums;       // [blocks][2][4 slots]
+  float* norm_sums;        // [warps][kSlotSums slots]: of gain [4 slots], then of shift; with parameters
+  float* block_sums;       // [blocks][kSlotSums slots]
   unsigned char* slab;     // of the blocks, or nullptr: in shared memory
 };
 
 // A block's class maxima and, behind them, their winners: in shared memory at `offset`, or at `global`.
-inline size_t slab_bytes(int slots, int threads) { return size_t(slots) * 2 * threads * 5; }
+constexpr int kEntryBytes = sizeof(float) + sizeof(uint8_t);  // of a slab: a maximum and its winner
+__host__ __device__ inline size_t slab_bytes(int slots, int threads) { return size_t(slots) * 2 * threads * kEntryBytes; }
 template <bool kShared>
 struct Slab {
   unsigned char* global;
   int offset, slots, threads, thread;
   __device__ unsigned char* base() const { return kShared ? shared_memory<unsigned char>() + offset : global; }
   __device__ float& r(int slot, int h) const { return reinterpret_cast<float*>(base())[(slot * 2 + h) * threads + thread]; }
-  __device__ uint8_t& winner(int slot, int h) const { return base()[(slots * 8 + slot * 2 + h) * threads + thread]; }
+  __device__ uint8_t& winner(int slot, int h) const {
+    return base()[(slots * 2 * int(sizeof(float)) + slot * 2 + h) * threads + thread];
+  }
 };
 
 // The warps of a block that take pixels: `count`, from `first` on.
@@ -63,7 +68,7 @@ struct Warps {
 // The slab of this block, for `thread` of `threads`.
 template <bool kShared>
 __device__ inline Slab<kShared> slab_of(const Loss& a, const unsigned char* rest, int threads, int thread) {
-  const int64_t bytes = int64_t(a.p.slots) * 2 * threads * 5;
+  const int64_t bytes = int64_t(slab_bytes(a.p.slots, threads));
   return {kShared ? nullptr : a.slab + blockIdx.x * bytes, int(rest - shared_memory<unsigned char>()), a.p.slots, threads,
           thread};
 }
@@ -118,7 +123,7 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const float total = quad_sum(sum[h]);
-    finite[h] = fabsf(total) <= 3.4028235e38f;  // a pixel's scores are all NaN, or none
+    finite[h] = is_finite(total);  // a pixel's scores are all NaN, or none
     if (norm) mean[h] = total / classes;
   }
   if (norm) {
@@ -167,7 +172,7 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
       exps[h] = mine + theirs, top[h] = high;
     }
     own[h] = quad_sum(own[h]), weighted[h] = quad_sum(weighted[h]);
-    finite[h] = finite[h] && fabsf(top[h]) <= 3.4028235e38f;
+    finite[h] = finite[h] && is_finite(top[h]);
     lse[h] = finite[h] ? top[h] + logf(exps[h]) : NAN;
     const bool counts = rows.label[h] >= 0;
     const float own_weight = counts ? weight(rows.label[h]) : 0.f;
@@ -233,7 +238,7 @@ __device__ inline Finish cross_entropy(const Loss& a, const Rows& rows, const Sl
         to_gain += __shfl_xor_sync(~0u, to_gain, step), to_shift += __shfl_xor_sync(~0u, to_shift, step);
       }
       if (lane_here() < 4 && real) {
-        float* at = a.norm_sums + int64_t(warps.here()) * 8 * p.slots + c;
+        float* at = a.norm_sums + int64_t(warps.here()) * kSlotSums * p.slots + c;
         at[0] += to_gain, at[4 * p.slots] += to_shift;
       }
     }
@@ -357,16 +362,17 @@ __device__ inline void store_gradient(const Problem& p, const PixelRuns& to, con
 __device__ inline void clear_sums(const Loss& a, const Warps& warps) {
   if (lane_here() == 0) a.sums[warps.here()] = {0, 0};
   if (!a.parameters || lane_here() >= 4) return;
-  for (int i = lane_here(); i < 8 * a.p.slots; i += 4) a.norm_sums[int64_t(warps.here()) * 8 * a.p.slots + i] = 0;
+  for (int i = lane_here(); i < kSlotSums * a.p.slots; i += 4)
+    a.norm_sums[int64_t(warps.here()) * kSlotSums * a.p.slots + i] = 0;
 }
 // Adds up a block's warps, once all of them have stored: thread `thread` of `threads`.
 __device__ inline void add_warps(const Loss& a, int warps, int thread, int threads) {
   if (!a.parameters) return;
-  const float* from = a.norm_sums + int64_t(blockIdx.x) * warps * 8 * a.p.slots;
-  for (int i = thread; i < 8 * a.p.slots; i += threads) {
+  const float* from = a.norm_sums + int64_t(blockIdx.x) * warps * kSlotSums * a.p.slots;
+  for (int i = thread; i < kSlotSums * a.p.slots; i += threads) {
     float sum = 0;
-    for (int w = 0; w < warps; w++) sum += from[int64_t(w) * 8 * a.p.slots + i];
-    a.block_sums[int64_t(blockIdx.x) * 8 * a.p.slots + i] = sum;
+    for (int w = 0; w < warps; w++) sum += from[int64_t(w) * kSlotSums * a.p.slots + i];
+    a.block_sums[int64_t(blockIdx.x) * kSlotSums * a.p.slots + i] = sum;
   }
 }
 
@@ -374,7 +380,7 @@ __device__ inline void add_warps(const Loss& a, int warps, int thread, int threa
 
 // Shared memory that every launch may count on where the slab lies there: a block of 128 pixels on Hopper has room.
 inline bool slab_in_shared(int boxes, int slots) {
-  return size_t(2) * boxes * 64 * 128 + size_t(3) * kColumns * 128 + 256 + slab_bytes(slots, 256) <= 227 * 1024;
+  return size_t(2) * boxes * 64 * 128 + size_t(3) * kColumns * 128 + 256 + slab_bytes(slots, 32 * kMaxWarps) <= 227 * 1024;
 }
 
 struct Launched {

@@ -76,15 +76,16 @@ const char* refuses(const View& x, const View& centroids) {
   const int64_t N = Pixels(x).N(), D = Pixels(x).D;
   if (x.dtype != DType::float16 && x.dtype != DType::bfloat16) return "x must be float16 or bfloat16";
   if (centroids.dtype == DType::float64) return "centroids must not be float64";
-  if (D % 8 != 0 || D > kMaxChannels) return "x must have at most 768 channels, a multiple of 8";
-  if (centroids.size[1] > kOwn) return "centroids must have at most 20 sub-centroids a class";
+  if (D % similarity_limits::channel_multiple != 0 || D > similarity_limits::max_channels) {
+    return "channels of x must be within cuda::similarity_limits";
+  }
+  if (centroids.size[1] > similarity_limits::max_subcentroids) return "sub-centroids a class exceed cuda::similarity_limits";
   if (N > INT32_MAX - 1024 || centroids.numel() / D > INT32_MAX / 4 || centroids.size[0] > INT32_MAX / 64) {
     return "x must have fewer than 2^31 pixels, and centroids fewer than 2^25 classes";
   }
   if (!runs_of(x, &runs, &planes)) {
     return "x must be 16-byte aligned, with adjacent channels ([N,D], channels_last) or adjacent pixels ([B,D,H,W]) and its "
-           "other "
-           "strides multiples of 8";
+           "other strides multiples of 8";
   }
   return nullptr;
 }

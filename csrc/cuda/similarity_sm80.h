@@ -10,7 +10,6 @@ namespace cuda {
 namespace sm80 {
 
 constexpr int kStages = 3;
-constexpr int kMaxWarps = 8;
 constexpr int kSliceBoxes = 4;  // boxes of channels of dX in registers
 
 template <class T, bool kPlanes>

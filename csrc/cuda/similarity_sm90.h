@@ -16,6 +16,7 @@ constexpr int kGroups = 2, kGroupPixels = 64, kPixels = kGroups * kGroupPixels, 
 constexpr int kThreads = 128 + kConsumers;  // the producer's warpgroup first: its registers go to the others
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kMaxStages = 12;
+static_assert(kConsumers == 32 * kMaxWarps);
 
 struct Barriers {
   PhaseBarrier full[kMaxStages], empty[kMaxStages], pixels_full[kGroups], pixels_empty[kGroups];

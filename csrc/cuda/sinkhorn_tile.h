@@ -14,13 +14,12 @@ namespace cuda {
 namespace sinkhorn_tile {
 
 constexpr int kColumns = 12;                               // of a lane, at most
-constexpr int kMost = 64;                                  // K, at most
 constexpr int kRowBits = 10, kMaxThreads = 1 << kRowBits;  // of a block; R divides it
 constexpr int64_t kMaxGroups = 1 << (31 - kRowBits);       // a group and a row are sorted as 32 bits
 constexpr int kStarts = 40;                                // bytes of a warp's segment starts, at most 33
 constexpr int32_t kLeftOut = -1, kNotFinite = -2;          // in place of a group; they sort last
 // Differences over epsilon are cut at kFar, where exp has long been 0, and so stay finite at any epsilon.
-constexpr float kFar = 1e30f, kLargest = 3.4028234663852886e38f;
+constexpr float kFar = 1e30f;
 
 struct Matrix {
   const void* data;
@@ -343,8 +342,8 @@ inline void take_order(Parts& parts, Tiles* t, int64_t N) {
 }
 
 inline const char* wrong(const View& similarity, const View& group, int64_t groups, double epsilon) {
-  if (similarity.ndim != 2 || similarity.size[1] < 1 || similarity.size[1] > kMost)
-    return "similarity must be [N,K], 1 <= K <= 64";
+  if (similarity.ndim != 2 || similarity.size[1] < 1 || similarity.size[1] > sinkhorn_limits::max_subcentroids)
+    return "similarity must be [N,K] within limits";
   if (similarity.dtype != DType::float32 && similarity.dtype != DType::float16 && similarity.dtype != DType::bfloat16) {
     return "similarity must be float32, float16 or bfloat16";
   }

@@ -33,8 +33,8 @@ struct MomentumUpdate {
   View x;          // [N,D] or [B,D,H,W] float32/float16/bfloat16, any strides
   View cluster;    // [N] int64, contiguous; outside [0,M): left out
   double momentum = 0.999;
-  bool deterministic =
-      true;  // the pixels of a sub-centroid are added in a fixed order; false: faster where neighbours share one
+  // the pixels of a sub-centroid are added in a fixed order; false: faster where neighbours share one
+  bool deterministic = true;
 };
 
 // The CUDA twins take float32 centroids and sums, x of any other dtype but float64, fewer than 2^32 pixels and 2^22

@@ -86,10 +86,14 @@ struct SubcentroidCrossEntropy {
 Status subcentroid_cross_entropy(const SubcentroidCrossEntropy&);
 
 namespace cuda {
-// Limits of the CUDA kernels: x float16 or bfloat16, 16-byte aligned, with adjacent channels ([N,D], channels_last) or adjacent
-// pixels (NCHW) and its other strides multiples of 16 bytes; D at most 768, a multiple of 8; at most 20 sub-centroids a class;
-// centroids of at most 32 bits. Scores, own similarities and gradients of small tensors are float32. Distances and
-// grad_centroids are not made.
+// What the CUDA kernels take: x float16 or bfloat16, 16-byte aligned, with adjacent channels ([N,D], channels_last) or adjacent
+// pixels (NCHW) and its other strides multiples of 16 bytes; centroids of at most 32 bits; D and K within these limits. Scores,
+// own similarities and gradients of small tensors are float32. Distances and grad_centroids are not made.
+namespace similarity_limits {
+constexpr int max_channels = 768;     // D
+constexpr int channel_multiple = 8;   // D is a multiple of it: 16 bytes
+constexpr int max_subcentroids = 20;  // K
+}  // namespace similarity_limits
 size_t class_scores_workspace(const ClassScores&);
 Status class_scores(const ClassScores&, const Launch&);
 size_t nearest_centroid_workspace(const NearestCentroid&);

@@ -41,9 +41,12 @@ struct SinkhornBackward {
 };
 Status sinkhorn_backward(const SinkhornBackward&);
 
-// On CUDA: K to 64, groups to 2^21, no float64; a group >= groups is left out like a negative one, and its plan is zero.
-// One cooperative launch.
+// On CUDA: K within the limit, groups to 2^21, no float64; a group >= groups is left out like a negative one, and its plan is
+// zero. One cooperative launch.
 namespace cuda {
+namespace sinkhorn_limits {
+constexpr int max_subcentroids = 64;  // K
+}
 size_t sinkhorn_workspace(const Sinkhorn&);
 Status sinkhorn(const Sinkhorn&, const Launch&);
 size_t sinkhorn_backward_workspace(const SinkhornBackward&);
