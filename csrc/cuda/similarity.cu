@@ -71,6 +71,26 @@ struct ToNearest {
   };
 };
 
+// All tiles of this block, by the products (sm90::Consumer or sm80::Block) made of `parts`. They are made here, not handed in:
+// only so is the machine code that of a loop for each.
+template <class T, class Products, class Out, class... Part>
+__device__ inline void scores_of_block(const Problem& p, const Out& out, Part&&... parts) {
+  Products products(parts...);
+  for (int at = int(blockIdx.x); products.first(at) < products.end(p.x); at += int(gridDim.x)) {
+    products.begin(at);
+    const Rows rows = read_rows<T>(p, products.pixels(), products.place(p.x, at), -1);
+    clear_own(p, rows);
+    typename Out::Sink sink(out, p, rows);
+    for (int tile = 0; tile < p.tiles; tile++) {
+      float s[kSums];
+      products.scores(s);
+      take_maxima(p, rows, s, tile, sink);
+    }
+    products.release_pixels();
+    sink.finish(rows);
+  }
+}
+
 template <class T, bool kPlanes, class Out>
 __global__ void __launch_bounds__(sm90::kThreads, 1)
     class_scores_sm90_kernel(const __grid_constant__ Problem p, const __grid_constant__ Out out,
@@ -85,20 +105,7 @@ __global__ void __launch_bounds__(sm90::kThreads, 1)
   } else {
     registers_increase<sm90::kConsumerRegisters>();
     const sm90::Block block = here();
-    sm90::Consumer<T, kPlanes> consumer(block);
-    for (int at = int(blockIdx.x); block.has(at, p.x); at += int(gridDim.x)) {
-      consumer.wait_pixels();
-      const Rows rows = read_rows<T>(p, consumer.pixels(), consumer.place(p.x, at), -1);
-      clear_own(p, rows);
-      typename Out::Sink sink(out, p, rows);
-      for (int tile = 0; tile < p.tiles; tile++) {
-        float s[kSums];
-        consumer.scores(s);
-        take_maxima(p, rows, s, tile, sink);
-      }
-      consumer.release_pixels();
-      sink.finish(rows);
-    }
+    scores_of_block<T, sm90::Consumer<T, kPlanes>>(p, out, block);
   }
   cluster_barrier();  // no block leaves while another may still copy into it or arrive at its barriers
 #else
@@ -110,19 +117,7 @@ template <class T, bool kPlanes, class Out>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     class_scores_sm80_kernel(const __grid_constant__ Problem p, const __grid_constant__ Out out) {
 #if DNC_AMPERE
-  sm80::Block<T, kPlanes> block(p, shared_memory<unsigned char>(), false);
-  for (int at = int(blockIdx.x); at < block.tiles(); at += int(gridDim.x)) {
-    block.begin(at);
-    const Rows rows = read_rows<T>(p, block.pixels(), block.place(at), -1);
-    clear_own(p, rows);
-    typename Out::Sink sink(out, p, rows);
-    for (int tile = 0; tile < p.tiles; tile++) {
-      float s[kSums];
-      block.scores(s);
-      take_maxima(p, rows, s, tile, sink);
-    }
-    sink.finish(rows);
-  }
+  scores_of_block<T, sm80::Block<T, kPlanes>>(p, out, p, shared_memory<unsigned char>(), false);
 #else
   trap();
 #endif

@@ -383,6 +383,13 @@ inline bool slab_in_shared(int boxes, int slots) {
   return size_t(2) * boxes * 64 * 128 + size_t(3) * kColumns * 128 + 256 + slab_bytes(slots, 32 * kMaxWarps) <= 227 * 1024;
 }
 
+// f of an element of x's dtype, and whether x lies as planes as a constant.
+template <class F>
+Status for_layout(DType dtype, bool planes, F f) {
+  if (dtype == DType::bfloat16) return planes ? f(BFloat16{}, std::true_type{}) : f(BFloat16{}, std::false_type{});
+  return planes ? f(Float16{}, std::true_type{}) : f(Float16{}, std::false_type{});
+}
+
 struct Launched {
   unsigned blocks = 0, warps = 0;  // rows of block_sums, of sums
 };

@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) centroid_loss_sm80_kernel(c
   const Slab<kShared> slab = slab_of<kShared>(a, block.rest, int(blockDim.x), int(threadIdx.x));
   const PixelTile<kPlanes> x = block.pixels();
   clear_sums(a, warps);
-  for (int at = int(blockIdx.x); at < block.tiles(); at += int(gridDim.x)) {
-    const Place place = block.place(at);
+  for (int at = int(blockIdx.x); block.first(at) < block.end(p.x); at += int(gridDim.x)) {
+    const Place place = block.place(p.x, at);
     block.begin(at);
     const Rows rows = read_rows<T>(p, x, place, a.ignore_index);
     clear_own(p, rows);
@@ -104,14 +104,10 @@ cudaError_t shape_of(Shape* shape, const Problem& p, size_t extra_a_warp) {
 }  // namespace sm80
 
 Status run_loss_sm80(const Loss& a, DType dtype, bool in_shared, cudaStream_t stream, Launched* launched) {
-  const auto chosen = [&](auto element, auto planes) {
+  return for_layout(dtype, a.p.planes, [&](auto element, auto planes) {
     return in_shared ? run<decltype(element), decltype(planes)::value, true>(a, stream, launched)
                      : run<decltype(element), decltype(planes)::value, false>(a, stream, launched);
-  };
-  if (dtype == DType::bfloat16) {
-    return a.p.planes ? chosen(BFloat16{}, std::true_type{}) : chosen(BFloat16{}, std::false_type{});
-  }
-  return a.p.planes ? chosen(Float16{}, std::true_type{}) : chosen(Float16{}, std::false_type{});
+  });
 }
 
 }  // namespace cuda

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     clear_sums(a, warps);
     for (int at = int(blockIdx.x); block.has(at, p.x); at += int(gridDim.x)) {
       const auto place = [&] { return consumer.place(p.x, at); };  // made anew at each use, because registers are scarce
-      consumer.wait_pixels();
+      consumer.begin(at);
       const Rows rows = read_rows<T>(p, x, place(), a.ignore_index);
       clear_own(p, rows);
       ToSlab<kShared> sink{slab};
@@ -102,14 +102,10 @@ Status run(const Loss& a, DType dtype, cudaStream_t stream, Launched* launched) 
 }  // namespace
 
 Status run_loss_sm90(const Loss& a, DType dtype, bool in_shared, cudaStream_t stream, Launched* launched) {
-  const auto chosen = [&](auto element, auto planes) {
+  return for_layout(dtype, a.p.planes, [&](auto element, auto planes) {
     return in_shared ? run<decltype(element), decltype(planes)::value, true>(a, dtype, stream, launched)
                      : run<decltype(element), decltype(planes)::value, false>(a, dtype, stream, launched);
-  };
-  if (dtype == DType::bfloat16) {
-    return a.p.planes ? chosen(BFloat16{}, std::true_type{}) : chosen(BFloat16{}, std::false_type{});
-  }
-  return a.p.planes ? chosen(Float16{}, std::true_type{}) : chosen(Float16{}, std::false_type{});
+  });
 }
 
 }  // namespace cuda

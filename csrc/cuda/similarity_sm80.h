@@ -29,10 +29,14 @@ class Block {
     rest = ring_ + kStages * kColumns * 128;
   }
   __device__ PixelTile<kPlanes> pixels() const { return {x_ + warp_ / 4 * group_bytes(), box_bytes(), warp_ % 4 * 16}; }
-  __device__ Place place(int tile) const { return p_.x.place(tile * groups_ + warp_ / 4, group_pixels_); }
-  __device__ int tiles() const { return (p_.x.groups(group_pixels_) + groups_ - 1) / groups_; }
+  __device__ Place place(const PixelRuns& x, int tile) const { return x.place(tile * groups_ + warp_ / 4, group_pixels_); }
+  // A tile has pixels while first(tile) < end(x).
+  __device__ static int first(int tile) { return tile; }
+  __device__ int end(const PixelRuns& x) const { return (x.groups(group_pixels_) + groups_ - 1) / groups_; }
   // All warps: the gradient is complete in the pixels' place.
   __device__ void meet() const { __syncthreads(); }
+  // The next tile's `begin` waits for all that have not done with the pixels.
+  __device__ void release_pixels() const {}
 
   // Fetches the pixels of a tile, and the first boxes. The block's threads have done with the pixels before.
   __device__ void begin(int tile) {

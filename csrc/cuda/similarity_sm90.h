@@ -47,7 +47,8 @@ struct Block {
   }
   // Tiles of 128 pixels of this block: all blocks of a cluster go through the ring the same number of times.
   // From blockIdx.x in steps of the grid; a cluster's blocks stop together.
-  __device__ bool has(int tile, const PixelRuns& x) const { return (tile - rank) * kGroups < x.groups(kGroupPixels); }
+  __device__ int first(int tile) const { return (tile - rank) * kGroups; }
+  __device__ bool has(int tile, const PixelRuns& x) const { return first(tile) < x.groups(kGroupPixels); }
 
   // Called by all threads of the block.
   __device__ void start() const {
@@ -143,7 +144,10 @@ class Consumer {
   __device__ Place place(const PixelRuns& x, int tile) const { return x.place(tile * kGroups + group(), kGroupPixels); }
   // All warps of the group: its products have read the pixels, or its gradient is complete in their place.
   __device__ void meet() const { barrier(1 + group(), 128); }
-  __device__ void wait_pixels() const { barrier_wait(&block_.barriers->pixels_full[group()], parity_); }
+  // A tile has pixels, of this block or its cluster's other one, while first(tile) < end(x).
+  __device__ int first(int tile) const { return block_.first(tile); }
+  __device__ int end(const PixelRuns& x) const { return x.groups(kGroupPixels); }
+  __device__ void begin(int) const { barrier_wait(&block_.barriers->pixels_full[group()], parity_); }
   // This warp has done with the pixels.
   __device__ void release_pixels() {
     parity_ ^= 1;
