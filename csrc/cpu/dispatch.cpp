@@ -27,15 +27,16 @@ Isa best_isa() {
 }
 
 namespace {
+// The library's one variable: any thread may read and set it at any time. It orders nothing else, and a call reads it once.
 std::atomic<Isa>& isa() {
   static std::atomic<Isa> value{best_isa()};
   return value;
 }
 }  // namespace
-Isa current_isa() { return isa(); }
+Isa current_isa() { return isa().load(std::memory_order_relaxed); }
 bool set_isa(Isa wanted) {
   if (wanted > best_isa()) return false;
-  isa() = wanted;
+  isa().store(wanted, std::memory_order_relaxed);
   return true;
 }
 

@@ -16,7 +16,7 @@ __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(BFloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
 __device__ inline float to_float(Float16 v) { return __half2float(__ushort_as_half(v.bits)); }
 constexpr float kLargest = std::numeric_limits<float>::max();
-__device__ inline bool is_finite(float v) { return fabsf(v) <= kLargest; }
+__device__ inline bool is_finite(float v) { return fabsf(v) <= kLargest; }  // false for NaN
 
 template <class T>
 __device__ inline T from_float(float v);

@@ -71,8 +71,8 @@ struct ToNearest {
   };
 };
 
-// All tiles of this block, by the products (sm90::Consumer or sm80::Block) made of `parts`. They are made here, not handed in:
-// only so is the machine code that of a loop for each.
+// All tiles of this block, by the products (sm90::Consumer or sm80::Block) made of `parts`. Made here, not handed in by
+// reference: so nvcc makes the code of a loop in the kernel itself.
 template <class T, class Products, class Out, class... Part>
 __device__ inline void scores_of_block(const Problem& p, const Out& out, Part&&... parts) {
   Products products(parts...);

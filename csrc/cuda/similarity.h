@@ -15,7 +15,7 @@
 namespace dnc {
 namespace cuda {
 
-// packed sub-centroids of a lane, for each of its pixels: K = 1, 2, 4, 5, 10 and 20 leave none of them empty
+// Packed sub-centroids of a lane, for each of its pixels: K = 1, 2, 4, 5, 10 and 20 leave none of them empty
 constexpr int kOwn = similarity_limits::max_subcentroids;
 constexpr int kColumns = 4 * kOwn;   // of a tile
 constexpr int kSums = kColumns / 2;  // accumulators of a thread

@@ -16,7 +16,6 @@ namespace dnc {
 namespace cuda {
 
 using Reduction = CentroidCrossEntropy::Reduction;
-
 constexpr int kSlotSums = 2 * 4;  // of a slot's classes, for gain and shift
 
 // Sums over the pixels of a warp.

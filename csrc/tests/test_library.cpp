@@ -1,10 +1,14 @@
-// The library without Python: every op family on small float32 arrays against loops in double, with each instruction set.
+// The library without Python: every op family on small float32 arrays against loops in double, with each instruction set, and
+// from eight threads at a time.
 // Also the example of how a C++ program calls it: fill an argument struct with views, look at the Status.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
+#include <thread>
 #include <vector>
 
 #include "dnc/common.h"
@@ -17,7 +21,7 @@
 namespace {
 
 constexpr int64_t N = 203, C = 7, K = 3, D = 37, M = C * K;
-int failures = 0;
+std::atomic<int> failures = 0;
 
 dnc::View view(void* data, dnc::DType dtype, std::initializer_list<int64_t> size) {
   dnc::View v;
@@ -265,6 +269,83 @@ void test_upsample(std::vector<float>& x, std::vector<int64_t>& labels) {
   check("upsample_cross_entropy: bad label", bad.code == dnc::Code::bad_label && bad.index == 5 && bad.value == C ? 0 : 1, 0);
 }
 
+// What ops of every family make of the same inputs, which they only read.
+std::vector<std::vector<float>> results(std::vector<float>& x, std::vector<float>& p, std::vector<int64_t>& labels,
+                                        std::vector<int64_t>& cluster) {
+  constexpr int64_t h = 5, w = 6, H = 11, W = 9;
+  constexpr int threads = 2;  // each call has a team of its own
+  std::vector<float> scores(N * C), loss(1), grad_x(N * D), grad_p(M * D), plan(N * K), sums(M * D), y(N * D), mean(N), rstd(N),
+      inverse_norm(N), grad_scores(C * h * w);
+  std::vector<int64_t> counts(M);
+  std::vector<double> total(2);
+  check("class_scores",
+        dnc::class_scores(
+            {.x = view(x, {N, D}), .centroids = view(p, {C, K, D}), .scores = view(scores, {N, C}), .threads = threads}));
+  check("centroid_cross_entropy", dnc::centroid_cross_entropy({.x = view(x, {N, D}),
+                                                               .centroids = view(p, {C, K, D}),
+                                                               .labels = view(labels, {N}),
+                                                               .loss = view(loss, {1}),
+                                                               .grad_x = view(grad_x, {N, D}),
+                                                               .grad_centroids = view(grad_p, {C, K, D}),
+                                                               .threads = threads}));
+  check("sinkhorn", dnc::sinkhorn({.similarity = view(x, {N, K}), .plan = view(plan, {N, K}), .threads = threads}));
+  check("cluster_sums", dnc::cluster_sums({.x = view(x, {N, D}),
+                                           .cluster = view(cluster, {N}),
+                                           .sums = view(sums, {M, D}),
+                                           .counts = view(counts, {M}),
+                                           .threads = threads}));
+  std::vector<float> updated = p;
+  counts.assign(M, 1);
+  check("apply_momentum", dnc::apply_momentum({.centroids = view(updated, {M, D}),
+                                               .sums = view(x, {M, D}),
+                                               .counts = view(counts, {M}),
+                                               .momentum = 0.9,
+                                               .threads = threads}));
+  check("normalize_embedding", dnc::normalize_embedding({.x = view(x, {N, D}),
+                                                         .y = view(y, {N, D}),
+                                                         .mean = view(mean, {N}),
+                                                         .rstd = view(rstd, {N}),
+                                                         .inverse_norm = view(inverse_norm, {N}),
+                                                         .threads = threads}));
+  check("upsample_cross_entropy", dnc::upsample_cross_entropy({.scores = view(x, {1, C, h, w}),
+                                                               .labels = view(labels, {1, H, W}),
+                                                               .sums = view(total.data(), dnc::DType::float64, {2}),
+                                                               .grad_scores = view(grad_scores, {1, C, h, w}),
+                                                               .threads = threads}));
+  return {scores, loss, grad_x, grad_p, plan, sums, updated, y, grad_scores};
+}
+
+// Eight threads run ops while a ninth changes the instruction set under them: each call's result is, bit for bit, that of the
+// set it began with.
+void test_threads(std::vector<float>& x, std::vector<float>& p, std::vector<int64_t>& labels, std::vector<int64_t>& cluster) {
+  std::vector<dnc::Isa> isas;
+  std::vector<std::vector<std::vector<float>>> expected;
+  for (dnc::Isa isa : {dnc::Isa::portable, dnc::Isa::avx2, dnc::Isa::avx512}) {
+    if (!dnc::set_isa(isa)) continue;
+    isas.push_back(isa);
+    expected.push_back(results(x, p, labels, cluster));
+  }
+  std::atomic<int> running = 8, wrong = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 8; t++) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 20; i++) {
+        const auto got = results(x, p, labels, cluster);
+        for (size_t op = 0; op < got.size(); op++) {
+          wrong += std::none_of(expected.begin(), expected.end(), [&](const auto& e) { return e[op] == got[op]; });
+        }
+      }
+      running--;
+    });
+  }
+  for (size_t i = 0; running > 0; i++) {
+    dnc::set_isa(isas[i % isas.size()]);
+    std::this_thread::yield();
+  }
+  for (std::thread& thread : threads) thread.join();
+  check("eight threads: results of another instruction set", wrong, 0);
+}
+
 }  // namespace
 
 int main() {
@@ -284,5 +365,6 @@ int main() {
     std::printf("instruction set %d: %s\n", int(isa), failures == before ? "ok" : "failed");
     tested++;
   }
+  test_threads(x, p, labels, cluster);
   return failures == 0 && tested > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -81,7 +81,7 @@ enum class Metric : int32_t { dot, cosine, sqeuclidean };
 enum class Isa : int32_t { portable, avx2, avx512 };
 Isa best_isa();         // what the processor supports
 Isa current_isa();      // what kernels run with
-bool set_isa(Isa isa);  // false: not supported here, nothing changed
+bool set_isa(Isa isa);  // for calls that begin later, on any thread; false: not supported here, nothing changed
 
 // 64-byte aligned memory, freed with the object. Not initialised. data == nullptr after a failed allocation.
 struct Scratch {
