@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import DEVICE
+from gpu_check import captured, needs_gpu, no_wait
 from tolerances import assert_close
 
 from dnc_kernels import _selftest, backends, ops, use_backend
@@ -18,7 +19,6 @@ from dnc_kernels.nn import DNCHead
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.cuda, pytest.mark.triton, pytest.mark.usefixtures("cuda")]
 GPU = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 RERUNS = 50 if GPU else 1
 PIXELS, CHANNELS = (20_000, 256) if GPU else (96, 16)
 CLASSES, K = 5, 3  # the doctor's
@@ -99,26 +99,8 @@ def test_reruns_are_bit_equal(name, backend):
 def test_a_call_does_not_wait(name, backend):
     d = problem(0)
     run(name, backend, d)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         run(name, backend, d)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def captured(call):
-    """The call as a CUDA graph, after two that compile its kernels, and the tensors that a replay writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results
 
 
 @needs_gpu
@@ -234,12 +216,8 @@ RECIPES = pytest.mark.parametrize("recipe", ["default", "released"])
 def test_a_step_of_the_head_repeats_waits_for_nothing_and_replays(recipe, preferred):
     step = step_of_the_head(recipe=recipe)
     expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         again = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph, results = captured(step)
     for tensor in results:
         tensor.zero_()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_check import needs_gpu, replays
 
 from dnc_kernels import ops
 from dnc_kernels.nn import DNCHead
@@ -167,32 +168,6 @@ def test_one_graph_for_any_size(name):
         function, tensors = problem(name, n)
         for actual, expected in zip(outcome(compiled, *tensors), outcome(function, *tensors), strict=True):
             torch.testing.assert_close(actual, expected)
-
-
-def replays(step):
-    """A step runs without waiting for the device, and captured in a CUDA graph does the same again."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        expected = [t.clone() for t in step() if t is not None]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = [t for t in step() if t is not None]
-    for t in made:
-        t.zero_()
-    graph.replay()
-    for actual, wanted in zip(made, expected, strict=True):
-        assert torch.equal(actual, wanted)
-
-
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 
 @needs_gpu
