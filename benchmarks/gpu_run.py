@@ -163,13 +163,16 @@ def _tests(run: Run) -> None:
 
     sources, workers = run.environment.get("sources") or {}, max(1, (os.cpu_count() or 1) - 7)
     chosen = [family for family in run.families or FAMILIES if family != "none"]
-    steps = [prove.step(family, run.record, 170, select="sanitize" if run.dry else "not large") for family in chosen]
+    select = "cuda and sanitize" if run.dry else "cuda and not large"
+    steps = [prove.step(family, run.record, 170, select=select) for family in chosen]
     others = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if not path.name.endswith("_cuda.py")]
-    triton: list[Path | str] = [p for p in others if "mark.triton" in (text := p.read_text()) or "mark.gpu" in text]
+    triton: list[Path | str] = [
+        p for p in others if p.name.endswith("_gpu.py") or "mark.triton" in (text := p.read_text()) or "mark.gpu" in text
+    ]
     if run.dry:  # one tiny file, under the interpreter
         triton, workers = [ROOT / "tests" / "test_momentum_triton.py"], 1
     triton = [*run.tests] or triton
-    select = "(triton or gpu) and not large and not slow" if run.dry else "(triton or gpu) and not large"
+    select = "(triton or gpu and not cuda) and not large" + (" and not slow" if run.dry else "")
     steps.append(pytest_record.step("triton", triton, run.record, seconds=170, workers=workers, select=select))
     if run.plant:
         steps.append(pytest_record.step("planted", [PLANTED], run.record, seconds=140, each=10))
@@ -196,11 +199,12 @@ def _again(run: Run) -> None:
     from . import sanitize
 
     failed = [line["test"] for line in events(run.lines(), "test") if line["outcome"] in BAD and "::" in line["test"]]
-    by_function = list(dict.fromkeys(test.partition("[")[0] for test in failed))
-    first = [next(t for t in failed if t.partition("[")[0] == name) for name in by_function]
+    first: dict[tuple[str, bool], str] = {}  # of every function and backend
+    for test in failed:
+        first.setdefault((test.partition("[")[0], "triton" in test), test)
     if not failed:
         return
-    tests = list(dict.fromkeys([*first, *failed]))[:24]  # of every function one, before a second of any
+    tests = list(dict.fromkeys([*first.values(), *failed]))[:24]  # of every function one, before a second of any
     workers = min(len(tests), 2 if run.dry else 6)
     blocking = {"CUDA_LAUNCH_BLOCKING": "1"}
     each = 10 if run.dry else 20
@@ -215,9 +219,9 @@ def _again(run: Run) -> None:
         *(
             pytest_record.step(
                 f"memcheck {number} of {name.rpartition('::')[2]}", [test], run.record, seconds=45, workers=0, each=40,
-                env=sanitize.ENVIRONMENT, under=sanitize.under(sanitizer, "memcheck", ours="_cuda.py" in test),
+                env=sanitize.ENVIRONMENT, under=sanitize.under(sanitizer, "memcheck", ours="cuda" in test and not triton),
             )
-            for number, (test, name) in enumerate(zip(first[:4], by_function, strict=False), 1)
+            for number, ((name, triton), test) in enumerate(list(first.items())[:4], 1)
         )
     )  # fmt: skip
 
@@ -240,7 +244,7 @@ def _memcheck_of_small_tests(run: Run) -> None:
             *(
                 pytest_record.step(
                     f"memcheck {family}", cuda_tests(family), run.record, seconds=60, workers=0, each=30,
-                    select="sanitize and not large", env=sanitize.ENVIRONMENT, under=under,
+                    select="cuda and sanitize and not large", env=sanitize.ENVIRONMENT, under=under,
                 )
                 for family in FAMILIES
             )
@@ -321,7 +325,7 @@ def _tune(run: Run) -> None:
             then=lambda ended, f=family, k=kernel: _configurations(run, f, k),  # type: ignore[misc]
         )
         run.take()
-        tests = sorted((ROOT / "tests").glob("test_*_triton.py"))
+        tests = sorted(path for name in ("triton", "gpu") for path in (ROOT / "tests").glob(f"test_*_{name}.py"))
         run.steps(
             pytest_record.step(f"{family} as tuned", tests, run.record, seconds=40, workers=9, select="triton and not large")
         )

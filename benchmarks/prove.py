@@ -26,7 +26,7 @@ from .processes import Ended, Step
 from .record import Line, commit, read
 
 
-def step(family: str, record: Path, seconds: float = 300, select: str = "not large") -> Step:
+def step(family: str, record: Path, seconds: float = 300, select: str = "cuda and not large") -> Step:
     """The run of a family's tests; those of gigabytes stand apart, and prove nothing."""
     return pytest_record.step(f"cuda {family}", cuda_tests(family), record, seconds=seconds, select=select, each=40)
 

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from cuda_on_cpu import DEVICE, ORDERS, configure, host_kernels
+from gpu_check import BACKENDS
 
 from dnc_kernels import backends
 
@@ -84,11 +85,29 @@ def cuda():
             yield DEVICE
 
 
+def set_order(cuda, order):
+    """Let the host run a kernel's threads in this order; a GPU has but its own."""
+    if cuda == "cpu":
+        configure(order)
+    elif order != "forward":
+        pytest.skip("a GPU chooses its own order")
+
+
 @pytest.fixture(params=ORDERS)
 def order(request, cuda):
-    """The order in which the host runs a kernel's threads; a GPU has but its own."""
-    if cuda == "cpu":
-        configure(request.param)
-    elif request.param != "forward":
-        pytest.skip("a GPU chooses its own order")
+    """The order in which the host runs a kernel's threads."""
+    set_order(cuda, request.param)
     return request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Triton and CUDA C++ in turn, each test marked by its own; see gpu_check.py for other parameters."""
+    name, _, order = request.param.partition(" ")
+    if name == "triton":
+        pytest.importorskip("triton")
+    else:
+        cuda = request.getfixturevalue("cuda")
+        if order:
+            set_order(cuda, order)
+    return name

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cuda_on_cpu import DEVICE, SANITIZE, build
 
+from benchmarks import prove
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -50,12 +52,12 @@ def run(*arguments):
 
 
 def test_kernels_are_clean():
-    files = sorted(str(path) for path in HERE.glob("test_*_cuda.py"))
+    files = [str(path) for family in prove.FAMILIES for path in prove.tests_of(family)]
     done = run("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "cuda and sanitize", *files)
     assert done.returncode == 0, done.stdout[-6000:]
     # a family without a marked test would not be looked at
-    for file in HERE.glob("test_*_cuda.py"):
-        assert "pytest.mark.sanitize" in file.read_text(), f"{file.name} marks no test with sanitize"
+    for family in prove.FAMILIES:
+        assert any("pytest.mark.sanitize" in path.read_text() for path in prove.tests_of(family)), family
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What makes `auto` choose a CUDA C++ kernel: limits as data, a proof of the very source, and measured rows."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -218,7 +219,14 @@ def test_every_op_has_a_family_and_every_kernel_its_tests():
     for op, kernels in backends.KERNELS.items():
         assert "cuda" not in kernels or cuda_tests(backends.FAMILY[op]), op
     found = {path for f in FAMILIES for path in cuda_tests(f)}
-    assert found == set((ROOT / "tests").glob("test_*_cuda.py"))
+    assert found == {path for name in ("cuda", "gpu") for path in (ROOT / "tests").glob(f"test_*_{name}.py")}
+
+
+def test_tests_of_both_backends_ask_for_each():
+    """Without the fixture a test has no mark, and no run on a GPU takes it."""
+    for path in (ROOT / "tests").glob("test_*_gpu.py"):
+        for name, arguments in re.findall(r"^def (test_\w+)\((.*?)\):", path.read_text(), re.MULTILINE | re.DOTALL):
+            assert re.search(r"\bbackend\b", arguments), f"{path.name}: {name}"
 
 
 def test_stored_proofs_and_choices_are_whole():
@@ -249,13 +257,14 @@ def test_rows_of_proof_are_kept_and_replaced(tmp_path):
 @pytest.mark.slow
 def test_only_families_whose_tests_pass_are_proven(tmp_path, monkeypatch, capsys):
     bodies = {
-        "momentum": "def test_a(): pass\ndef test_b(): pass",
-        "sinkhorn": "def test_a(): pass\ndef test_b(): assert False",
-        "embedding": "import time\ndef test_a(): time.sleep(600)",
-        "upsample": "import pytest\n@pytest.mark.large\ndef test_a(): pass",
+        "momentum": "@cuda\ndef test_a(): pass\n@cuda\ndef test_b(): pass\n@triton\ndef test_c(): assert False",
+        "sinkhorn": "@cuda\ndef test_a(): pass\n@cuda\ndef test_b(): assert False",
+        "embedding": "import time\n@cuda\ndef test_a(): time.sleep(600)",
+        "upsample": "@cuda\n@pytest.mark.large\ndef test_a(): pass",
     }
+    marks = "import pytest\ncuda, triton = pytest.mark.cuda, pytest.mark.triton\n"
     for family, body in bodies.items():
-        (tmp_path / f"test_{family}.py").write_text(body)
+        (tmp_path / f"test_{family}.py").write_text(marks + body)
     monkeypatch.setattr(prove, "cuda_tests", lambda family: [tmp_path / f"test_{family}.py"])
     monkeypatch.setattr(prove, "commit", lambda: "abc")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")

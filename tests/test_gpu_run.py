@@ -323,15 +323,19 @@ def test_failures_run_again_one_of_every_function_first(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitize, "_help", lambda sanitizer: "--kernel-name arg")
     for name, outcome in (
         ("tests/a_cuda.py::f[1]", "failed"), ("tests/a_cuda.py::f[2]", "failed"), ("tests/a_cuda.py::g", "passed"),
-        ("tests/b_triton.py::h", "hung"), ("tests/b_triton.py", "failed"),
+        ("tests/b_triton.py::h", "hung"), ("tests/b_triton.py", "failed"), ("tests/c_gpu.py::i[triton]", "failed"),
+        ("tests/c_gpu.py::i[cuda]", "failed"),
     ):  # fmt: skip
         run.tell("test", step="cuda a", test=name, outcome=outcome, seconds=1.0, detail="")
     gpu_run._again(run)
     (again,), memcheck = steps
-    assert list(again.command[-3:]) == ["tests/a_cuda.py::f[1]", "tests/b_triton.py::h", "tests/a_cuda.py::f[2]"]
+    first = ["tests/a_cuda.py::f[1]", "tests/b_triton.py::h", "tests/c_gpu.py::i[triton]", "tests/c_gpu.py::i[cuda]"]
+    assert list(again.command[-5:]) == [*first, "tests/a_cuda.py::f[2]"]
     assert again.env["CUDA_LAUNCH_BLOCKING"] == "1"
-    assert [step.command[-1] for step in memcheck] == ["tests/a_cuda.py::f[1]", "tests/b_triton.py::h"]
-    assert ["kns=dnc" in step.command for step in memcheck] == [True, False] and memcheck[0].command[0] == "compute-sanitizer"
+    assert [step.command[-1] for step in memcheck] == first
+    assert ["kns=dnc" in step.command for step in memcheck] == [True, False, False, True] and memcheck[0].command[
+        0
+    ] == "compute-sanitizer"
 
 
 # what comes back
