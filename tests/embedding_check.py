@@ -8,6 +8,7 @@ from tolerances import assert_close
 from dnc_kernels import ops
 
 EPS = 1e-5
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def normal(*shape, dtype=torch.float32):
@@ -30,6 +31,11 @@ LAYOUTS = {
     "nchw crop": lambda dtype, d: normal(2, d, 5, 9, dtype=dtype)[:, :, 1:4, 2:8],
     "channels_last crop": lambda dtype, d: channels_last(normal(2, d, 5, 9, dtype=dtype))[:, :, 1:4, 2:8],
 }
+
+
+def features(layout, n, d, dtype=torch.float32):
+    """n pixels of the layout: rows, or planes of n / 2 pixels in a row."""
+    return normal(n, d, dtype=dtype) if layout == "rows" else normal(2, d, 1, n // 2, dtype=dtype)
 
 
 def affine(d):

@@ -1,37 +1,21 @@
-"""normalize_embedding in CUDA C++, against float64: on a GPU where there is one, else the kernels' own source on the host."""
+"""What only the CUDA C++ kernels of normalize_embedding owe, against float64: on a GPU, else their own source on the host."""
 
 import embedding_check
 import pytest
 import torch
 from cuda_on_cpu import DEVICE
-from embedding_check import EPS, LAYOUTS, affine, channels_last, normal
+from embedding_check import DTYPES, EPS, affine, features, normal
+from gpu_check import captured, needs_gpu, no_wait
 
 from dnc_kernels import ops
 from dnc_kernels.ops.embedding import cuda as kernels
 from dnc_kernels.ops.embedding import op
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def check(*args):
     embedding_check.check("cuda", *args)
-
-
-def features(layout, n, d, dtype=torch.float32):
-    """n pixels of the layout: rows, or planes of n / 2 pixels in a row."""
-    return normal(n, d, dtype=dtype) if layout == "rows" else normal(2, d, 1, n // 2, dtype=dtype)
-
-
-# 13 channels are accessed one by one, 16 in pieces of 16 bytes
-@pytest.mark.sanitize
-@pytest.mark.parametrize("d", (13, 16))
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_value_and_gradients_in_every_layout(layout, dtype, d):
-    x = LAYOUTS[layout](dtype, d)
-    check(x, *affine(d), normal(*x.shape, dtype=dtype))
 
 
 # up to 32 lanes for a row, 8, 16 or 32 channels a lane; then a block; 6200 (3100 of odd rows): more than it holds
@@ -67,22 +51,6 @@ def test_every_kernel_in_any_order_of_threads(layout, d, order):
     check(x, *affine(d), normal(*x.shape, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("n", (1, 2, 31, 32, 33, 65))
-@pytest.mark.parametrize("columns", (False, True))
-def test_pixel_counts_around_tiles(n, columns):
-    check(normal(7, n).T if columns else normal(n, 7), *affine(7), normal(n, 7))
-
-
-@pytest.mark.parametrize("with_weight", (False, True))
-@pytest.mark.parametrize("with_bias", (False, True))
-@pytest.mark.parametrize("layout", ("rows", "planes"))
-@pytest.mark.parametrize("d", (5, 72))
-def test_weight_and_bias_are_optional(with_weight, with_bias, layout, d):
-    weight, bias = affine(d)
-    x = features(layout, 10, d)
-    check(x, weight if with_weight else None, bias if with_bias else None, normal(*x.shape))
-
-
 @pytest.mark.parametrize("layout", ("rows", "planes"))
 @pytest.mark.parametrize("d", (16, 600))
 def test_weight_and_bias_off_16_byte_borders(layout, d):
@@ -104,35 +72,6 @@ def test_only_what_is_needed_is_made(need, layout, d):
         assert torch.equal(grad, full) if wanted else grad.numel() == 0
 
 
-@pytest.mark.parametrize("layout", ("rows", "odd nchw"))
-@pytest.mark.parametrize("d", (11, 16, 600))
-def test_gradient_of_the_length(layout, d):
-    x = LAYOUTS[layout](torch.float32, d)
-    pixels = x.shape[:1] if x.ndim == 2 else (x.shape[0], *x.shape[2:])
-    check(x, *affine(d), normal(*x.shape), normal(*pixels))
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_expanded_and_foreign_gradients(dtype):
-    x, (weight, bias) = normal(2, 16, 4, 4, dtype=dtype), affine(16)
-    for features in (x, channels_last(x)):
-        check(features, weight, bias, normal(1, 16, 1, 1, dtype=dtype).expand(2, 16, 4, 4))
-        check(features, weight, bias, normal(2, 1, 4, 4, dtype=dtype).expand(2, 16, 4, 4))
-        check(features, weight, bias, channels_last(normal(2, 16, 4, 4, dtype=dtype)))
-        check(features, weight, bias, normal(2, 16, 4, 4, dtype=dtype))
-
-
-@pytest.mark.parametrize("shape", ((9, 5), (9, 100), (9, 600), (2, 6200), (2, 40, 3, 5), (2, 16, 4, 4), (1, 3700, 1, 3)))
-def test_gradient_in_place_of_the_incoming_one(shape, order):
-    x, (weight, bias) = normal(*shape), affine(shape[1])
-    _, *statistics = op.normalize_embedding(x, weight, bias, EPS, "cuda")
-    grad = normal(*shape)
-    apart = [torch.empty_like(t) for t in (x, weight, bias)]
-    kernels.normalize_backward(x, weight, bias, *statistics, grad, None, *apart)
-    kernels.normalize_backward(x, weight, bias, *statistics, grad, None, grad, None, None)
-    assert torch.equal(grad, apart[0])
-
-
 def test_a_crop_whose_gradient_is_none(order):
     # tiles are loaded pixel by pixel and stored in pieces: by other threads
     x, grad = normal(1, 8, 20, 17)[..., 1:], normal(1, 8, 20, 16)
@@ -143,13 +82,6 @@ def test_a_crop_whose_gradient_is_none(order):
     whole = torch.empty_like(copy)
     kernels.normalize_backward(copy, None, None, *statistics, grad, None, whole, None, expected)
     assert torch.equal(grad_x, whole) and torch.equal(to_bias, expected)
-
-
-@pytest.mark.parametrize("layout", ("rows", "nchw"))
-@pytest.mark.parametrize("d", (64, 600))
-def test_a_large_mean_costs_no_variance(layout, d):
-    x = LAYOUTS[layout](torch.float32, d) + 1000
-    check(x, *affine(d), normal(*x.shape))
 
 
 # so many channels that one pass of sums would be off by several roundings
@@ -168,36 +100,6 @@ def test_equal_channels_have_no_negative_variance(columns):
     assert ops.normalize_embedding(x, *affine(600), backend="cuda").isfinite().all()
 
 
-@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
-@pytest.mark.parametrize("layout", ("rows", "nchw", "odd nchw"))
-@pytest.mark.parametrize("d", (7, 72, 600))
-def test_a_bad_pixel_stays_alone(value, layout, d):
-    clean = LAYOUTS[layout](torch.float32, d)
-    x = clean.clone()
-    x[(1, 3, *[2] * (x.ndim - 2))] = value
-    bad = ~x.isfinite().all(1, keepdim=True).expand_as(x)
-    grad, results = normal(*x.shape), []
-    for features in (x, clean):
-        features = features.clone().requires_grad_()
-        y = ops.normalize_embedding(features, backend="cuda")
-        results.append((y.detach(), torch.autograd.grad(y, features, grad)[0]))
-    for dirty, expected in zip(*results, strict=True):
-        assert torch.equal(dirty.isnan(), bad)
-        assert torch.equal(dirty[~bad], expected[~bad])
-
-
-@pytest.mark.parametrize("d", (6, 600))
-@pytest.mark.parametrize("columns", (False, True))
-def test_a_zero_vector_has_embedding_and_gradient_zero(columns, d):
-    x = normal(4, d)
-    x[2] = 1000.1
-    x = (x.T.contiguous().T if columns else x).requires_grad_()
-    y = ops.normalize_embedding(x, backend="cuda")
-    (grad,) = torch.autograd.grad(y, x, normal(4, d))
-    assert not y[2].any() and not grad[2].any()
-    assert (y[[0, 1, 3]] != 0).any(1).all() and (grad[[0, 1, 3]].abs().sum(1) > 0).all()
-
-
 @pytest.mark.parametrize("columns", (False, True))
 def test_constant_pixels_with_a_mean_near_the_largest_number(columns):
     # channels that do not exist must not see the mean: mean * rstd overflows
@@ -206,30 +108,6 @@ def test_constant_pixels_with_a_mean_near_the_largest_number(columns):
     bias = normal(6)
     y = ops.normalize_embedding(x, None, bias, backend="cuda")
     torch.testing.assert_close(y, (bias / bias.norm()).expand(5, 6), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("layout", ("rows", "planes"))
-def test_a_length_below_the_bound_is_divided_by_the_bound(layout):
-    weight, bias = affine(9)
-    x = features(layout, 8, 9)
-    check(x, weight * 1e-13, bias * 1e-13, normal(*x.shape))
-
-
-def test_one_channel_is_the_sign_of_the_bias():
-    for value in (-0.5, 2.0):
-        bias = torch.tensor([value], device=DEVICE)
-        y = ops.normalize_embedding(normal(5, 1), torch.ones(1, device=DEVICE), bias, backend="cuda")
-        assert torch.equal(y, torch.full((5, 1), value, device=DEVICE).sign())
-
-
-@pytest.mark.parametrize("shape", ((0, 5), (2, 5, 0, 3)))
-def test_no_pixels(shape):
-    x = torch.zeros(shape, device=DEVICE, requires_grad=True)
-    weight, bias = (t.requires_grad_() for t in affine(5))
-    y = ops.normalize_embedding(x, weight, bias, backend="cuda")
-    y.sum().backward()
-    assert y.shape == x.grad.shape == torch.Size(shape)
-    assert not weight.grad.any() and not bias.grad.any()
 
 
 @pytest.mark.parametrize("layout", ("rows", "planes"))
@@ -248,29 +126,6 @@ def test_results_are_bit_equal_from_run_to_run_and_in_any_order_of_threads(layou
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("d", (9, 16))
-def test_nothing_is_written_beside_the_outputs(dtype, d):
-    x, statistics = normal(21, d, dtype=dtype), [torch.zeros(21, device=DEVICE) for _ in range(3)]
-    _, *found = op.normalize_embedding(x, None, None, EPS, "cuda")
-    grad, expected = normal(21, d, dtype=dtype), torch.empty_like(x)
-    kernels.normalize_backward(x, None, None, *found, grad, None, expected, None, None)
-    frame = torch.full((48, 48), 7.0, device=DEVICE, dtype=dtype)
-    padded = x.new_zeros(21, 48)
-    padded[:, :d] = x
-    for source in (x, x.T.contiguous().T, padded[:, :d]):
-        for out in (frame[5:26, 3 : 3 + d], frame[5:26, 8 : 8 + d], frame[5:26, 3 : 3 + 2 * d : 2], frame.T[8:29, 8 : 8 + d]):
-            for backward in (False, True):
-                if backward:
-                    kernels.normalize_backward(source, None, None, *found, grad, None, out, None, None)
-                    torch.testing.assert_close(out, expected)
-                else:
-                    kernels.normalize(source, None, None, EPS, out, *statistics)
-                    assert not (out == 7).any()
-                out.fill_(7.0)
-                assert (frame == 7).all()
-
-
 def test_ops_pass_opcheck():
     for x in (normal(6, 8), normal(2, 5, 2, 3, dtype=torch.bfloat16)):
         d = x.shape[1]
@@ -287,7 +142,6 @@ def test_float64_is_refused_by_name():
         ops.normalize_embedding(normal(4, 8).double(), backend="cuda")
 
 
-@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("layout", ("rows", "planes"))
 def test_a_captured_call_replays(layout):
@@ -298,29 +152,21 @@ def test_a_captured_call_replays(layout):
         y, *statistics = op.normalize_embedding(x, weight, bias, EPS, "cuda")
         return y, *op.normalize_embedding_backward(x, weight, bias, *statistics, grad, None, True, True, True, "cuda")
 
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = run()
+    graph, replayed = captured(run)
     x.copy_(normal(*x.shape))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(replayed, run(), strict=True))
 
 
-@pytest.mark.gpu
 @needs_gpu
 def test_the_call_does_not_synchronise():
     x, weight, bias = (t.requires_grad_() for t in (normal(1000, 64), *affine(64)))
     grad = normal(1000, 64)
     torch.autograd.grad(ops.normalize_embedding(x, weight, bias, backend="cuda"), (x, weight, bias), grad)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         torch.autograd.grad(ops.normalize_embedding(x, weight, bias, backend="cuda"), (x, weight, bias), grad)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
 @pytest.mark.large
 @needs_gpu
 @pytest.mark.parametrize("shape", ((2**23 + 5, 264), (2, 264, 1024, 4100)))
