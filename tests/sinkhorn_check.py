@@ -9,6 +9,9 @@ from tolerances import assert_close
 from dnc_kernels import ops
 from dnc_kernels.ops.sinkhorn import reference
 
+#: CUDA C++ has lanes for a row: 1 up to 12 columns, 2 up to 24, 4 up to 48, else 8
+WIDTHS = [1, 2, 7, 10, 12, 13, 24, 25, 33, 48, 49, 64]
+
 
 def problem(pixels, width, groups, *, dtype=torch.float32, high=1.0):
     """Similarities in [-high,high], and groups of which some come in runs; a few pixels are left out."""
