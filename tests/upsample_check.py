@@ -6,8 +6,10 @@ from cuda_on_cpu import DEVICE
 from tolerances import assert_close
 
 from dnc_kernels import ops
+from dnc_kernels.ops.upsample import reference
 
 IGNORE = -100
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SIZES = [
     ((2, 2), (7, 5)),
@@ -68,3 +70,23 @@ def check(backend, scores, labels, align_corners=False, weight=None, **options):
     assert_close(loss.detach(), expected.detach(), "interpolated_loss", terms=scores.shape[1], scale=size)
     assert actual_grad.dtype == scores.dtype
     assert_close(actual_grad, expected_grad, "interpolated_loss", terms=scores.shape[1], scale=size * largest)
+
+
+def whole_and_bands(kernels, scores, labels, align_corners, ranges):
+    """Sums and gradients of bands of source rows, by a backend's launchers, add up to those of the whole map."""
+    options = (None, align_corners, IGNORE, 0.1)
+    h, size = scores.shape[2], labels.shape[1]
+    sums, grad = torch.empty(2, dtype=torch.float64, device=DEVICE), torch.empty_like(scores)
+    kernels.cross_entropy(scores, labels, *options, None, None, sums, None, grad)
+    lower = torch.tensor(reference.target_rows_of(h, size, align_corners))
+    total, total_grad = torch.zeros_like(sums), torch.zeros_like(grad)
+    for r0, r1 in ranges:
+        first, end = (int((lower < r).sum()) for r in (r0, r1))
+        last = min(r1 + 1, h)
+        band_sums, band_grad = torch.empty_like(sums), torch.full_like(grad[:, :, r0:last], 7.0)
+        window = (h, r0, size, first)
+        kernels.cross_entropy(scores[:, :, r0:last], labels[:, first:end], *options, window, None, band_sums, None, band_grad)
+        total += band_sums
+        total_grad[:, :, r0:last] += band_grad
+    torch.testing.assert_close(total, sums)
+    torch.testing.assert_close(total_grad, grad, rtol=1e-5, atol=1e-6)
