@@ -21,12 +21,15 @@ def on(name, *values):
 
 BACKENDS = tuple(map(on, ("triton", "cuda")))
 #: For tests whose CUDA threads may run in any order.
-in_any_order = pytest.mark.parametrize("backend", [on("triton"), *(on(f"cuda {order}") for order in ORDERS)], indirect=True)
+ANY_ORDER = tuple(f"cuda {order}" for order in ORDERS)
+in_any_order = pytest.mark.parametrize("backend", [on("triton"), *map(on, ANY_ORDER)], indirect=True)
 
 
-def sizes(names, *, triton, cuda, in_any_order=False):
-    """Parametrize by `names` with values of each backend's own: the interpreter is slow, and CUDA C++ has more kernels."""
-    ways = [f"cuda {order}" for order in ORDERS] if in_any_order else ["cuda"]
+def sizes(names, *, triton, cuda, ways=("cuda",)):
+    """Parametrize by `names` with values of each backend's own: the interpreter is slow, and CUDA C++ has more kernels.
+
+    ways: in which CUDA C++ runs each of its own.
+    """
     runs = [("triton", triton), *((way, cuda) for way in ways)]
     cases = [on(name, *(values if "," in names else (values,))) for name, mine in runs for values in mine]
     return pytest.mark.parametrize(f"backend,{names}", cases, indirect=["backend"], ids=str)

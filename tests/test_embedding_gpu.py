@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuda_on_cpu import DEVICE
 from embedding_check import DTYPES, EPS, LAYOUTS, affine, channels_last, check, features, normal
-from gpu_check import sizes
+from gpu_check import ANY_ORDER, sizes
 
 from dnc_kernels import ops
 from dnc_kernels.ops.embedding import op
@@ -66,7 +66,7 @@ def test_expanded_and_foreign_gradients(dtype, backend):
     "shape",
     triton=((9, 5), (9, 100), (2, 40, 3, 5), (2, 16, 4, 4)),
     cuda=((9, 5), (9, 100), (9, 600), (2, 6200), (2, 40, 3, 5), (2, 16, 4, 4), (1, 3700, 1, 3)),
-    in_any_order=True,
+    ways=ANY_ORDER,
 )
 def test_gradient_in_place_of_the_incoming_one(shape, backend, kernels):
     x, (weight, bias) = normal(*shape), affine(shape[1])

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 from cuda_on_cpu import DEVICE
-from gpu_check import in_any_order, sizes
+from gpu_check import ANY_ORDER, in_any_order, sizes
 from momentum_check import DTYPES, LAYOUTS, VARIANTS, check, clusters_for, flat, randn, unit, update
 from tolerances import assert_close
 
@@ -70,7 +70,7 @@ def test_all_in_one_cluster_all_left_out_and_some_outside(layout, pixels, backen
         (600, "planes", torch.bfloat16, math.inf),
         (600, "crop", torch.float16, -math.inf),
     ),
-    in_any_order=True,
+    ways=ANY_ORDER,
 )
 def test_pixels_that_are_not_finite_are_left_out(pixels, layout, dtype, value, backend):
     x = LAYOUTS[layout](pixels, 19, dtype)

@@ -1,47 +1,36 @@
-"""Class scores, the nearest sub-centroid and the loss in CUDA C++ against float64: on a GPU, or their source on the host."""
+"""Class scores, the nearest sub-centroid and the loss in CUDA C++ against float64: on a GPU, or their source on the host.
+
+What they and Triton owe alike is in test_similarity_gpu.py.
+"""
 
 import math
 
 import pytest
+import similarity_check
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import DEVICE, configure
+from gpu_check import needs_gpu
+from similarity_check import ENGINES, METRICS, flat, loss_and_grads, options_of, set_engine, unit
 from tolerances import assert_close, bound
 
 from dnc_kernels import backends, ops
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("engine")]
-METRICS = ("dot", "cosine", "sqeuclidean")
 DTYPES = (torch.bfloat16, torch.float16)
 #: N, C, K, D: one of everything; tiles and boxes that are not full; several rounds of a cluster; slices of channels
 SHAPES = [(1, 1, 1, 8), (42, 19, 3, 40), (17, 2, 20, 16), (33, 21, 7, 72), (290, 5, 10, 64), (130, 9, 4, 328), (20, 3, 1, 768)]
 
 
-@pytest.fixture(params=(90, 80), ids=("sm90", "sm80"))
+def problem(n=42, c=19, k=3, d=40, dtype=torch.bfloat16):
+    return similarity_check.problem(n, c, k, d, dtype)
+
+
+@pytest.fixture(params=ENGINES, ids=lambda capability: f"sm{capability}")
 def engine(request, cuda):
     """The kernels of either kind of GPU; on a GPU its own."""
-    if cuda == "cpu":
-        configure(capability=request.param)
-    elif (torch.cuda.get_device_capability()[0] == 9) != (request.param == 90):
-        pytest.skip("kernels of another GPU")
+    set_engine(cuda, request.param)
     return request.param
-
-
-def as_rows(t):
-    """[N,C] of a map [B,C,H,W]."""
-    return t.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def unit(*shape, dtype=torch.float32):
-    return F.normalize(torch.randn(*shape, device=DEVICE), dim=-1).to(dtype)
-
-
-def problem(n=42, c=19, k=3, d=40, dtype=torch.bfloat16):
-    """Pixels, sub-centroids, labels: some ignored, one beyond the classes."""
-    labels = torch.randint(0, c, (n,), device=DEVICE)
-    labels[::5] = -100
-    labels[1::17] = c + 3
-    return unit(n, d, dtype=dtype), unit(c, k, d, dtype=dtype), labels
 
 
 def wide(x, p, metric):
@@ -110,14 +99,14 @@ def test_layouts_of_scores_and_pixels():
     assert image.is_contiguous(memory_format=torch.channels_last)
     for given, shaped in ((padded[:, :40], labels), (image, labels.view(2, 3, 7))):
         made = ops.class_scores(given, p, shaped, backend="cuda")
-        assert all(torch.equal(t if t.ndim == 2 else as_rows(t), e) for t, e in zip(made, expected, strict=True))
+        assert all(torch.equal(flat(t), e) for t, e in zip(made, expected, strict=True))
     from dnc_kernels.ops.similarity import op
 
     planes = torch.empty(2, 19, 3, 7, device=DEVICE)
     winner, own = torch.empty(2, 19, 3, 7, dtype=torch.uint8, device=DEVICE), torch.empty(42, 3, device=DEVICE)
     op.scores_into(image, p, labels, planes, winner, own, "cuda")
-    assert torch.equal(as_rows(planes), expected.scores)
-    assert torch.equal(as_rows(winner), expected.winner)
+    assert torch.equal(flat(planes), expected.scores)
+    assert torch.equal(flat(winner), expected.winner)
 
 
 #: B, H, W, C, K, D: tiles of pixels across images and a last one that is not full; the same with maxima in the workspace
@@ -139,7 +128,7 @@ def test_scores_and_nearest_of_feature_maps(shape, dtype):
     assert backends.layout(image) == "planes"
     made, expected = (ops.class_scores(*given, backend="cuda") for given in ((image, p, shaped), (x, p, labels)))
     check_scores(x, p, labels)
-    assert all(torch.equal(as_rows(t), e) for t, e in zip(made, expected, strict=True))
+    assert all(torch.equal(flat(t), e) for t, e in zip(made, expected, strict=True))
     near, expected = (ops.nearest_centroid(given, p, backend="cuda") for given in (image, x))
     assert all(torch.equal(a.flatten(), b) for a, b in zip(near, expected, strict=True))
 
@@ -167,31 +156,18 @@ def test_feature_maps_that_no_unit_divides_are_refused(shape):
             ops.class_scores(crop.contiguous(), p, labels.view(b, h, w), backend="cuda")
 
 
-def loss_and_grads(backend, x, p, labels, metric="dot", **options):
-    """Loss, prediction, own similarities and every gradient."""
-    x = x.detach().requires_grad_()
-    learnable = {
-        name: options[name].detach().requires_grad_()
-        for name in ("norm_weight", "norm_bias", "temperature")
-        if isinstance(options.get(name), torch.Tensor)
-    }
-    pixels, plain = seen(x, metric) if backend == "reference" else (x, metric)
-    out = ops.centroid_cross_entropy(pixels, p, labels, metric=plain, backend=backend, **{**options, **learnable})
-    total = (out.loss * torch.linspace(0.5, 2, out.loss.numel(), device=DEVICE).view_as(out.loss)).sum() * 1.7
-    return out.loss, out.prediction, out.own_similarity, *torch.autograd.grad(total, [x, *learnable.values()])
-
-
 def check_loss(x, p, labels, metric="dot", image=None, **options):
     """The kernel, on `image` if given, against float64 on the same values as rows; returns what the kernel made."""
     if image is None:
-        actual = loss_and_grads("cuda", x, p, labels, metric, **options)
+        actual = loss_and_grads("cuda", x, p, labels, metric=metric, **options)
     else:
-        loss, prediction, own, dx, *others = loss_and_grads("cuda", image, p, labels.view_as(image[:, 0]), metric, **options)
+        loss, prediction, own, dx, *others = loss_and_grads("cuda", image, p, labels, metric=metric, **options)
         assert dx.stride() == image.stride()
-        actual = loss, prediction.flatten(), as_rows(own), as_rows(dx), *others
+        actual = loss, prediction.flatten(), flat(own), flat(dx), *others
     exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     inside = torch.where((labels >= 0) & (labels < p.shape[0]), labels, -100)  # the CPU reference raises; GPU kernels ignore
-    expected = loss_and_grads("reference", *wide(x, p, metric), inside, metric, **exact)
+    plain = {"metric": "dot", "unit_pixels": True} if metric == "cosine" else {"metric": metric}
+    expected = loss_and_grads("reference", *wide(x, p, metric), inside, **plain, **exact)
     d = x.shape[1]
     assert (actual[1] != expected[1]).sum() <= 0.02 * len(labels)
     assert_close(actual[0].cpu(), expected[0].cpu(), "loss", terms=d, scale=scale_of(metric))
@@ -200,15 +176,6 @@ def check_loss(x, p, labels, metric="dot", image=None, **options):
         # dr is rounded to 16 bits before the second product: what is summed is as large as the largest gradient
         assert_close(a.cpu(), e.cpu(), "loss_gradient", terms=d, scale=max(scale_of(metric), float(e.nan_to_num().abs().max())))
     return actual
-
-
-def options_of(c, norm, weighted, smoothing):
-    made = {"temperature": torch.tensor(0.7, device=DEVICE), "label_smoothing": smoothing}
-    if norm:
-        made |= {"norm_weight": torch.rand(c, device=DEVICE) + 0.5, "norm_bias": torch.randn(c, device=DEVICE)}
-    if weighted:
-        made["weight"] = torch.rand(c, device=DEVICE) + 0.1
-    return made
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -281,58 +248,6 @@ def test_many_small_images_on_many_processors(engine):
     check_loss(x, p, labels, "dot", image, reduction="sum", **options_of(150, True, False, 0.0))
 
 
-def test_pixels_that_are_not_finite():
-    x, p, labels = problem(c=37)
-    x[3, 7], x[4, 0], x[5, 39] = math.nan, math.inf, -math.inf
-    labels[3], labels[4], labels[5] = 2, -100, 36
-    scores = ops.class_scores(x, p, backend="cuda").scores
-    assert scores[3:6].isnan().all() and scores[6:].isfinite().all() and scores[:3].isfinite().all()
-    near = ops.nearest_centroid(x, p, backend="cuda")
-    assert near.label[3:6].eq(-1).all() and near.sub[3:6].eq(-1).all() and near.score[3:6].isnan().all()
-    assert near.label[6:].ge(0).all()
-    for metric in METRICS:
-        x.requires_grad_()
-        out = ops.centroid_cross_entropy(x, p, labels, metric=metric, reduction="none", backend="cuda")
-        assert out.loss[3].isnan() and out.loss[5].isnan() and out.loss[4] == 0
-        assert out.prediction[3:6].eq(-1).all() and out.prediction[6:].ge(0).all()
-        counted = (labels >= 0) & (labels < 37)
-        made = torch.autograd.grad(out.loss[6:].sum() + out.loss[4], x)[0]
-        assert made[4].eq(0).all() and made[6:][~counted[6:]].eq(0).all() and made[6:].isfinite().all()
-        x = x.detach()
-
-
-def test_an_ignored_pixel_that_is_not_finite_sends_nothing_to_the_parameters():
-    x, p, labels = problem(n=18, c=7, k=2, d=24)
-    options = {**options_of(7, True, False, 0.1), "reduction": "sum"}
-    labels[4] = -100
-    clean = loss_and_grads("cuda", x, p, labels, **options)
-    x[4, 7] = math.nan
-    dirty = loss_and_grads("cuda", x, p, labels, **options)
-    assert all(torch.equal(a, b) for a, b in zip(clean[4:], dirty[4:], strict=True)) and dirty[0].isfinite()
-
-
-def test_cosine_of_a_zero_pixel_is_zero():
-    x, p, labels = problem(n=18, c=7, k=2, d=24)
-    x[3], labels[3] = 0, 2
-    x.requires_grad_()
-    assert ops.class_scores(x, p, metric="cosine", backend="cuda").scores[3].eq(0).all()
-    loss = ops.centroid_cross_entropy(x, p, labels, metric="cosine", reduction="none", backend="cuda").loss
-    assert loss.isfinite().all()
-    made, alone = (torch.autograd.grad(part.sum(), x, retain_graph=True)[0] for part in (loss, loss[4:]))
-    assert made.isfinite().all() and made[3].any() and torch.equal(made[4:], alone[4:])
-
-
-def test_ties_go_to_the_lowest_index():
-    # small integers: no order of summation rounds
-    x = torch.randint(-3, 4, (20, 24), device=DEVICE).bfloat16()
-    p = torch.randint(-3, 4, (1, 1, 24), device=DEVICE).bfloat16().expand(19, 3, 24)
-    assert ops.class_scores(x, p, backend="cuda").winner.eq(0).all()
-    near = ops.nearest_centroid(x, p, backend="cuda")
-    assert near.label.eq(0).all() and near.sub.eq(0).all()
-    labels = torch.zeros(20, dtype=torch.int64, device=DEVICE)
-    assert ops.centroid_cross_entropy(x, p, labels, backend="cuda").prediction.eq(0).all()
-
-
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (1, 4), (3, 8), (2, 6), (5, 18), (6, 7)])
 def test_two_classes_that_tie(low, high):
     """Classes lie in different lanes, and at different slots of a lane."""
@@ -356,20 +271,6 @@ def test_a_gpu_with_less_shared_memory(c, d, planes, engine):
     check_loss(x, p, labels, "dot", image if planes else None, reduction="sum", **options_of(c, True, False, 0.0))
 
 
-def test_nothing_to_count():
-    x, p, labels = problem(c=21)
-    x.requires_grad_()
-    out = ops.centroid_cross_entropy(x, p, torch.full_like(labels, -100), backend="cuda")
-    assert out.loss.isnan() and out.own_similarity.eq(0).all()
-    assert torch.autograd.grad(out.loss, x)[0].eq(0).all()
-    none = ops.centroid_cross_entropy(
-        x[:0], p, labels[:0], reduction="sum", norm_weight=torch.ones(21, device=DEVICE), backend="cuda"
-    )
-    assert none.loss == 0 and none.prediction.shape == (0,)
-    assert ops.class_scores(x[:0], p, labels[:0], backend="cuda").scores.shape == (0, 21)
-    assert ops.nearest_centroid(x[:0], p, backend="cuda").label.shape == (0,)
-
-
 def test_gradients_of_scores_and_of_sub_centroids_come_from_triton():
     pytest.importorskip("triton")
     x, p, labels = problem(18, 5, 2, 16)
@@ -385,34 +286,13 @@ def test_gradients_of_scores_and_of_sub_centroids_come_from_triton():
         assert_close(m.cpu(), e.cpu(), "loss_gradient", terms=16, scale=10.0)
 
 
-def test_results_repeat_bit_for_bit():
-    x, p, labels = problem(n=300, c=37)
-    options = options_of(37, True, False, 0.0)
-    first, *others = (loss_and_grads("cuda", x, p, labels, **options) for _ in range(50 if DEVICE == "cuda" else 2))
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-def test_expanded_gradients():
+def test_expanded_gradients_of_the_loss():
     x, p, labels = problem()
     x.requires_grad_()
     loss = ops.centroid_cross_entropy(x, p, labels, reduction="none", backend="cuda").loss
     made = torch.autograd.grad(loss.sum(), x)[0]
     loss = ops.centroid_cross_entropy(x, p, labels, reduction="sum", backend="cuda").loss
     assert torch.equal(made, torch.autograd.grad(loss, x)[0])
-
-
-def test_opcheck():
-    from dnc_kernels.ops.similarity import op, op_loss
-
-    x, p, labels = problem(n=8, c=3, k=2, d=16)
-    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op.class_scores._opoverload, (x, p, labels, "dot", "cuda"), test_utils=utilities)
-    torch.library.opcheck(op.nearest_centroid._opoverload, (x, p, "dot", "cuda"), test_utils=utilities)
-    x.requires_grad_()
-    options = ("dot", 1e-5, 1.0, -100, 0.1, "sum")
-    arguments = (x, p, labels, torch.ones(3, device=DEVICE), None, None, None, *options, [True, False, False, False], "cuda")
-    torch.library.opcheck(op_loss._loss_op._opoverload, arguments, test_utils=utilities)
 
 
 def test_pixels_that_begin_between_units_are_copied():
@@ -425,53 +305,8 @@ def test_pixels_that_begin_between_units_are_copied():
         assert torch.equal(made, expected)
 
 
-def test_traces_whole():
-    x, p, labels = problem(n=24, c=5, d=16)
-
-    def step(x, p, labels):
-        return ops.centroid_cross_entropy(x, p, labels, backend="cuda").loss
-
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
-    for n in (24, 13):
-        part = x[:n].clone().requires_grad_()
-        made, expected = (torch.autograd.grad(f(part, p, labels[:n]), part)[0] for f in (compiled, step))
-        torch.testing.assert_close(made, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_capture_in_a_cuda_graph_and_no_synchronisation():
-    x, p, labels = problem(n=5000, c=150, k=10, d=256)
-    weight = torch.ones(150, device=DEVICE)
-    x = x.requires_grad_()
-
-    def step():
-        x.grad = None
-        ops.centroid_cross_entropy(x, p, labels, norm_weight=weight, backend="cuda").loss.backward()
-
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    expected = x.grad.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    x.grad.zero_()
-    graph.replay()
-    assert torch.equal(x.grad, expected)
-
-
-@pytest.mark.gpu
 @pytest.mark.large
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@needs_gpu
 def test_more_numbers_than_an_int_holds():
     n, d = 2**31 // 256 + 4096, 256
     if torch.cuda.mem_get_info()[0] < 6 * n * d:
