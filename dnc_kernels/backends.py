@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -84,6 +85,8 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
+#: What the CUDA C++ kernels of a family take at most, as fields of `Kernel`; csrc/include/dnc says it.
+_LIMITS: dict[str, dict[str, Any]] = getattr(_native, "cuda_limits", {})
 _HALF = (torch.float16, torch.bfloat16)
 _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 #: Oldest compute capability that the GPU kernels are written for.
@@ -95,13 +98,10 @@ _CPU_AND_TRITON = {"cpu": Kernel("cpu"), "triton": _TRITON}
 _SINKHORN = {
     **_CPU_AND_TRITON,
     "triton": replace(_TRITON, max_subcentroids=64),
-    "cuda": replace(_UNPROVEN_CUDA, max_subcentroids=64),
+    "cuda": replace(_UNPROVEN_CUDA, **_LIMITS.get("sinkhorn", {})),
 }
 
-_CUDA_SIMILARITY = Kernel(
-    "cuda", _HALF, proven=False, capability=OLDEST_CAPABILITY, max_subcentroids=20, max_channels=768, channel_multiple=8,
-    layouts=("rows", "planes"),
-)  # fmt: skip
+_CUDA_SIMILARITY = replace(_UNPROVEN_CUDA, dtypes=_HALF, layouts=("rows", "planes"), **_LIMITS.get("similarity", {}))
 _SCORES = {**_CPU_AND_TRITON, "cuda": _CUDA_SIMILARITY}
 
 #: Kernels of every op beside the reference, best first.
@@ -279,23 +279,36 @@ def _checked(choice: str, name: str = "backend") -> str:
     return choice
 
 
-_choice = _checked(os.environ.get("DNC_KERNELS_BACKEND", "auto") or "auto", "DNC_KERNELS_BACKEND")
+_default = _checked(os.environ.get("DNC_KERNELS_BACKEND", "auto") or "auto", "DNC_KERNELS_BACKEND")
+#: The choice in force in this thread or task.
+_choice = ContextVar("backend", default=_default)
+#: The last of the choices in force in the process, of the blocks that are open: a graph of torch.compile cannot read a context
+#: variable, and is traced anew where a global that it has read changes.
+_choice_of_graphs = _default
+_open_blocks: dict[object, str] = {}
 
 
 def chosen() -> str:
     """The user's choice in force: `use_backend`, else DNC_KERNELS_BACKEND, else ``auto``."""
-    return _choice
+    return _choice_of_graphs if torch.compiler.is_compiling() else _choice.get()
 
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Run the ops inside this block on backend `name` (process-wide, as torch's own backend switches are)."""
-    global _choice
-    before, _choice = _choice, _checked(name)
+    """Run the ops inside this block on backend `name`.
+
+    Each thread and each task of asyncio chooses for itself. Backward passes run on what their forward pass ran on. Functions of
+    torch.compile take the choice made last in the process, whatever thread made it.
+    """
+    global _choice_of_graphs
+    block, token = object(), _choice.set(_checked(name))
+    _open_blocks[block] = _choice_of_graphs = name
     try:
         yield
     finally:
-        _choice = before
+        _choice.reset(token)
+        del _open_blocks[block]
+        _choice_of_graphs = next(reversed([_default, *_open_blocks.values()]))
 
 
 #: Ops whose kernels read features in place, channels or pixels side by side: measured choices hold for a `layout` each.
@@ -319,11 +332,20 @@ def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int)
 
     `sizes` are those of `resolve`; N and D are read from x [N,D] or [B,D,H,W] where they are not given.
     """
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in others) else x.dtype
+    choice = chosen() if backend is None else backend
+    dtype = x.dtype
+    for t in others:
+        if t.dtype == torch.float64:
+            dtype = torch.float64
+    if x.is_cpu and choice in ("auto", "cpu") and _recorded is None:  # what `resolve` says, in a tenth of the time
+        kernel = KERNELS[op].get("cpu")
+        if kernel is not None and dtype in kernel.dtypes and not UNUSABLE["cpu"]:
+            return "cpu"
     # not x.shape[2:].numel(), which makes numbers of symbolic sizes under torch.export; no op takes x without channels
     sizes = {"N": x.numel() // x.shape[1], "D": x.shape[1], **sizes}
     kind, gpu = x.device.type, capability(x.device.index) if x.device.type == "cuda" else None
-    choice = _choice if backend is None else backend
+    if x.is_cuda and _recorded is None and not torch.compiler.is_compiling() and type(x) is Tensor:
+        return _remembered(op, dtype, choice, gpu, layout(x), tuple(sizes.items()))
     if _recorded is not None:
         _recorded.append((op, {**sizes, "bits": 8 * dtype.itemsize} | ({"layout": layout(x)} if op in LAYOUTS_APART else {})))
     # asked where it decides only: a question about strides under torch.compile(dynamic=True) may split a graph in two
@@ -334,6 +356,14 @@ def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int)
     measured = DISPATCH.get((op, gpu), ()) if gpu is not None and len(possible) > 1 else ()
     asked = any(k.layouts for k in possible.values()) or any("layout" in entry.when for entry in measured)
     return resolve(op, kind, dtype, choice, capability=gpu, layout=layout(x) if asked else None, **sizes).backend
+
+
+@lru_cache(maxsize=4096)
+def _remembered(
+    op: str, dtype: torch.dtype, choice: str, gpu: tuple[int, int] | None, pixels: str, sizes: tuple[tuple[str, int], ...]
+) -> str:
+    """What `resolve` says of tensors of a GPU. It takes 10 us, as long as some kernels."""
+    return resolve(op, "cuda", dtype, choice, capability=gpu, layout=pixels, **dict(sizes)).backend
 
 
 def layout(x: Tensor) -> str:
@@ -413,6 +443,10 @@ def native() -> Any:
         raise RuntimeError(f"{NATIVE_ERROR}; run `pip install .` or `python setup.py build_ext --inplace`")
     return _native
 
+
+#: ``signature(values)``: bytes that tell calls apart by dtypes, devices and shapes of tensors, and by other plain values; None
+#: where one is not plain, as a tensor subclass is, or where the extension is not built.
+signature: Callable[[tuple[Any, ...]], bytes | None] = getattr(_native, "signature", lambda values: None)
 
 if _native is not None and os.environ.get("DNC_KERNELS_CPU_ISA"):
     _set_isa(os.environ["DNC_KERNELS_CPU_ISA"])

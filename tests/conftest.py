@@ -68,6 +68,12 @@ def settings_of_kernels():
 
 
 @pytest.fixture(autouse=True)
+def _nothing_remembered():
+    """Choices of a test that has planted tables of its own."""
+    backends._remembered.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def _settings_put_back():
     """What a test leaves behind would fail tests of other files, in some orders of files alone."""
     before = settings_of_kernels()

@@ -75,7 +75,6 @@ def host_kernels():
     """Inside: backend "cuda" runs the kernels' own source on CPU tensors."""
     module, patch = load(), pytest.MonkeyPatch()
     patch.setattr(_cuda, "module", lambda: module)
-    patch.setattr(_cuda, "view", module_view(module))
     patch.setattr(_cuda, "where", lambda x: (0, 0))
     for op, kernels in list(backends.KERNELS.items()):
         if "cuda" in kernels:
@@ -91,17 +90,3 @@ def host_kernels():
 def configure(order="forward", processors=3, capability=90):
     """How the host runs the next launches, and the GPU that launchers believe in."""
     load().configure(order, processors, capability)
-
-
-def module_view(module):
-    from dnc_kernels.ops._common import _DTYPES
-
-    def view(tensor):
-        if tensor is None:
-            return module.View()
-        shape, stride = (tensor.shape, tensor.stride()) if tensor.ndim else ((1,), (1,))
-        made = module.View(tensor.data_ptr(), _DTYPES[tensor.dtype], shape, stride)
-        made.tensor = tensor
-        return made
-
-    return view

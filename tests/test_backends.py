@@ -4,6 +4,9 @@ import inspect
 import os
 import subprocess
 import sys
+import sysconfig
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,3 +241,60 @@ def test_the_momentum_update_runs_on_a_gpu_with_auto():
     ops.momentum_update_(expected, x.double().cpu(), cluster.cpu(), backend="reference")
     ops.momentum_update_(centroids, x, cluster)
     torch.testing.assert_close(centroids.cpu().double(), expected, atol=1e-5, rtol=0)
+
+
+def test_eight_threads_choose_for_themselves():
+    """`use_backend` is a matter of the thread, and the kernels of several run at once."""
+    x, p, y = torch.randn(200, 16), torch.randn(5, 3, 16), torch.randint(0, 5, (200,))
+    names = ["cpu", "reference"] * 4 if not backends.unusable("cpu") else ["reference", "auto"] * 4
+    together, failures = threading.Barrier(len(names)), []
+    expected = ops.centroid_cross_entropy(x, p, y, backend="reference").loss
+
+    def run(name):
+        try:
+            together.wait()
+            for _ in range(20):
+                with use_backend(name):
+                    own = x.clone().requires_grad_()
+                    loss = ops.centroid_cross_entropy(own, p, y).loss
+                    assert backends.chosen() == name
+                    assert (loss.grad_fn.name() == "_DifferentiableBackward") == (name == "cpu")
+                loss.backward()
+                torch.testing.assert_close(loss, expected)
+                assert own.grad.abs().sum() > 0 and backends.chosen() == "auto"
+        except BaseException as error:
+            failures.append((name, error))
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_compiled_function_follows_the_choice():
+    x, p = torch.randn(6, 4), torch.randn(3, 2, 4)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x, p: ops.nearest_centroid(x, p).score, fullgraph=True, backend=keep)
+    first = compiled(x, p)
+    with use_backend("reference"):
+        torch.testing.assert_close(compiled(x, p), first)
+    targets = [{str(n.target) for n in g.graph.nodes} for g in graphs]
+    assert len(targets) == 2 and any("dnc_kernels" in t for t in targets[0]) and not any("dnc_kernels" in t for t in targets[1])
+
+
+@pytest.mark.skipif(bool(backends.unusable("cpu")), reason="needs the extension")
+def test_the_extension_does_not_bring_the_gil_back():
+    """Python 3.13t and 3.14t switch it on for a module that does not say that it needs none."""
+    script = "import sys, torch, dnc_kernels._C; sys.exit(int(getattr(sys, '_is_gil_enabled', lambda: False)()))"
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        source = (Path(__file__).parents[1] / "csrc" / "bindings.cpp").read_text()
+        assert "py::mod_gil_not_used()" in source
+        return
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

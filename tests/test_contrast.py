@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from dnc_kernels import ops
-from dnc_kernels.ops.similarity import op, op_loss
+from dnc_kernels.ops.similarity import cpu, op, op_loss
+from dnc_kernels.ops.similarity.calls import ScoresBackwardCall, ScoresBackwardOut, ScoresCall, SweepCall, SweepOut
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -222,9 +223,9 @@ def test_opcheck():
     x, p, target = problem(6, 3, 2, 4)
     x.requires_grad_()
     check = torch.library.opcheck
-    check(op_loss._contrast_op._opoverload, (x, p, target, 0.5, -1, True, "cpu"))
-    check(op_loss._contrast_op._opoverload, (x.detach(), p, target, 0.5, -1, False, "cpu"))
-    check(op_loss._contrast_centroid_gradient._opoverload, (torch.randn(6), x.detach(), p, target, 0.5, -1))
+    check(op_loss._contrast.overload, (x, p, target, 0.5, -1, "cpu", True))
+    check(op_loss._contrast.overload, (x.detach(), p, target, 0.5, -1, "cpu", False))
+    check(op_loss._contrast_backward.overload, (x.detach(), p, target, 0.5, -1, "cpu", torch.randn(6)))
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
@@ -247,8 +248,8 @@ def test_scores_from_the_same_product_are_the_scores(gradient, isa):
     labels = torch.where(target < 0, -1, target // 10)
     mean = torch.full_like(x, float("nan")) if gradient else None
     results = torch.empty(70, 19), torch.empty(70, 19, dtype=torch.uint8), torch.empty(70, 10), torch.empty(70)
-    op_loss.scores_and_contrast_into(x, p, labels, 0.5, torch.tensor(3.0), *results, mean, "cpu")
-    for actual, expected in zip(results[:3], op.class_scores(x, p, labels, "dot", "cpu"), strict=True):
+    cpu.scores_and_contrast(SweepCall(x, p, labels, 0.5, torch.tensor(3.0), "cpu"), SweepOut(*results, mean))
+    for actual, expected in zip(results[:3], op.class_scores(ScoresCall(x, p, labels, "dot", "cpu")), strict=True):
         assert torch.equal(actual, expected)
     s = x.double() @ p.double().flatten(0, 1).T / 0.5
     kept = (labels >= 0)[:, None]
@@ -266,13 +267,13 @@ def test_gradients_add_up_in_place(layout, isa):
         x = x.view(2, 5, 7, 24).permute(0, 3, 1, 2).contiguous()
     shaped = labels.view(2, 5, 7) if layout == "nchw" else labels
     leaf = x.clone().requires_grad_()
-    scores, winner, own = op.class_scores(leaf, p, shaped.flatten(), "dot", "cpu")
+    scores, winner, own = op.class_scores(ScoresCall(leaf, p, shaped.flatten(), "dot", "cpu"))
     to_scores, to_own = torch.randn_like(scores), torch.randn_like(own)
     to_own[:, ::2] = 0
     (expected,) = torch.autograd.grad([scores, own], leaf, [to_scores, to_own])
     grad = x.clone()
-    op.add_scores_gradient_(grad, p, winner, to_scores, "cpu")
-    op.add_own_gradient_(grad, p, labels, to_own, "cpu")
+    for parts in ((None, "dot", winner, to_scores, None), (labels, "dot", None, None, to_own)):
+        cpu.class_scores_backward(ScoresBackwardCall(grad, p, *parts, True, "cpu"), ScoresBackwardOut(grad, None))
     torch.testing.assert_close(grad - x, expected)
 
 

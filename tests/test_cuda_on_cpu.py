@@ -13,8 +13,8 @@ from cuda_on_cpu import ORDERS, ROOT, load
 
 from benchmarks import primitives
 from dnc_kernels import backends
-from dnc_kernels.ops._common import pixel_map
 from dnc_kernels.ops.similarity import reference
+from dnc_kernels.ops.similarity.calls import ScoresBackwardCall, ScoresBackwardOut, ScoresCall
 
 
 @pytest.fixture(params=ORDERS)
@@ -168,15 +168,15 @@ def test_dense_products_give_the_gradients_of_class_scores(metric, planes):
     x = torch.randn(2, 6, 50, 45, dtype=torch.float64) if planes else torch.randn(4500, 6, dtype=torch.float64)
     p, labels = torch.randn(4, 3, 6, dtype=torch.float64), torch.randint(-1, 5, (4500,))
     leaves = x.requires_grad_(), p.requires_grad_()
-    scores, winner, own = reference.class_scores(*leaves, labels, metric)
+    kept = torch.where(labels < 4, labels, -1)
+    scores, winner, own = reference.class_scores(ScoresCall(*leaves, kept, metric, "reference"))
     grad_scores, grad_own = torch.randn_like(scores), torch.randn_like(own)
     expected = torch.autograd.grad((scores * grad_scores).sum() + (own * grad_own).sum(), leaves)
     before = torch.randn_like(x)
     grad_x, grad_p = before.clone(), torch.empty_like(p)
     with torch.no_grad():
-        reference.class_scores_backward(
-            x, p, labels, metric, pixel_map(x, winner), pixel_map(x, grad_scores), grad_own, grad_x, True, grad_p
-        )
+        call = ScoresBackwardCall(x, p, labels, metric, winner, grad_scores, grad_own, True, "reference")
+        reference.class_scores_backward(call, ScoresBackwardOut(grad_x, grad_p))
     torch.testing.assert_close(grad_x - before, expected[0])
     torch.testing.assert_close(grad_p, expected[1])
 

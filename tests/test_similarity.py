@@ -558,23 +558,28 @@ def test_opcheck():
     y[3] = -100
     x.requires_grad_()
     q, w, s = p.clone().requires_grad_(), torch.ones(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-    options = ("dot", 1e-5, 1.0, -100, 0.1)
+    early = [True, False, True, False, True]
     check = torch.library.opcheck
-    check(op.centroid_distance._opoverload, (x, q, "cosine", "cpu"))
-    check(op.class_scores._opoverload, (x, p, y, "dot", "cpu"))
-    check(op.class_scores._opoverload, (x, q, None, "cosine", "cpu"))
-    check(op.nearest_centroid._opoverload, (x.detach(), p, "dot", "cpu"))
-    check(op_loss._loss_op._opoverload, (x, p, y, w, w.detach(), s, None, *options, "mean", [True, True, False, True], "cpu"))
-    check(op_loss._loss_op._opoverload, (x, q, y, w, None, None, torch.rand(3), *options, "none", [False] * 4, "cpu"))
+    check(op.centroid_distance.overload, (x, q, "cosine", "cpu"))
+    check(op.class_scores.overload, (x, p, y, "dot", "cpu"))
+    check(op.class_scores.overload, (x, q, None, "cosine", "cpu"))
+    check(op.nearest_centroid.overload, (x.detach(), p, "dot", "cpu"))
+    check(
+        op_loss._loss.overload,
+        (x, p, y, "dot", w, w.detach(), 1e-5, s, 1.0, None, -100, 0.1, "mean", None, "cpu", early),
+    )
+    check(
+        op_loss._loss.overload,
+        (x, q, y, "dot", w, None, 1e-5, None, 1.0, torch.rand(3), -100, 0.1, "none", None, "cpu", [False] * 5),
+    )
 
 
 def test_opcheck_of_images():
     x = torch.randn(2, 4, 2, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
     p, y = torch.randn(3, 2, 4), torch.randint(0, 3, (12,))
-    torch.library.opcheck(op.class_scores._opoverload, (x, p, y, "dot", "cpu"))
-    torch.library.opcheck(
-        op_loss._loss_op._opoverload, (x, p, y, *(None,) * 4, "dot", 1e-5, 1.0, -100, 0.0, "mean", [True, *[False] * 3], "cpu")
-    )
+    torch.library.opcheck(op.class_scores.overload, (x, p, y, "dot", "cpu"))
+    loss = (x, p, y, "dot", None, None, 1e-5, None, 1.0, None, -100, 0.0, "mean", None, "cpu", [True, *[False] * 4])
+    torch.library.opcheck(op_loss._loss.overload, loss)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

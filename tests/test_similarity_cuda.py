@@ -15,6 +15,7 @@ from similarity_check import ENGINES, METRICS, flat, loss_and_grads, options_of,
 from tolerances import assert_close, bound
 
 from dnc_kernels import backends, ops
+from dnc_kernels.ops.similarity.calls import ScoresCall, ScoresOut
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("engine")]
 DTYPES = (torch.bfloat16, torch.float16)
@@ -104,7 +105,7 @@ def test_layouts_of_scores_and_pixels():
 
     planes = torch.empty(2, 19, 3, 7, device=DEVICE)
     winner, own = torch.empty(2, 19, 3, 7, dtype=torch.uint8, device=DEVICE), torch.empty(42, 3, device=DEVICE)
-    op.scores_into(image, p, labels, planes, winner, own, "cuda")
+    op.class_scores.into(ScoresCall(image, p, labels, "dot", "cuda"), ScoresOut(planes, winner, own))
     assert torch.equal(flat(planes), expected.scores)
     assert torch.equal(flat(winner), expected.winner)
 

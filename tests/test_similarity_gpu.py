@@ -114,12 +114,12 @@ def test_opcheck(backend):
 
     x, p, labels = problem(n=8, c=3, k=2, d=16, dtype=DTYPE[backend])
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op.class_scores._opoverload, (x, p, labels, "dot", backend), test_utils=utilities)
-    torch.library.opcheck(op.nearest_centroid._opoverload, (x, p, "dot", backend), test_utils=utilities)
+    torch.library.opcheck(op.class_scores.overload, (x, p, labels, "dot", backend), test_utils=utilities)
+    torch.library.opcheck(op.nearest_centroid.overload, (x, p, "dot", backend), test_utils=utilities)
     x.requires_grad_()
-    options = ("dot", 1e-5, 1.0, -100, 0.1, "sum")
-    arguments = (x, p, labels, torch.ones(3, device=DEVICE), None, None, None, *options, [True, False, False, False], backend)
-    torch.library.opcheck(op_loss._loss_op._opoverload, arguments, test_utils=utilities)
+    options = ("dot", torch.ones(3, device=DEVICE), None, 1e-5, None, 1.0, None, -100, 0.1, "sum", None, backend)
+    arguments = (x, p, labels, *options, [True, False, False, False, False])
+    torch.library.opcheck(op_loss._loss.overload, arguments, test_utils=utilities)
 
 
 def test_traces_whole(backend):

@@ -182,7 +182,7 @@ Status loss(const CentroidCrossEntropy& a) {
   const bool indexed = lay.K > 1, own = bool(a.own_similarity);
   const bool want = a.grad_x || to_centroids || a.grad_norm_weight || a.grad_norm_bias || a.grad_scale;
   const double mean = a.reduction == Reduction::mean ? 1 / weight : 1;  // no pixel counts: 0 * inf = NaN loss, as in torch
-  const double common = mean * (a.grad_loss && !each ? double(a.grad_loss.as<T>()[0]) : 1.0);
+  const double common = std::isfinite(mean) ? mean * (a.grad_loss && !each ? double(a.grad_loss.as<T>()[0]) : 1.0) : 0;
 
   // padded copies, so that rows of whole vectors never read past the end
   const int64_t W = lay.width;

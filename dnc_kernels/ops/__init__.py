@@ -1,7 +1,7 @@
 """The ops, autograd-aware and traceable by torch.compile.
 
-A folder per family: public functions and their checks in ``__init__``, plain torch in ``reference``, the C++ kernels as torch
-ops in ``native``.
+A folder per family: public functions and their checks in ``__init__``, the records of its calls in ``calls``, its torch ops in
+``op``, and what runs in ``reference``, ``cpu``, ``triton`` and ``cuda``: functions ``f(call, out)`` of the same names.
 """
 
 from .embedding import normalize_embedding

@@ -1,9 +1,10 @@
-"""What every op family shares: views for the C++ library, argument checks, registration."""
+"""What every op family shares: its kernels by backend, argument checks, pixels of rows and maps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -12,66 +13,58 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import native
 from ..errors import check_device, check_float, check_integer, check_value, label_fix, whole_number
 
-NAMESPACE = "dnc_kernels"
 Metric = Literal["dot", "cosine", "sqeuclidean"]
 METRICS: tuple[str, ...] = get_args(Metric)
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-
-# the order of dnc::DType
-_DTYPES = {
-    dtype: code
-    for code, dtype in enumerate(
-        (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
-    )
-}
-
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 @cache
 def kernels(family: str, backend: str) -> ModuleType:
     """The module that launches a family's kernels, with the same functions for every backend.
 
-    ``native`` is C++ on the CPU. Triton is imported only here: on the first use of one of its kernels.
+    Triton is imported only here: on the first use of one of its kernels.
     """
-    return import_module(f".{family}.{'native' if backend == 'cpu' else backend}", __package__)
-
-
-def view(tensor: Tensor | None) -> Any:
-    """The C++ view of a tensor, strides and all; None is the absent view; a scalar is one element."""
-    if tensor is None:
-        return native().View()
-    shape, stride = (tensor.shape, tensor.stride()) if tensor.ndim else ((1,), (1,))
-    made = native().View(tensor.data_ptr(), _DTYPES[tensor.dtype], shape, stride)
-    made.tensor = tensor  # a temporary must live until the kernel has run
-    return made
+    return import_module(f".{family}.{backend}", __package__)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any input is float64, else float32: what kernels accumulate in."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
-def keep_dtypes_under_autocast(op: Any) -> None:
-    """Register for autocast: inputs stay as they are; bfloat16 features are read in place, fp32 ones keep their precision.
+def contiguous_in(dtype: torch.dtype, t: Tensor | None) -> Tensor | None:
+    """An optional tensor in a dtype, contiguous."""
+    return t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous()
 
-    The kernels accumulate in fp32 whatever the input dtype, so a cast could only lose bits or copy a feature map.
-    """
-    overload = op._opoverload
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
-    )
 
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return overload(*args, **kwargs)
+#: Calls that a process remembers for each op, at most.
+_REMEMBERED = 4096
 
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(op._name, kernel, key)
+
+def remembered(check: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of the checks of a call, which see shapes, dtypes, devices and options alone: made once for each of them."""
+    passed: set[bytes] = set()
+
+    @wraps(check)
+    def run(*arguments: Any) -> None:
+        # what is traced must be traced alike each time
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        key = None if traced else backends.signature(arguments)
+        if key is not None and key in passed:
+            return
+        check(*arguments)
+        if key is not None:
+            if len(passed) >= _REMEMBERED:
+                passed.clear()
+            passed.add(key)
+
+    return run
 
 
 def check_pixels(op: str, x: Tensor, argument: str = "x") -> tuple[int, int]:
@@ -93,11 +86,8 @@ def check_centroids(op: str, x: Tensor, centroids: Tensor) -> tuple[int, int]:
     return centroids.shape[0], centroids.shape[1]
 
 
-def check_labels(op: str, labels: Tensor, x: Tensor, name: str = "x") -> Tensor:
-    """Check labels [N] of rows x [N,D], or [B,H,W] (or flat [N]) of a map x [B,D,H,W]; return them flat, int64 and contiguous.
-
-    `name` is that of `x`.
-    """
+def check_labels(op: str, labels: Tensor, x: Tensor, name: str = "x") -> None:
+    """Check labels [N] of rows x [N,D], or [B,H,W] (or flat [N]) of a map x [B,D,H,W]; `name` is that of `x`."""
     check_integer(op, "labels", labels)
     if x.ndim == 2:
         check_value(list(labels.shape) == [x.shape[0]], op, "labels", lambda: f"[N]=[{x.shape[0]}] to match {name}", labels)
@@ -106,6 +96,12 @@ def check_labels(op: str, labels: Tensor, x: Tensor, name: str = "x") -> Tensor:
         if list(labels.shape) != expected:  # the text on failure alone: it would pin the sizes under torch.compile
             check_value(False, op, "labels", f"[B,H,W]={expected} to match {name}", labels, label_fix(labels))
     check_device(op, "labels", labels, x, name)
+
+
+def flat_labels(labels: Tensor) -> Tensor:
+    """Labels [N] int64, contiguous."""
+    if labels.ndim == 1 and labels.dtype == torch.int64 and labels.is_contiguous():
+        return labels
     return labels.reshape(-1).to(torch.int64).contiguous()
 
 
@@ -123,10 +119,9 @@ def without_ignored(labels: Tensor, ignore_index: int) -> Tensor:
     return labels if ignore_index < 0 else torch.where(labels == ignore_index, -1, labels)
 
 
-def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> int:
-    """Check a string option; return its index."""
+def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check a string option."""
     check_value(value in choices, op, argument, "one of " + ", ".join(choices), repr(value))
-    return choices.index(value)
 
 
 def check_label_range(op: str, labels: Tensor, bound: int, ignore_index: int = -100) -> None:
@@ -169,8 +164,8 @@ def scale_saved(saved: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -
     traced = torch.compiler.is_compiling() or type(saved) is not Tensor
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return (saved.to(torch.promote_types(saved.dtype, grad.dtype)) * grad).to(dtype)
-    if saved.device.type == "cpu" and grad.numel() == 1 and grad.item() == 1:  # the usual end of a loss; a CPU has no sync
-        return saved.to(dtype)
+    if saved.is_cpu and grad.numel() == 1 and grad.item() == 1:  # the usual end of a loss; a CPU has no sync
+        return saved if dtype == saved.dtype else saved.to(dtype)
     if grad.numel() == 1 and saved.numel() >= _FEW and triton_serves(saved) and _without_gaps(saved):
         from . import _triton
 

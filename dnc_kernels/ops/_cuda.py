@@ -1,4 +1,4 @@
-"""What the launchers of the CUDA C++ kernels share: workspace, stream and device of a call."""
+"""How the launchers of the CUDA C++ kernels call them: workspace, stream and device of a call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..backends import native
-from ._common import view
 
 
 def module() -> Any:
@@ -28,22 +27,22 @@ def where(x: Tensor) -> tuple[int, int]:
     return torch.cuda.current_stream(x.device).cuda_stream, x.device.index
 
 
-def aligned(x: Tensor) -> Tensor:
-    """`x`, or a copy of it where it does not begin at a multiple of 16 bytes, as a view into the middle of a tensor may not."""
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+def aligned(call: Any) -> Any:
+    """The call with `x` at a multiple of 16 bytes, where a view into the middle of a tensor may not begin."""
+    return call if call.x.data_ptr() % 16 == 0 else call._replace(x=call.x.clone())
 
 
-def launch(name: str, x: Tensor, *arguments: Any) -> None:
-    """Call a launcher of `module` on the current stream of the device of `x`; tensors and None become views.
+def launch(name: str, *records: Any, op: str = "") -> None:
+    """Call a function of `module` with the fields of records, by name, on the current stream of the first tensor's device.
 
-    The workspace lives until the call returns: the allocator hands it on only behind the stream's work.
+    The workspace lives until the call returns: the allocator hands it on only behind the stream's work. Errors name `op`, as a
+    rule the function's own name.
     """
-    kept = []
+    device, kept = records[0][0].device, []
 
     def allocate(size: int) -> int:
-        kept.append(torch.empty(size, dtype=torch.uint8, device=x.device))
+        kept.append(torch.empty(size, dtype=torch.uint8, device=device))
         return kept[-1].data_ptr()
 
-    stream, device = where(x)
-    made = (view(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
-    getattr(module(), name)(*made, allocate, stream, device)
+    stream, index = where(records[0][0])
+    getattr(module(), name)(op or name, allocate, stream, index, *records)

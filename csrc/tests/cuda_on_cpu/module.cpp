@@ -5,7 +5,6 @@
 #include "fibers.h"
 
 PYBIND11_MODULE(_cuda_on_cpu, m) {
-  bind_view(m);
   bind_cuda(m);
   m.def("configure", [](const std::string& order, int processors, int capability) {
     auto& s = cuda_on_cpu::settings;

@@ -16,16 +16,19 @@ from .._common import (
     check_centroids,
     check_choice,
     check_ignore_index,
-    check_label_range,
     check_labels,
     check_pixels,
     compute_dtype,
+    contiguous_in,
+    flat_labels,
     like_pixels,
     pixel_map,
+    remembered,
     without_ignored,
 )
 from . import op as ops
-from . import op_loss, reference
+from . import op_loss
+from .calls import ContrastCall, DistanceCall, LossCall, NearestCall, ScoresCall
 
 MAX_SUBCENTROIDS = 256  # winners are uint8
 
@@ -77,14 +80,9 @@ def centroid_distance(
         ValueError, TypeError: wrong shape, device, dtype or metric.
     """
     op = "centroid_distance"
-    check_pixels(op, x)
-    classes, k = check_centroids(op, x, centroids)
-    check_choice(op, "metric", metric, METRICS[1:])
-    chosen = pick(op, x, backend, centroids, C=classes, K=k)
-    if chosen == "reference":
-        distance = reference.centroid_distance(x, centroids, metric)
-    else:
-        distance = ops.centroid_distance(x, centroids, metric, chosen)
+    _check_distance(x, centroids, metric)
+    classes, k, _ = centroids.shape
+    distance = ops.centroid_distance(DistanceCall(x, centroids, metric, pick(op, x, backend, centroids, C=classes, K=k)))
     if x.ndim == 2:
         return distance
     return distance.view(x.shape[0], x.shape[2], x.shape[3], classes, k).permute(0, 3, 4, 1, 2)
@@ -122,22 +120,12 @@ def class_scores(
             out).
     """
     op = "class_scores"
-    check_pixels(op, x)
-    classes, k = check_centroids(op, x, centroids)
-    check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
-    check_choice(op, "metric", metric, METRICS)
-    ignore_index = check_ignore_index(op, ignore_index, classes)
-    flat = None if labels is None else without_ignored(check_labels(op, labels, x), ignore_index)
-    chosen = pick(op, x, backend, centroids, C=classes, K=k)
-    own: Tensor | None
-    if chosen == "reference":
-        if flat is not None:
-            check_label_range(op, flat, classes)
-        scores, winner, own = reference.class_scores(x, centroids, flat, metric)
-        scores, winner = pixel_map(x, scores), pixel_map(x, winner)
-    else:
-        scores, winner, own = ops.class_scores(x, centroids, flat, metric, chosen)
-    return ClassScores(scores, winner, None if labels is None or own is None else pixel_map(x, own))
+    _check_scores(x, centroids, labels, metric, ignore_index)
+    classes, k, _ = centroids.shape
+    flat = None if labels is None else without_ignored(flat_labels(labels), ignore_index)
+    call = ScoresCall(x, centroids, flat, metric, pick(op, x, backend, centroids, C=classes, K=k))
+    scores, winner, own = ops.class_scores(call)
+    return ClassScores(scores, winner, None if own is None else pixel_map(x, own))
 
 
 def nearest_centroid(
@@ -160,14 +148,10 @@ def nearest_centroid(
         ValueError, TypeError: wrong shape, device, dtype or metric.
     """
     op = "nearest_centroid"
-    check_pixels(op, x)
-    classes, k = check_centroids(op, x, centroids)
-    check_choice(op, "metric", metric, METRICS)
-    chosen = pick(op, x, backend, centroids, C=classes, K=k)
-    if chosen == "reference":
-        label, sub, score = reference.nearest_centroid(x.detach(), centroids.detach(), metric)
-    else:
-        label, sub, score = ops.nearest_centroid(x.detach(), centroids.detach(), metric, chosen)
+    _check_nearest(x, centroids, metric)
+    classes, k, _ = centroids.shape
+    call = NearestCall(x.detach(), centroids.detach(), metric, pick(op, x, backend, centroids, C=classes, K=k))
+    label, sub, score = ops.nearest_centroid(call)
     return NearestCentroid(like_pixels(x, label), like_pixels(x, sub), like_pixels(x, score))
 
 
@@ -228,39 +212,34 @@ def centroid_cross_entropy(
             `ignore_index` (on a GPU it is left out).
     """
     op = "centroid_cross_entropy"
-    check_pixels(op, x)
-    classes, k = check_centroids(op, x, centroids)
-    check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
-    flat = check_labels(op, labels, x)
-    check_choice(op, "metric", metric, METRICS)
-    check_choice(op, "reduction", reduction, REDUCTIONS)
-    ignore_index = check_ignore_index(op, ignore_index, classes)
-    check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
-    check_value(norm_eps >= 0, op, "norm_eps", "non-negative", norm_eps)
-    check_value(norm_weight is not None or norm_bias is None, op, "norm_bias", "None without norm_weight", norm_bias)
-    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("weight", weight)):
-        if vector is not None:
-            check_float(op, name, vector)
-            check_value(list(vector.shape) == [classes], op, name, lambda: f"[C]=[{classes}] to match centroids", vector)
-            check_device(op, name, vector, x)
+    _check_loss(
+        x, centroids, labels, metric, norm_weight, norm_bias, norm_eps, temperature, weight, ignore_index, label_smoothing,
+        reduction,
+    )  # fmt: skip
+    (classes, k, _), dtype = centroids.shape, compute_dtype(x, centroids)
+
     scale = None
     if isinstance(temperature, Tensor):
-        check_float(op, "temperature", temperature)
-        check_value(temperature.numel() == 1, op, "temperature", "a number or a tensor of one element", temperature)
-        scale, temperature = temperature.reshape(()).to(compute_dtype(x, centroids)).reciprocal(), 1.0
-    else:
-        check_dtype(
-            isinstance(temperature, (int, float)), op, "temperature", "a number or a tensor of one element", temperature
-        )
-        check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
-    tensors = (x, centroids, flat, norm_weight, norm_bias, scale, None if weight is None else weight.detach())
-    options = (metric, float(norm_eps), float(temperature), ignore_index, float(label_smoothing), reduction)
-    chosen = pick(op, x, backend, centroids, C=classes, K=k)
-    if chosen == "reference":
-        check_label_range(op, flat, classes, ignore_index)
-        loss, prediction, own = reference.centroid_cross_entropy(*tensors, *options)
-    else:
-        loss, prediction, own = op_loss.centroid_cross_entropy(*tensors, *options, chosen)
+        scale, temperature = temperature.reshape(()).to(dtype).reciprocal(), 1.0
+    call = LossCall(
+        x=x,
+        centroids=centroids,
+        labels=flat_labels(labels),
+        metric=metric,
+        norm_weight=contiguous_in(dtype, norm_weight),
+        norm_bias=contiguous_in(dtype, norm_bias),
+        norm_eps=float(norm_eps),
+        scale=scale,
+        temperature=float(temperature),
+        class_weight=None if weight is None else contiguous_in(dtype, weight.detach()),
+        ignore_index=int(ignore_index),
+        label_smoothing=float(label_smoothing),
+        reduction=reduction,
+        grad_loss=None,
+        backend=pick(op, x, backend, centroids, C=classes, K=k),
+    )
+    loss, prediction, own, *_ = op_loss.centroid_cross_entropy(call)
+    assert loss is not None and prediction is not None and own is not None
     loss = like_pixels(x, loss) if reduction == "none" else loss
     return CentroidLoss(loss, like_pixels(x, prediction), pixel_map(x, own))
 
@@ -301,22 +280,95 @@ def subcentroid_cross_entropy(
             `ignore_index` (on a GPU it is left out).
     """
     op = "subcentroid_cross_entropy"
+    _check_contrast(x, centroids, labels, temperature, ignore_index, reduction)
+    classes, k, _ = centroids.shape
+    chosen = pick(op, x, backend, centroids, C=classes, K=k)
+    call = ContrastCall(x, centroids, flat_labels(labels), float(temperature), int(ignore_index), chosen)
+    loss = op_loss.subcentroid_cross_entropy(call, reduction)
+    return like_pixels(x, loss) if reduction == "none" else loss
+
+
+@remembered
+def _check_distance(x: Tensor, centroids: Tensor, metric: str) -> None:
+    op = "centroid_distance"
+    check_pixels(op, x)
+    check_centroids(op, x, centroids)
+    check_choice(op, "metric", metric, METRICS[1:])
+
+
+@remembered
+def _check_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str, ignore_index: int) -> None:
+    op = "class_scores"
     check_pixels(op, x)
     classes, k = check_centroids(op, x, centroids)
-    flat = check_labels(op, labels, x)
+    check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
+    check_choice(op, "metric", metric, METRICS)
+    check_ignore_index(op, ignore_index, classes)
+    if labels is not None:
+        check_labels(op, labels, x)
+
+
+@remembered
+def _check_nearest(x: Tensor, centroids: Tensor, metric: str) -> None:
+    op = "nearest_centroid"
+    check_pixels(op, x)
+    check_centroids(op, x, centroids)
+    check_choice(op, "metric", metric, METRICS)
+
+
+@remembered
+def _check_loss(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    metric: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    temperature: float | Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> None:
+    op = "centroid_cross_entropy"
+    check_pixels(op, x)
+    classes, k = check_centroids(op, x, centroids)
+    check_value(k <= MAX_SUBCENTROIDS, op, "centroids", f"[C,K,D] with K <= {MAX_SUBCENTROIDS}", centroids)
+    check_labels(op, labels, x)
+    check_choice(op, "metric", metric, METRICS)
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    ignore_index = check_ignore_index(op, ignore_index, classes * k)
+    check_ignore_index(op, ignore_index, classes)
+    check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
+    check_value(norm_eps >= 0, op, "norm_eps", "non-negative", norm_eps)
+    check_value(norm_weight is not None or norm_bias is None, op, "norm_bias", "None without norm_weight", norm_bias)
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("weight", weight)):
+        if vector is not None:
+            check_float(op, name, vector)
+            check_value(list(vector.shape) == [classes], op, name, lambda: f"[C]=[{classes}] to match centroids", vector)
+            check_device(op, name, vector, x)
+    expected = "a number or a tensor of one element"
+    if isinstance(temperature, Tensor):
+        check_float(op, "temperature", temperature)
+        check_value(temperature.numel() == 1, op, "temperature", expected, temperature)
+    else:
+        check_dtype(isinstance(temperature, (int, float)), op, "temperature", expected, temperature)
+        check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
+
+
+@remembered
+def _check_contrast(
+    x: Tensor, centroids: Tensor, labels: Tensor, temperature: float, ignore_index: int, reduction: str
+) -> None:
+    op = "subcentroid_cross_entropy"
+    check_pixels(op, x)
+    classes, k = check_centroids(op, x, centroids)
+    check_labels(op, labels, x)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_ignore_index(op, ignore_index, classes * k)
     fix = "it gets no gradient here; `centroid_cross_entropy` has one"
     check_dtype(isinstance(temperature, (int, float)), op, "temperature", "a number", temperature, fix)
     check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
-    arguments = (x, centroids, flat, float(temperature), ignore_index, reduction)
-    chosen = pick(op, x, backend, centroids, C=classes, K=k)
-    if chosen == "reference":
-        check_label_range(op, flat, classes * k, ignore_index)
-        loss = reference.subcentroid_cross_entropy(*arguments)
-    else:
-        loss = op_loss.subcentroid_cross_entropy(*arguments, chosen)
-    return like_pixels(x, loss) if reduction == "none" else loss
 
 
 __all__ = [

@@ -6,7 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._common import compute_dtype, flat_pixels, full_precision, pixel_map
+from .._common import check_label_range, compute_dtype, flat_pixels, full_precision, pixel_map
+from .calls import (
+    ContrastCall,
+    DistanceCall,
+    LossCall,
+    LossOut,
+    NearestCall,
+    NearestOut,
+    ScoresBackwardCall,
+    ScoresBackwardOut,
+    ScoresCall,
+    ScoresOut,
+    SweepCall,
+    SweepOut,
+)
 
 
 def similarity(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
@@ -22,13 +36,21 @@ def similarity(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
     return product.view(-1, *centroids.shape[:2])
 
 
-def centroid_distance(x: Tensor, centroids: Tensor, metric: str) -> Tensor:
+def centroid_distance(call: DistanceCall) -> Tensor:
     """[N,C,K]: 1 - cosine, or |x-p|^2."""
-    s = similarity(x, centroids, metric)
-    return 1 - s if metric == "cosine" else -s
+    s = similarity(call.x, call.centroids, call.metric)
+    return 1 - s if call.metric == "cosine" else -s
 
 
-def class_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def class_scores(call: ScoresCall) -> ScoresOut:
+    """Scores and winners like the pixels, own-class similarities [N,K] (zero rows for negative labels)."""
+    if call.labels is not None:
+        check_label_range("class_scores", call.labels, call.centroids.shape[0])
+    scores, winner, own = _class_scores(call.x, call.centroids, call.labels, call.metric)
+    return ScoresOut(pixel_map(call.x, scores), pixel_map(call.x, winner), own)
+
+
+def _class_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scores [N,C], winners [N,C] uint8, own-class similarities [N,K] (zero rows for labels outside [0,C))."""
     s = similarity(x, centroids, metric)
     scores, winner = s.max(2)
@@ -41,103 +63,55 @@ def class_scores(x: Tensor, centroids: Tensor, labels: Tensor | None, metric: st
     return scores, winner.to(torch.uint8), own
 
 
-def nearest_centroid(x: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_centroid(call: NearestCall) -> NearestOut:
     """Class [N], sub-centroid [N] and similarity [N] of the nearest sub-centroid of all."""
-    score, index = similarity(x, centroids, metric).flatten(1).max(1)
+    score, index = similarity(call.x, call.centroids, call.metric).flatten(1).max(1)
     finite = score.isfinite()
-    label, sub = index // centroids.shape[1], index % centroids.shape[1]
-    return torch.where(finite, label, -1), torch.where(finite, sub, -1), torch.where(finite, score, float("nan"))
+    label, sub = index // call.centroids.shape[1], index % call.centroids.shape[1]
+    return NearestOut(torch.where(finite, label, -1), torch.where(finite, sub, -1), torch.where(finite, score, float("nan")))
 
 
-def centroid_cross_entropy(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    class_weight: Tensor | None,
-    metric: str,
-    norm_eps: float,
-    temperature: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, prediction [N], own-class similarities [N,K]."""
-    counts = (labels >= 0) & (labels < centroids.shape[0])  # ignore_index is no class
-    logits, _, own = class_scores(x, centroids, labels, metric)
-    labels = torch.where(counts, labels, ignore_index)
+def centroid_cross_entropy(call: LossCall, wanted: list[bool]) -> LossOut:
+    """Loss, prediction [N], own-class similarities [N,K]; its gradients are autograd's."""
+    x, labels, classes = call.x, call.labels, call.centroids.shape[0]
+    check_label_range("centroid_cross_entropy", labels, classes, call.ignore_index)
+    counts = (labels >= 0) & (labels < classes)  # ignore_index is no class
+    logits, _, own = _class_scores(x, call.centroids, labels, call.metric)
     assert own is not None
-    if norm_weight is not None:
-        bias = None if norm_bias is None else norm_bias.to(logits.dtype)
-        with full_precision(x):
-            logits = F.layer_norm(logits, logits.shape[1:], norm_weight.to(logits.dtype), bias, norm_eps)
-    logits = logits / temperature
-    if scale is not None:
-        logits = logits * scale.to(logits.dtype)
-    weight = None if class_weight is None else class_weight.to(logits.dtype)
     with full_precision(x):
+        if call.norm_weight is not None:
+            logits = F.layer_norm(logits, logits.shape[1:], call.norm_weight, call.norm_bias, call.norm_eps)
+        logits = logits / call.temperature
+        if call.scale is not None:
+            logits = logits * call.scale
         loss = F.cross_entropy(
-            logits, labels, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
+            logits, torch.where(counts, labels, call.ignore_index), call.class_weight, ignore_index=call.ignore_index,
+            reduction=call.reduction, label_smoothing=call.label_smoothing,
+        )  # fmt: skip
     prediction = torch.where(_finite(logits), logits.argmax(1), -1)
-    return loss, prediction, own.detach()
+    return LossOut(loss, prediction, own.detach())
 
 
-def subcentroid_cross_entropy(
-    x: Tensor, centroids: Tensor, target: Tensor, temperature: float, ignore_index: int, reduction: str
-) -> Tensor:
+def subcentroid_cross_entropy(call: ContrastCall, reduction: str) -> Tensor:
     """Cross-entropy over all C*K similarities."""
-    logits = similarity(x, centroids, "dot").flatten(1) / temperature
-    target = torch.where((target >= 0) & (target < logits.shape[1]), target, ignore_index)
-    with full_precision(x):
-        return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+    logits = similarity(call.x, call.centroids, "dot").flatten(1) / call.temperature
+    check_label_range("subcentroid_cross_entropy", call.target, logits.shape[1], call.ignore_index)
+    target = torch.where((call.target >= 0) & (call.target < logits.shape[1]), call.target, call.ignore_index)
+    with full_precision(call.x):
+        return F.cross_entropy(logits, target, ignore_index=call.ignore_index, reduction=reduction)
 
 
-def scores_into(x: Tensor, centroids: Tensor, labels: Tensor, scores: Tensor, winner: Tensor, own: Tensor) -> None:
-    """What `op.scores_into` says."""
-    made = class_scores(x, centroids, labels, "dot")
-    assert made[2] is not None
-    scores.copy_(pixel_map(x, made[0]))
-    winner.copy_(pixel_map(x, made[1]))
-    own.copy_(made[2])
-
-
-def scores_and_contrast_into(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    temperature: float,
-    scale: Tensor,
-    scores: Tensor,
-    winner: Tensor,
-    own: Tensor,
-    lse: Tensor,
-    gradient: Tensor | None,
-) -> None:
-    """What `op_loss.scores_and_contrast_into` says."""
-    scores_into(x, centroids, labels, scores, winner, own)
-    dtype, kept = lse.dtype, (labels >= 0)[:, None]
-    logits = similarity(x, centroids, "dot").flatten(1) / temperature
-    if gradient is not None:
-        rows = logits.softmax(1) @ (centroids.to(dtype).flatten(0, 1) * (scale / temperature))
-        gradient.copy_(pixel_map(x, torch.where(kept, rows, 0)))
-    lse.copy_(torch.where(kept[:, 0], logits.logsumexp(1), 0))
-
-
-def add_scores_gradient_(grad: Tensor, centroids: Tensor, winner: Tensor, grad_scores: Tensor) -> None:
-    """What `op.add_scores_gradient_` says."""
-    to_scores = flat_pixels(grad_scores)
-    dense = to_scores.new_zeros(len(to_scores), *centroids.shape[:2])
-    dense.scatter_(2, flat_pixels(winner).long()[..., None], to_scores[..., None])
-    grad += pixel_map(grad, dense.flatten(1) @ centroids.to(dense.dtype).flatten(0, 1))
-
-
-def add_own_gradient_(grad: Tensor, centroids: Tensor, labels: Tensor, grad_own: Tensor) -> None:
-    """What `op.add_own_gradient_` says."""
-    rows = torch.einsum("nk,nkd->nd", grad_own, centroids.to(grad_own.dtype)[labels.clamp(min=0)])
-    grad += pixel_map(grad, torch.where((labels >= 0)[:, None], rows, 0))
+def scores_and_contrast(call: SweepCall, out: SweepOut) -> None:
+    """What the launchers of that name do. No autograd."""
+    x, labels, dtype = call.x, call.labels, out.loss.dtype
+    for target, value in zip(out, class_scores(ScoresCall(x, call.centroids, labels, "dot", call.backend)), strict=False):
+        target.copy_(value)  # type: ignore[union-attr,arg-type]
+    kept = (labels >= 0)[:, None]
+    logits = similarity(x, call.centroids, "dot").flatten(1) / call.temperature
+    if out.grad_x is not None:
+        rows = logits.softmax(1) @ (call.centroids.to(dtype).flatten(0, 1) * (call.scale / call.temperature))
+        out.grad_x.copy_(pixel_map(x, torch.where(kept, rows, 0)))
+    out.loss.copy_(torch.where(kept[:, 0], logits.logsumexp(1), 0))
 
 
 def similarity_backward(
@@ -167,44 +141,35 @@ def similarity_backward(
     return grad_pixels, grad_rows
 
 
-def class_scores_backward(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor | None,
-    metric: str,
-    winner: Tensor | None,
-    grad_scores: Tensor | None,
-    grad_own: Tensor | None,
-    grad_x: Tensor | None,
-    accumulate: bool,
-    grad_centroids: Tensor | None,
-) -> None:
+def class_scores_backward(call: ScoresBackwardCall, out: ScoresBackwardOut) -> None:
     """What the launchers of that name do, by dense products over 4096 pixels at a time. No autograd."""
-    (classes, k, _), dtype = centroids.shape, compute_dtype(x, centroids)
-    rows, pixels = centroids.to(dtype).flatten(0, 1), flat_pixels(x)
-    to_pixels = None if grad_x is None else pixels.new_empty(pixels.shape, dtype=dtype)
+    (classes, k, _), dtype = call.centroids.shape, compute_dtype(call.x, call.centroids)
+    rows, pixels = call.centroids.to(dtype).flatten(0, 1), flat_pixels(call.x)
+    to_pixels = None if out.grad_x is None else pixels.new_empty(pixels.shape, dtype=dtype)
     to_rows = torch.zeros_like(rows)
     for first in range(0, len(pixels), 4096):
         band = slice(first, first + 4096)
         some = pixels[band].to(dtype)
         grad = some.new_zeros(len(some), classes, k)
-        if grad_scores is not None and winner is not None:
-            grad.scatter_(2, flat_pixels(winner)[band].long()[..., None], flat_pixels(grad_scores)[band].to(dtype)[..., None])
-        if grad_own is not None and labels is not None:
-            y = labels[band]
+        if call.grad_scores is not None and call.winner is not None:
+            winner, to_scores = flat_pixels(call.winner)[band].long(), flat_pixels(call.grad_scores)[band].to(dtype)
+            grad.scatter_(2, winner[..., None], to_scores[..., None])
+        if call.grad_own_similarity is not None and call.labels is not None:
+            y = call.labels[band]
             kept = (y >= 0) & (y < classes)
-            own = torch.where(kept[:, None], grad_own[band].to(dtype), 0)
+            own = torch.where(kept[:, None], call.grad_own_similarity[band].to(dtype), 0)
             grad.scatter_add_(1, torch.where(kept, y, 0)[:, None, None].expand(-1, 1, k), own[:, None])
-        made = similarity_backward(some, rows, grad.flatten(1), metric, grad_x is not None, grad_centroids is not None)
+        wanted = out.grad_x is not None, out.grad_centroids is not None
+        made = similarity_backward(some, rows, grad.flatten(1), call.metric, *wanted)
         if to_pixels is not None and made[0] is not None:
             to_pixels[band] = made[0]
         if made[1] is not None:
             to_rows += made[1]
-    if grad_x is not None and to_pixels is not None:
-        total = pixel_map(x, to_pixels)
-        grad_x.copy_(total + grad_x if accumulate else total)
-    if grad_centroids is not None:
-        grad_centroids.copy_(to_rows.view_as(centroids))
+    if out.grad_x is not None and to_pixels is not None:
+        total = pixel_map(call.x, to_pixels)
+        out.grad_x.copy_(total + out.grad_x if call.accumulate else total)
+    if out.grad_centroids is not None:
+        out.grad_centroids.copy_(to_rows.view_as(call.centroids))
 
 
 def _finite(scores: Tensor) -> Tensor:
