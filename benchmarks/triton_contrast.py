@@ -11,6 +11,15 @@ from torch import Tensor
 
 from dnc_kernels.ops._common import pixel_count
 from dnc_kernels.ops.similarity import triton_contrast, triton_nearest
+from dnc_kernels.ops.similarity.calls import (
+    ContrastCall,
+    ContrastOut,
+    DistanceCall,
+    NearestCall,
+    NearestOut,
+    SweepCall,
+    SweepOut,
+)
 
 from .aot_triton import Launch
 
@@ -40,8 +49,8 @@ def _problem(device: torch.device, when: Shape) -> tuple[Tensor, Tensor, int]:
 def _nearest(device: torch.device, when: Shape) -> Callable[[], None]:
     x, centroids, n = _problem(device, when)
     label, sub = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
-    score = torch.empty(n, device=device)
-    return lambda: triton_nearest.nearest_centroid(x, centroids, "dot", label, sub, score)
+    call, nearest = NearestCall(x, centroids, "dot", "triton"), NearestOut(label, sub, torch.empty(n, device=device))
+    return lambda: triton_nearest.nearest_centroid(call, nearest)
 
 
 def _nearest_candidates(when: Shape) -> list[dict[str, Any]]:
@@ -61,8 +70,8 @@ def _nearest_candidates(when: Shape) -> list[dict[str, Any]]:
 
 def _distance(device: torch.device, when: Shape) -> Callable[[], None]:
     x, centroids, n = _problem(device, when)
-    out = torch.empty(n, *centroids.shape[:2], device=device)
-    return lambda: triton_nearest.centroid_distance(x, centroids, "cosine", out)
+    call, out = DistanceCall(x, centroids, "cosine", "triton"), torch.empty(n, *centroids.shape[:2], device=device)
+    return lambda: triton_nearest.centroid_distance(call, out)
 
 
 def _product_candidates(when: Shape) -> list[dict[str, Any]]:
@@ -86,19 +95,16 @@ def _contrast(device: torch.device, when: Shape) -> Callable[[], None]:
         target = torch.empty(n, dtype=torch.int64, device=device)
         if device.type != "meta":
             target.random_(when["C"] * when["K"])
-        return lambda: triton_contrast.subcentroid_cross_entropy(
-            x, centroids, target, 0.1, -1, None, loss, grad, None, None, None, None
-        )
+        call = ContrastCall(x, centroids, target, 0.1, -1, "triton")
+        return lambda: triton_contrast.subcentroid_cross_entropy(call, ContrastOut(loss, grad))
     labels = torch.empty(n, dtype=torch.int64, device=device)
     if device.type != "meta":
         # labels of a picture change rarely along a row
         labels.copy_(torch.randint(when["C"], (n // 64 + 1,), device=device).repeat_interleave(64)[:n])
     scores = torch.empty(x.shape[0], when["C"], *x.shape[2:], device=device)
     winner, own = torch.empty_like(scores, dtype=torch.uint8), torch.empty(n, when["K"], device=device)
-    scale = torch.ones((), device=device)
-    return lambda: triton_contrast.subcentroid_cross_entropy(
-        x, centroids, None, 0.1, -1, scale, loss, grad, labels, scores, winner, own
-    )
+    sweep = SweepCall(x, centroids, labels, 0.1, torch.ones((), device=device), "triton")
+    return lambda: triton_contrast.scores_and_contrast(sweep, SweepOut(scores, winner, own, loss, grad))
 
 
 def _contrast_candidates(when: Shape) -> list[dict[str, Any]]:

@@ -10,6 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_kernels.ops._common import pixel_count
+from dnc_kernels.ops.similarity.calls import (
+    LossCall,
+    LossOut,
+    ScoresBackwardCall,
+    ScoresBackwardOut,
+    ScoresCall,
+    ScoresOut,
+)
 
 from . import triton_contrast
 from .aot_triton import Launch
@@ -48,7 +56,8 @@ def class_scores(device: torch.device, when: dict[str, int]) -> Callable[[], Non
     x, centroids, labels = inputs(device, when)
     scores = x.new_empty((x.shape[0], when["C"], *x.shape[2:]), dtype=torch.float32)
     winner, own = scores.to(torch.uint8), scores.new_empty((len(labels), when["K"]))
-    return lambda: triton.class_scores(x, centroids, labels, "dot", scores, winner, own)
+    call = ScoresCall(x, centroids, labels, "dot", "triton")
+    return lambda: triton.class_scores(call, ScoresOut(scores, winner, own))
 
 
 def _gradient(device: torch.device, when: dict[str, int], *, to_x: bool) -> Callable[[], None]:
@@ -60,9 +69,9 @@ def _gradient(device: torch.device, when: dict[str, int], *, to_x: bool) -> Call
     if device.type != "meta":
         grad.normal_()
         winner.random_(when["K"])
-    target = torch.empty_like(x) if to_x else None
-    to_centroids = None if to_x else torch.empty_like(centroids)
-    return lambda: triton.class_scores_backward(x, centroids, labels, "dot", winner, grad, None, target, False, to_centroids)
+    out = ScoresBackwardOut(torch.empty_like(x) if to_x else None, None if to_x else torch.empty_like(centroids))
+    call = ScoresBackwardCall(x, centroids, labels, "dot", winner, grad, None, False, "triton")
+    return lambda: triton.class_scores_backward(call, out)
 
 
 def scores_gradient(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
@@ -82,12 +91,12 @@ def centroid_loss(device: torch.device, when: dict[str, int]) -> Callable[[], No
     x, centroids, labels = inputs(device, when)
     gain = torch.ones(when["C"], device=device)
     shift = torch.zeros_like(gain)
-    loss = gain.new_empty(())
-    prediction, own = torch.empty_like(labels), gain.new_empty((len(labels), when["K"]))
-    grads = (torch.empty_like(x), None, torch.empty_like(gain), torch.empty_like(gain), None)
-    return lambda: triton.centroid_cross_entropy(
-        x, centroids, labels, gain, shift, None, None, "dot", 1e-5, 1.0, -100, 0.0, "sum", None, loss, prediction, own, *grads
-    )
+    call = LossCall(x, centroids, labels, "dot", gain, shift, 1e-5, None, 1.0, None, -100, 0.0, "sum", None, "triton")
+    out = LossOut(
+        loss=gain.new_empty(()), prediction=torch.empty_like(labels), own_similarity=gain.new_empty((len(labels), when["K"])),
+        grad_x=torch.empty_like(x), grad_norm_weight=torch.empty_like(gain), grad_norm_bias=torch.empty_like(gain),
+    )  # fmt: skip
+    return lambda: triton.centroid_cross_entropy(call, out)
 
 
 def _candidates(

@@ -17,6 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dnc_kernels.ops.embedding.calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
+from dnc_kernels.ops.similarity.calls import (
+    ContrastCall,
+    ContrastOut,
+    DistanceCall,
+    LossCall,
+    LossOut,
+    NearestCall,
+    NearestOut,
+    ScoresBackwardCall,
+    ScoresBackwardOut,
+    ScoresCall,
+    ScoresOut,
+    SweepCall,
+    SweepOut,
+)
+from dnc_kernels.ops.upsample.calls import ArgmaxCall, UpsampleCall, UpsampleOut
+
 from .aot_triton import compiling, product_precision, row_of
 from .machine_code import Row
 from .machine_code import faults as resource_faults
@@ -82,7 +100,8 @@ def _class_scores(point: Point) -> None:
     x, centroids, labels = _problem(point)
     scores = pixels(point, point["C"], torch.float32)
     own = numbers(count(x), point["K"]) if point["own"] else None
-    triton.class_scores(x, centroids, labels if point["own"] else None, point["metric"], scores, scores.to(torch.uint8), own)
+    call = ScoresCall(x, centroids, labels if point["own"] else None, point["metric"], "triton")
+    triton.class_scores(call, ScoresOut(scores, scores.to(torch.uint8), own))
 
 
 def _scores_backward(point: Point) -> None:
@@ -92,11 +111,12 @@ def _scores_backward(point: Point) -> None:
     grad_scores = pixels(point, point["C"], torch.float32)
     own = numbers(count(x), point["K"]) if point["own"] else None
     dot = point["metric"] == "dot"
-    triton.class_scores_backward(
+    call = ScoresBackwardCall(
         x, centroids, labels if point["own"] else None, point["metric"], grad_scores.to(torch.uint8), grad_scores, own,
-        torch.empty_like(x) if point["to_x"] else None, point["accumulate"] and dot,
-        None if point["to_x"] else torch.empty_like(centroids),
+        point["accumulate"] and dot, "triton",
     )  # fmt: skip
+    to_x, to_centroids = (torch.empty_like(x), None) if point["to_x"] else (None, torch.empty_like(centroids))
+    triton.class_scores_backward(call, ScoresBackwardOut(to_x, to_centroids))
 
 
 def _centroid_loss(point: Point) -> None:
@@ -120,24 +140,26 @@ def _centroid_loss(point: Point) -> None:
     loss, prediction, own = (
         (numbers(), numbers(n, dtype=torch.int64), numbers(n, point["K"])) if forward else (None, None, None)
     )
-    triton.centroid_cross_entropy(
-        x, centroids, labels, gain, gain, scale, numbers(classes) if smooth else None, point["metric"], 1e-5, 1.0, -100, smooth,
-        reduction, grad_loss, loss, prediction, own, *grads,
+    call = LossCall(
+        x, centroids, labels, point["metric"], gain, gain, 1e-5, scale, 1.0, numbers(classes) if smooth else None, -100, smooth,
+        reduction, grad_loss, "triton",
     )  # fmt: skip
+    triton.centroid_cross_entropy(call, LossOut(loss, prediction, own, *grads))
 
 
 def _nearest(point: Point) -> None:
     from dnc_kernels.ops.similarity import triton
 
     x, centroids, labels = _problem(point)
-    triton.nearest_centroid(x, centroids, point["metric"], labels, torch.empty_like(labels), numbers(count(x)))
+    call = NearestCall(x, centroids, point["metric"], "triton")
+    triton.nearest_centroid(call, NearestOut(labels, torch.empty_like(labels), numbers(count(x))))
 
 
 def _distance(point: Point) -> None:
     from dnc_kernels.ops.similarity import triton
 
     x, centroids, _ = _problem(point)
-    triton.centroid_distance(x, centroids, point["metric"], numbers(count(x), point["C"], point["K"]))
+    triton.centroid_distance(DistanceCall(x, centroids, point["metric"], "triton"), numbers(count(x), point["C"], point["K"]))
 
 
 def _contrast(point: Point) -> None:
@@ -147,16 +169,17 @@ def _contrast(point: Point) -> None:
     loss = numbers(count(x))
     grad = torch.empty_like(x) if point["grad"] else None
     if point["target"]:
-        triton.subcentroid_cross_entropy(x, centroids, index, 0.1, -1, None, loss, grad, None, None, None, None)
+        call = ContrastCall(x, centroids, index, 0.1, -1, "triton")
+        triton.subcentroid_cross_entropy(call, ContrastOut(loss, grad))
         return
     scores, own = pixels(point, point["C"], torch.float32), numbers(count(x), point["K"])
-    triton.subcentroid_cross_entropy(
-        x, centroids, None, 0.1, -1, numbers(), loss, grad, index, scores, scores.to(torch.uint8), own
-    )
+    out = SweepOut(scores, scores.to(torch.uint8), own, loss, grad)
+    triton.scores_and_contrast(SweepCall(x, centroids, index, 0.1, numbers(), "triton"), out)
 
 
 def _sinkhorn(point: Point) -> None:
     from dnc_kernels.ops.sinkhorn import triton
+    from dnc_kernels.ops.sinkhorn.calls import SinkhornBackwardCall, SinkhornBackwardOut, SinkhornCall, SinkhornOut
 
     n, g, k = 65536 + 16 * point["odd"], point["C"], point["K"]
     similarity = numbers(n, k, dtype=dtype_of(point))
@@ -165,24 +188,27 @@ def _sinkhorn(point: Point) -> None:
     tolerance = 1e-3 if point["tolerance"] else -1.0
     assignment, plan = numbers(n, dtype=torch.int64), numbers(n, k)
     history, steps = numbers(4, g, k), numbers(g, dtype=torch.int64)
+    call = SinkhornCall(similarity, group, g, 0.05, 3, tolerance, "triton")
     if point["plan"]:
-        triton.sinkhorn(similarity, group, g, 0.05, 3, tolerance, None, plan, history, steps)
-        triton.sinkhorn_backward(similarity, group, g, 0.05, history, steps, plan, torch.empty_like(plan))
+        triton.sinkhorn(call, SinkhornOut(None, plan, history, steps))
+        backward = SinkhornBackwardCall(similarity, group, g, 0.05, history, steps, plan, "triton")
+        triton.sinkhorn_backward(backward, SinkhornBackwardOut(torch.empty_like(plan)))
     else:
-        triton.sinkhorn(similarity, group, g, 0.05, 3, tolerance, assignment, None, None, None)
+        triton.sinkhorn(call, SinkhornOut(assignment))
 
 
 def _momentum(point: Point) -> None:
     from dnc_kernels.ops.momentum import triton
+    from dnc_kernels.ops.momentum.calls import ApplyCall, SumsCall, SumsOut, UpdateCall
 
     x = pixels(point, point["D"])
     rows, cluster = numbers(point["C"] * point["K"], point["D"]), numbers(count(x), dtype=torch.int64)
     counts = numbers(len(rows), dtype=torch.int64)
     if point["update"]:
-        triton.momentum_update_(rows, x, cluster, 0.999)
-        triton.apply_momentum_(rows, torch.empty_like(rows), counts, 0.999)
+        triton.momentum_update_(UpdateCall(rows, x, cluster, 0.999, True, "triton"))
+        triton.apply_momentum_(ApplyCall(rows, torch.empty_like(rows), counts, 0.999, "triton"))
     else:
-        triton.cluster_sums(x, cluster, rows, counts)
+        triton.cluster_sums(SumsCall(x, cluster, "triton"), SumsOut(rows, counts))
 
 
 def _embedding(point: Point) -> None:
@@ -191,10 +217,13 @@ def _embedding(point: Point) -> None:
     x = pixels(point, point["D"])
     weight = numbers(point["D"]) if point["affine"] else None
     mean, rstd, inverse_norm = (numbers(count(x)) for _ in range(3))
-    triton.normalize(x, weight, weight, 1e-5, torch.empty_like(x), mean, rstd, inverse_norm)
+    triton.normalize_embedding(
+        NormalizeCall(x, weight, weight, 1e-5, "triton"), NormalizeOut(torch.empty_like(x), mean, rstd, inverse_norm)
+    )
     to_rstd = numbers(count(x)) if point["to_rstd"] else None
-    triton.normalize_backward(
-        x, weight, weight, mean, rstd, inverse_norm, torch.empty_like(x), to_rstd, torch.empty_like(x), weight, weight
+    triton.normalize_embedding_backward(
+        NormalizeBackwardCall(x, weight, weight, mean, rstd, inverse_norm, torch.empty_like(x), to_rstd, "triton"),
+        NormalizeBackwardOut(torch.empty_like(x), weight, weight),
     )
 
 
@@ -213,17 +242,17 @@ def _upsample(point: Point) -> None:
     # the addresses of the labels are of the same size as those of the scores
     labels = numbers(batch, *size, dtype=torch.int64)
     if point["what"] == "argmax":
-        triton.argmax(scores, point["align"], labels)
+        triton.upsample_argmax(ArgmaxCall(scores, point["align"], "triton"), labels)
         return
     weight = numbers(point["C"]) if point["weight"] else None
     smooth = 0.1 if point["smooth"] else 0.0
     sums, grad = numbers(2, dtype=torch.float64), torch.empty_like(scores, dtype=torch.float32)
-    later = point["what"] == "later"
+    later, each = point["what"] == "later", point["what"] == "none"
     loss = numbers(*labels.shape)
-    triton.cross_entropy(
-        scores, labels, weight, point["align"], -100, smooth, None, loss if later else None, None if later else sums,
-        loss if point["what"] == "none" else None, None if point["what"] == "none" else grad,
-    )  # fmt: skip
+    triton.upsample_cross_entropy(
+        UpsampleCall(scores, labels, 0, 0, 0, 0, point["align"], weight, -100, smooth, loss if later else None, "triton"),
+        UpsampleOut(None if later else sums, loss if each else None, None if each else grad),
+    )
 
 
 _SIMILARITY = {"D": CHANNELS, "C": CLASSES, "K": SUBCENTROIDS, "dtype": DTYPES, "layout": LAYOUTS}

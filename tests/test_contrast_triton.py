@@ -8,6 +8,7 @@ from tolerances import assert_close
 triton_contrast = pytest.importorskip("dnc_kernels.ops.similarity.triton_contrast")
 from dnc_kernels.ops._common import flat_pixels  # noqa: E402
 from dnc_kernels.ops.similarity import triton_contrast_bands  # noqa: E402
+from dnc_kernels.ops.similarity.calls import ContrastCall, ContrastOut, SweepCall, SweepOut  # noqa: E402
 
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +46,8 @@ def junk_like(x):
 def run(x, p, target, temperature=0.2, ignore_index=-1, gradient=True):
     loss = torch.full(target.shape, 77.0, device=DEVICE)
     grad = junk_like(x) if gradient else None
-    triton_contrast.subcentroid_cross_entropy(x, p, target, temperature, ignore_index, None, loss, grad, None, None, None, None)
+    call = ContrastCall(x, p, target, temperature, ignore_index, "triton")
+    triton_contrast.subcentroid_cross_entropy(call, ContrastOut(loss, grad))
     return loss, grad
 
 
@@ -156,7 +158,8 @@ def run_scores(x, p, labels, temperature=0.2, scale=1.5, gradient=True):
         winner = winner.permute(0, 3, 1, 2).contiguous()
     grad = junk_like(x) if gradient else None
     factor = torch.tensor(scale, device=DEVICE)
-    triton_contrast.subcentroid_cross_entropy(x, p, None, temperature, -1, factor, loss, grad, labels, scores, winner, own)
+    call = SweepCall(x, p, labels, temperature, factor, "triton")
+    triton_contrast.scores_and_contrast(call, SweepOut(scores, winner, own, loss, grad))
     return loss, grad, scores, winner, own
 
 

@@ -9,6 +9,7 @@ triton_nearest = pytest.importorskip("dnc_kernels.ops.similarity.triton_nearest"
 from dnc_kernels.ops import _triton  # noqa: E402
 from dnc_kernels.ops._common import flat_pixels  # noqa: E402
 from dnc_kernels.ops.similarity import reference, triton_pack  # noqa: E402
+from dnc_kernels.ops.similarity.calls import DistanceCall, NearestCall, NearestOut  # noqa: E402
 
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,7 +70,7 @@ def nearest(x, centroids, metric):
     n = x.numel() // x.shape[1]
     label, sub = (torch.full((n,), 77, device=DEVICE) for _ in range(2))
     score = torch.full((n,), 77.0, device=DEVICE)
-    triton_nearest.nearest_centroid(x, centroids, metric, label, sub, score)
+    triton_nearest.nearest_centroid(NearestCall(x, centroids, metric, "triton"), NearestOut(label, sub, score))
     return label, sub, score
 
 
@@ -158,7 +159,7 @@ def check_distance(x, centroids, metric):
     s = similarity(x, centroids, metric)
     expected = 1 - s if metric == "cosine" else -s
     out = torch.full(expected.shape, 77.0, device=DEVICE)
-    triton_nearest.centroid_distance(x, centroids, metric, out)
+    triton_nearest.centroid_distance(DistanceCall(x, centroids, metric, "triton"), out)
     allowed = bound("similarity", out, expected, terms=x.shape[1], scale=scale(x, centroids, metric))
     assert ((out.double() - expected).abs() <= allowed).all()
 
@@ -181,4 +182,4 @@ def test_cosine_of_zero_vectors_is_zero(dtype):
 def test_no_pixels():
     x, centroids = problem(0, 3, 2, 8, torch.float32)
     assert nearest(x, centroids, "dot")[0].shape == (0,)
-    triton_nearest.centroid_distance(x, centroids, "cosine", x.new_empty(0, 3, 2))
+    triton_nearest.centroid_distance(DistanceCall(x, centroids, "cosine", "triton"), x.new_empty(0, 3, 2))

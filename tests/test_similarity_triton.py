@@ -14,6 +14,7 @@ from tolerances import assert_close
 from dnc_kernels import ops
 from dnc_kernels.ops._triton import configured
 from dnc_kernels.ops.similarity import op
+from dnc_kernels.ops.similarity.calls import ScoresBackwardCall, ScoresBackwardOut
 
 pytestmark = pytest.mark.triton
 pytest.importorskip("triton")
@@ -116,8 +117,9 @@ def test_gradients_are_added_to_what_is_there(name):
     actual, expected = before.clone(), before.double()
     labels[labels >= 19] = -100
     for grad, q, backend in ((actual, p, "triton"), (expected, p.double(), "reference")):
-        op.add_scores_gradient_(grad, q, winner, to_scores.to(grad.dtype), backend)
-        op.add_own_gradient_(grad, q, labels, to_own.to(grad.dtype), backend)
+        for sent in ((None, winner, to_scores.to(grad.dtype), None), (labels, None, None, to_own.to(grad.dtype))):
+            call = ScoresBackwardCall(grad, q, sent[0], "dot", *sent[1:], True, backend)
+            op.class_scores_backward.into(call, ScoresBackwardOut(grad, None))
     assert_close(actual.cpu(), expected.cpu(), "similarity", terms=22, scale=10.0)
 
 
@@ -166,6 +168,21 @@ def test_loss(norm, to_centroids, reduction):
     for c in (37, 11):
         x, p, labels = problem(c=c)
         check_loss(x, p, labels, to_centroids, reduction=reduction, **options_of(c, norm, not norm, 0.1 if norm else 0.0))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradient_of_the_temperature_alone(reduction):
+    """Nothing else needs one: it was left unmade."""
+    for c in (37, 11):
+        x, p, labels = problem(c=c)
+        made = []
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+            temperature = torch.tensor(0.7, device=DEVICE, dtype=dtype, requires_grad=True)
+            y = torch.where(labels < c, labels, -100)
+            options = {"temperature": temperature, "reduction": reduction, "backend": backend}
+            loss = ops.centroid_cross_entropy(x.to(dtype), p.to(dtype), y, **options).loss
+            made.append(torch.autograd.grad(loss.sum(), temperature)[0].cpu())
+        assert_close(*made, "loss_gradient", terms=40)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -167,6 +167,23 @@ def test_the_nearest_shape_class_is_taken(monkeypatch):
     _triton._chosen.cache_clear()
 
 
+def test_a_plan_is_made_once_for_a_layout_and_anew_under_other_configurations():
+    made = []
+
+    @_triton.planned
+    def plan(x, width):
+        made.append((x, width))
+        return len(made)
+
+    x = torch.empty(4, 8)
+    assert [plan(t, w) for t, w in ((x, 1), (torch.empty(4, 8), 1), (x, 2), (x[:2], 1), (torch.empty(8, 4).T, 1), (x.double(), 1))] == [
+        1, 1, 2, 3, 4, 5,
+    ]  # fmt: skip
+    with _triton.configured("some_kernel", a=1):
+        assert plan(x, 1) == 6
+    assert plan(x, 1) == 1
+
+
 TILE = {"BLOCK_N": 128, "BLOCK_D": 64, "KEEP_D": 256, "num_warps": 8, "num_stages": 3}
 
 
@@ -512,3 +529,15 @@ def test_faults_are_named():
 def test_instructions_are_found_at_the_start_of_a_line():
     ptx = "  wgmma.mma_async.sync x;\n  @%p1 red.global.add y;\n ld.shared.b32 z;\n"
     assert aot_triton.features(ptx) == ["wgmma", "red"]
+
+
+def test_configurations_in_force_may_be_closed_in_any_order():
+    """As those of two threads are."""
+    before = list(_triton._overrides)
+    first, second = _triton.configured("kernel", BLOCK=1), _triton.configured("kernel", BLOCK=2)
+    first.__enter__(), second.__enter__()
+    assert _triton.configuration("similarity", "kernel", torch.device("cpu")) == {"BLOCK": 2}
+    first.__exit__(None, None, None)
+    assert _triton.configuration("similarity", "kernel", torch.device("cpu")) == {"BLOCK": 2}
+    second.__exit__(None, None, None)
+    assert _triton._overrides == before

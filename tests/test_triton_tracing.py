@@ -33,7 +33,7 @@ def integers(high, *shape):
 
 
 def checked_ops():
-    """Name -> op and arguments; the last is the backend."""
+    """Name -> op and arguments."""
     n = 10
     x, p, y = unit(n, D), unit(C, K, D), integers(C, n)
     maps, map_labels = torch.randn(1, C, 2, 3, device=DEVICE), integers(C, 1, 4, 5)
@@ -41,51 +41,51 @@ def checked_ops():
     own, group = torch.randn(n, K, device=DEVICE), integers(4, n)
     history, steps = torch.zeros(4, 4, K, device=DEVICE), torch.full((4,), 3, device=DEVICE)
     cluster, counts = integers(C * K, n), torch.ones(C * K, dtype=torch.int64, device=DEVICE)
-    losses, options = (None, None, None, None), ("dot", 1e-5, 1.0, -1, 0.1)
+    losses = ("dot", None, None, 1e-5, None, 1.0, None, -1, 0.1)
     winner = torch.zeros(n, C, dtype=torch.uint8, device=DEVICE)
     to_scores = torch.randn(n, C, device=DEVICE)
     wanted = x.clone().requires_grad_()
     return {
-        "centroid_distance": (similarity.centroid_distance, (wanted, p, "cosine")),
-        "class_scores": (similarity.class_scores, (wanted, p, y, "dot")),
+        "centroid_distance": (similarity.centroid_distance, (wanted, p, "cosine", "triton")),
+        "class_scores": (similarity.class_scores, (wanted, p, y, "dot", "triton")),
         "class_scores_backward": (
             similarity.class_scores_backward,
-            (x, p, y, "dot", winner, to_scores, own, True, True),
+            (x, p, y, "dot", winner, to_scores, own, False, "triton", [True, True]),
         ),
-        "nearest_centroid": (similarity.nearest_centroid, (x, p, "sqeuclidean")),
-        "loss": (op_loss._loss_op, (wanted, p, y, *losses, *options, "none", [False] * 4)),
+        "nearest_centroid": (similarity.nearest_centroid, (x, p, "sqeuclidean", "triton")),
+        "loss": (op_loss._loss, (wanted, p, y, *losses, "none", None, "triton", [False] * 5)),
         "loss_backward": (
-            op_loss._loss_backward_op,
-            (torch.ones((), device=DEVICE), x, p, y, *losses, *options, "sum", [True, True, False, False, False]),
+            op_loss._loss_backward,
+            (x, p, y, *losses, "sum", torch.ones((), device=DEVICE), "triton", [True, True, False, False, False]),
         ),
-        "contrast": (op_loss._contrast_op, (x, p, cluster, 0.5, -1, False)),
-        "sinkhorn_assign": (sinkhorn.sinkhorn_assign, (own, group, 4, 0.05, 3, -1.0)),
-        "sinkhorn_plan": (sinkhorn.sinkhorn_plan, (own.clone().requires_grad_(), group, 4, 0.05, 3, -1.0)),
-        "sinkhorn_plan_backward": (sinkhorn.sinkhorn_plan_backward, (own, group, 4, 0.05, history, steps, own.sin())),
-        "cluster_sums": (momentum.cluster_sums, (x, cluster, C * K)),
-        "apply_momentum_": (momentum.apply_momentum_, (p.clone(), unit(C * K, D), counts, 0.9)),
-        "momentum_update_": (momentum.momentum_update_, (p.clone(), x, cluster, 0.9, True)),
-        "normalize_embedding": (embedding.normalize_embedding, (wanted, weight, None, 1e-5)),
+        "contrast": (op_loss._contrast, (x, p, cluster, 0.5, -1, "triton", False)),
+        "sinkhorn_assign": (sinkhorn.sinkhorn_assign, (own, group, 4, 0.05, 3, -1.0, "triton")),
+        "sinkhorn_plan": (sinkhorn.sinkhorn_plan, (own.clone().requires_grad_(), group, 4, 0.05, 3, -1.0, "triton")),
+        "sinkhorn_plan_backward": (sinkhorn.sinkhorn_plan_backward, (own, group, 4, 0.05, history, steps, own.sin(), "triton")),
+        "cluster_sums": (momentum.cluster_sums, (x, cluster, "triton", C * K)),
+        "apply_momentum_": (momentum.apply_momentum_, (p.clone(), unit(C * K, D), counts, 0.9, "triton")),
+        "momentum_update_": (momentum.momentum_update_, (p.clone(), x, cluster, 0.9, True, "triton")),
+        "normalize_embedding": (embedding.normalize_embedding, (wanted, weight, None, 1e-5, "triton")),
         "normalize_embedding_backward": (
             embedding.normalize_embedding_backward,
-            (x, weight, None, rows, rows, rows, x.sin(), rows, True, True, False),
+            (x, weight, None, rows, rows, rows, x.sin(), rows, "triton", [True, True, False]),
         ),
         "upsample_loss": (
-            upsample._loss_op,
-            (maps.clone().requires_grad_(), map_labels, None, True, -1, 0.1, "none", False),
+            upsample._loss,
+            (maps.clone().requires_grad_(), map_labels, 0, 0, 0, 0, True, None, -1, 0.1, None, "triton", "none", False),
         ),
         "upsample_backward": (
-            upsample._backward_op,
-            (torch.rand(1, 4, 5, device=DEVICE), maps, map_labels, None, False, -1, 0.0),
+            upsample._loss_backward,
+            (maps, map_labels, 0, 0, 0, 0, False, None, -1, 0.0, torch.rand(1, 4, 5, device=DEVICE), "triton"),
         ),
-        "upsample_argmax": (upsample.upsample_argmax, (maps, 4, 5, False)),
+        "upsample_argmax": (upsample.upsample_argmax, (maps, False, "triton", 4, 5)),
     }
 
 
 @pytest.mark.parametrize("name", list(checked_ops()))
 def test_opcheck(name):
     op, arguments = checked_ops()[name]
-    torch.library.opcheck(op._opoverload, (*arguments, "triton"))
+    torch.library.opcheck(op.overload, arguments)
 
 
 @pytest.mark.parametrize("name", ["loss", "contrast", "upsample_loss"])
@@ -94,12 +94,18 @@ def test_opcheck_of_gradients_made_early(name):
     x, p, y = unit(10, D).requires_grad_(), unit(C, K, D), integers(C, 10)
     maps = torch.randn(1, C, 2, 3, device=DEVICE, requires_grad=True)
     op, arguments = {
-        "loss": (op_loss._loss_op, (x, p, y, *(None,) * 4, "dot", 1e-5, 1.0, -1, 0.1, "sum", [True, False, False, False])),
-        "contrast": (op_loss._contrast_op, (x, p, y, 0.5, -1, True)),
-        "upsample_loss": (upsample._loss_op, (maps, integers(C, 1, 4, 5), None, True, -1, 0.1, "mean", True)),
+        "loss": (
+            op_loss._loss,
+            (x, p, y, "dot", None, None, 1e-5, None, 1.0, None, -1, 0.1, "sum", None, "triton", [True, *[False] * 4]),
+        ),
+        "contrast": (op_loss._contrast, (x, p, y, 0.5, -1, "triton", True)),
+        "upsample_loss": (
+            upsample._loss,
+            (maps, integers(C, 1, 4, 5), 0, 0, 0, 0, True, None, -1, 0.1, None, "triton", "mean", True),
+        ),
     }[name]
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op._opoverload, (*arguments, "triton"), test_utils=utilities)
+    torch.library.opcheck(op.overload, arguments, test_utils=utilities)
 
 
 # one graph, whatever the size; no wait; a CUDA graph

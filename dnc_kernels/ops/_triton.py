@@ -11,10 +11,10 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from .._evidence import slug
 from ..backends import INTERPRETED, capability
+from ._common import _REMEMBERED
 
+R = TypeVar("R")
 _INTERPRETED = tl.constexpr(INTERPRETED)
 if INTERPRETED and triton.__version__.startswith("3.6."):
     # its interpreter takes a bound of a loop by int() of an array of one element, which numpy refuses from 2.4 on
@@ -42,7 +44,7 @@ _recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Non
 _kind: str | None = None
 _kind_shared = math.inf
 #: Configurations in force instead of the stored ones, by kernel: the tuner's and the tests'.
-_overrides: dict[str, dict[str, Any]] = {}
+_overrides: list[tuple[str, dict[str, Any]]] = []
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -64,6 +66,46 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
+class Launch(NamedTuple):
+    """What a launch takes beside its tensors."""
+
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]  # behind the tensors
+    options: dict[str, Any]
+
+
+def planned(plan: Callable[..., R]) -> Callable[..., R]:
+    """Decorator of what a launcher derives from layouts (of tensors), options and the device alone: made once for each of them.
+
+    Not where configurations are in force for a block of code, or another device kind is.
+    """
+    made: dict[tuple[Any, ...], R] = {}
+
+    @wraps(plan)
+    def run(*arguments: Any) -> R:
+        if _overrides or _kind is not None:
+            return plan(*arguments)
+        key: list[Any] = []
+        for value in arguments:
+            if isinstance(value, Tensor):
+                key += value.shape, value.stride(), value.dtype, value.device
+            else:
+                key.append(value)
+        found = made.get(tuple(key))
+        if found is None:
+            if len(made) >= _REMEMBERED:
+                made.clear()
+            found = made[tuple(key)] = plan(*arguments)
+        return found
+
+    return run
+
+
+def cdiv(a: int, b: int) -> int:
+    """A / b, rounded up. Triton's, which serves kernels as well, costs 2 us."""
+    return -(-a // b)
+
+
 def scale(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """`x` times `factor` [] to `out`, which may be x: elements without gaps. A factor of 1 in place costs nothing."""
     block = 4096
@@ -82,8 +124,8 @@ def _scale_kernel(x_ptr, factor_ptr, out_ptr, N, IN_PLACE: tl.constexpr, BLOCK: 
 
 
 def dot_precision(x: Tensor) -> str:
-    """``input_precision`` of a float32 product: what torch's own setting says (16-bit products ignore it)."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """``input_precision`` of a product of x: for float32 what torch's own setting says; it means nothing in 16 bits."""
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def processors(device: torch.device) -> int:
@@ -152,8 +194,9 @@ def configuration(family: str, kernel: str, device: torch.device, need: Need | N
 
     need: bytes of it; None: a kernel that needs little whatever its configuration.
     """
-    if kernel in _overrides:
-        return dict(_overrides[kernel])
+    for name, use in reversed(_overrides):
+        if name == kernel:
+            return dict(use)
     return dict(_chosen(family, kernel, device_kinds(device), tuple(sorted(shape.items())), need, shared_memory(device)))
 
 
@@ -227,16 +270,19 @@ def tile_of(size: int, block: int | None = None, least: int = 16) -> int:
 
 @contextmanager
 def configured(kernel: str, **use: Any) -> Iterator[None]:
-    """Run `kernel` with these meta-parameters inside the block (process-wide)."""
-    before = _overrides.get(kernel)
-    _overrides[kernel] = use
+    """Run `kernel` with these meta-parameters inside the block: process-wide, as backward passes have threads of their own.
+
+    The block that was opened last counts, whichever is closed first.
+    """
+    block = (kernel, use)
+    _overrides.append(block)
     try:
         yield
     finally:
-        if before is None:
-            del _overrides[kernel]
-        else:
-            _overrides[kernel] = before
+        for i, other in enumerate(_overrides):
+            if other is block:
+                del _overrides[i]
+                break
 
 
 class Pixels(NamedTuple):
@@ -294,6 +340,12 @@ def pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP: tl.constexpr):
         offset += wide_unless(inside // width, MAP >= 3) * stride_h
         inside = inside % width
     return offset + wide_unless(inside, MAP >= 3) * stride_w
+
+
+@triton.jit
+def offset_of(n, at, MAP: tl.constexpr):
+    """`pixel_offset` of pixels n of a tensor with addresses `at` (Pixels)."""
+    return pixel_offset(n, at.hw, at.width, at.stride_b, at.stride_h, at.stride_w, MAP)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Launchers of the Triton similarity kernels; the functions are those of native.py.
+"""Launchers of the Triton similarity kernels; the functions are those of cpu.py.
 
 Products run in the dtype of x: sub-centroids are rounded to it once, when they are packed. float32 products follow torch's own
 setting (``torch.backends.cuda.matmul.fp32_precision``): full float32, or tf32.
@@ -6,31 +6,31 @@ setting (``torch.backends.cuda.matmul.fp32_precision``): full float32, or tf32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
-from .._common import METRICS, pixel_count
+from .._common import pixel_count
 from .._triton import (
-    SCRATCH,
-    configuration,
+    Launch,
+    Pixels,
+    cdiv,
     dot_precision,
-    kept_rows,
     launch,
     map_kind,
     pixels_of,
+    planned,
     processors,
-    steps_held,
     tile_of,
-    vectors,
 )
-from . import triton_loss, triton_scores
-from .triton_contrast import subcentroid_cross_entropy
+from . import triton_scores
+from .calls import LossCall, LossOut, ScoresBackwardCall, ScoresBackwardOut, ScoresCall, ScoresOut
+from .triton_blocks import Packing, configured, packing_of
+from .triton_contrast import scores_and_contrast, subcentroid_cross_entropy
+from .triton_loss import Classes, Results, Sizes, Slab, Sums, centroid_loss_kernel
 from .triton_nearest import centroid_distance, nearest_centroid
-from .triton_pack import Slots, pack_rows
+from .triton_pack import pack_rows
 
 #: Beyond this many classes the scores of 16-bit pixels are kept in bfloat16 between the two products of a loss.
 SPILL_CLASSES = 4096
@@ -38,260 +38,210 @@ SPILL_CLASSES = 4096
 GRADIENT_BAND, GRADIENT_NUMBERS = 16384, 2**25
 
 
-class _Packed(NamedTuple):
-    """Sub-centroids in the order of the products, and the meta-parameters they were packed for."""
-
-    rows: Tensor  # [tiles * groups * BLOCK_K * BLOCK_C, depth]
-    bias: Tensor  # as many, for sqeuclidean
-    tiles: int  # of classes
-    groups: int  # of k
-    blocks: dict[str, int]
-    options: dict[str, int]  # num_warps, num_stages, ...
-
-    @property
-    def depth(self) -> int:
-        """D, rounded up to whole blocks."""
-        return self.rows.shape[-1]
+@planned
+def _squares_plan(x: Tensor) -> Launch:
+    n, at = pixel_count(x), pixels_of(x)
+    blocks = {"BLOCK_N": 32, "BLOCK_D": 128} if at.stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 32}
+    return Launch((cdiv(n, blocks["BLOCK_N"]),), (at, n, x.shape[1]), {"X_MAP": map_kind(x, at), **blocks, "num_warps": 4})
 
 
-def bits_of(x: Tensor) -> int:
-    """What products of x are made of: 16, 19 (tf32) or 32 bits."""
-    if x.dtype != torch.float32:
-        return 16
-    return 19 if dot_precision(x) == "tf32" else 32
-
-
-def _blocks(use: Mapping[str, Any], shape: Mapping[str, int]) -> dict[str, int]:
-    """Block sizes of a configuration, no larger than a shape needs; BLOCK_D holds all channels where the tile of x is kept."""
-    blocks = {key: size for key, size in use.items() if key.startswith("BLOCK_")}
-    for key, size, least in (("BLOCK_C", shape["C"], 16), ("BLOCK_K", shape["K"], 1), ("BLOCK_GRAD", shape["D"], 16)):
-        if key in blocks:
-            blocks[key] = tile_of(size, blocks[key], least)
-    whole = tile_of(shape["D"])
-    blocks["BLOCK_D"] = whole if whole <= use.get("KEEP_D", 0) else min(blocks["BLOCK_D"], whole)
-    return blocks
-
-
-def _one_step(blocks: Mapping[str, int], shape: Mapping[str, int]) -> bool:
-    """Whether a tile of pixels is a step of the only loop, as of a loss without gradients: the next pixels are on their way."""
-    return not shape.get("grad", True) and blocks["BLOCK_C"] >= shape["C"] and blocks["BLOCK_K"] >= shape["K"]
-
-
-def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
-    """Shared memory of class scores and the loss: the tile of x, or its part of a step, and the rows of a step."""
-    blocks, size = _blocks(use, shape), 2 if shape["bits"] == 16 else 4
-    rows, pixels, stages = blocks["BLOCK_C"] * blocks["BLOCK_K"], blocks["BLOCK_N"], use["num_stages"]
-    if blocks["BLOCK_D"] < shape["D"]:
-        tile = stages * (pixels + rows)
-    elif _one_step(blocks, shape):
-        tile = steps_held(use, shape) * (pixels + rows)
-    else:
-        tile = kept_rows(pixels, rows, use, shape)
-    numbers = max(tile * blocks["BLOCK_D"], stages * blocks["BLOCK_C"] * blocks.get("BLOCK_GRAD", 0))
-    # similarities may reach the maximum over k, and the own ones their sums, through another layout: from tensor memory, or
-    # where a warp group has but a part of the columns
-    parted = shape["tcgen05"] or (not shape["mma_sync"] and pixels < 16 * use["num_warps"])
-    return numbers * size + (max(8 * pixels * rows + 1024, SCRATCH) if parted else SCRATCH)
-
-
-def _scores_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
-    """Shared memory: the rows of a step, or the sums on their way out."""
-    blocks, size = _blocks(use, shape), 2 if shape["bits"] == 16 else 4
-    return max(use["num_stages"] * blocks["BLOCK_C"] * size, blocks["BLOCK_N"] * 4) * blocks["BLOCK_D"] + SCRATCH
-
-
-def _centroid_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
-    """Shared memory: dS and the pixels of a step (float16 as float32), or the sums on their way out."""
-    blocks = _blocks(use, shape)
-    rows = blocks["BLOCK_C"] * blocks["BLOCK_K"]
-    step = blocks["BLOCK_N"] * (rows + use["num_stages"] * blocks["BLOCK_D"])
-    if shape["tcgen05"]:  # what dS is made of comes ahead as well: gradients of scores and of own similarities, winners
-        step += (use["num_stages"] - 1) * blocks["BLOCK_N"] * (2 * blocks["BLOCK_C"] + rows)
-    return 4 * max(step, rows * blocks["BLOCK_D"]) + SCRATCH
-
-
-_NEED = {
-    "class_scores": _shared_bytes,
-    "centroid_loss": _shared_bytes,
-    "scores_gradient": _scores_gradient_bytes,
-    "centroid_gradient": _centroid_gradient_bytes,
-}
-
-
-def _configured(kernel: str, x: Tensor, centroids: Tensor, **state: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Block sizes and launch options. `x`: pixels that a kernel reads, or writes where it reads none. `state`: for its need."""
-    classes, k, channels = centroids.shape
-    shape = {"C": classes, "K": k, "D": channels, "bits": bits_of(x)}
-    use = configuration("similarity", kernel, x.device, _NEED[kernel], **shape, **state, even=vectors(x, pixels_of(x)))
-    blocks = _blocks(use, shape)
-    return blocks, {key: value for key, value in use.items() if key != "KEEP_D" and key not in blocks}
-
-
-def _pack(kernel: str, x: Tensor, centroids: Tensor, metric: str, **state: int) -> _Packed:
-    blocks, options = _configured(kernel, x, centroids, **state)
-    classes, k, _ = centroids.shape
-    width, copies = blocks["BLOCK_C"], blocks["BLOCK_K"]
-    slots = Slots(width, copies, cdiv(k, copies), cdiv(classes, width))
-    deepest = max(blocks[key] for key in ("BLOCK_D", "BLOCK_GRAD") if key in blocks)
-    rows, bias = pack_rows(centroids, metric, x.dtype, copies * width, deepest, slots)
-    return _Packed(rows, bias, slots.class_tiles, slots.k_tiles, blocks, options)
-
-
-def _squares(x: Tensor, metric: str) -> Tensor:
+def _squares(x: Tensor, metric: str) -> Tensor | None:
     """[N] |x|^2 where the metric needs it."""
     if metric == "dot":
-        return x.new_empty(1, dtype=torch.float32)
-    n, at = pixel_count(x), pixels_of(x)
-    square = x.new_empty(n, dtype=torch.float32)
-    blocks = {"BLOCK_N": 32, "BLOCK_D": 128} if at.stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 32}
-    launch(
-        triton_scores.row_squares_kernel, (cdiv(n, blocks["BLOCK_N"]),), x, square, n, x.shape[1], *at, MAP=map_kind(x, at),
-        **blocks, num_warps=4,
-    )  # fmt: skip
+        return None
+    square = x.new_empty(pixel_count(x), dtype=torch.float32)
+    plan = _squares_plan(x)
+    launch(triton_scores.row_squares_kernel, plan.grid, x, square, *plan.arguments, **plan.options)
     return square
 
 
-def _maps(**tensors: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Addresses of several [N,C] or [B,C,H,W] tensors: positional arguments, and the MAP constants by name."""
-    where = {name: (t, pixels_of(t)) for name, t in tensors.items()}
-    return tuple(i for _, at in where.values() for i in at), {name: map_kind(*pair) for name, pair in where.items()}
-
-
-def class_scores(
-    x: Tensor, centroids: Tensor, labels: Tensor | None, metric: str, scores: Tensor, winner: Tensor, own: Tensor | None
-) -> None:
-    """Into scores and winner, of any strides, and own [N,K], contiguous."""
-    n, (classes, k, channels) = pixel_count(x), centroids.shape
-    packed, square = _pack("class_scores", x, centroids, metric), _squares(x, metric)
-    tiles, groups = packed.tiles, packed.groups
-    programs = cdiv(n, packed.blocks["BLOCK_N"])
+@planned
+def _scores_plan(
+    x: Tensor, centroids: Tensor, scores: Tensor, metric: str, precision: str, processors: int
+) -> tuple[Packing, Launch]:
+    n, (classes, k, channels), at, scores_at = pixel_count(x), centroids.shape, pixels_of(x), pixels_of(scores)
+    blocks, options = configured("class_scores", x, centroids)
+    packing, depth = packing_of(blocks, centroids)
+    tiles, groups = packing.slots.class_tiles, packing.slots.k_tiles
+    programs = cdiv(n, blocks["BLOCK_N"])
     # few pixels and many classes: the class tiles of a pixel are shared out
-    splits = max(1, min(tiles, 2 * processors(x.device) // max(programs, 1)))
+    splits = max(1, min(tiles, 2 * processors // max(programs, 1)))
     span = cdiv(tiles, splits)
+    constants = {
+        "METRIC": metric, "EVEN_K": k % blocks["BLOCK_K"] == 0, "X_MAP": map_kind(x, at),
+        "SCORES_MAP": map_kind(scores, scores_at), "KEEP": blocks["BLOCK_D"] >= channels, "PRECISION": precision, **blocks,
+        "BLOCK_OWN": tile_of(k, None, 1), **options,
+    }  # fmt: skip
+    arguments = (at, scores_at, n, classes, k, channels, depth, tiles, groups, span)
+    return packing, Launch((programs, cdiv(tiles, span)), arguments, constants)
+
+
+def class_scores(call: ScoresCall, out: ScoresOut) -> None:
+    """Scores, winners and own similarities."""
+    (x, centroids, labels, metric, _), (scores, winner, own) = call, out
+    packing, plan = _scores_plan(x, centroids, scores, metric, dot_precision(x), processors(x.device))
+    rows, bias = pack_rows(centroids, metric, x.dtype, *packing)
     # scores and winners share their addresses
-    placed = (
-        winner
-        if winner.stride() == scores.stride()
-        else torch.empty_strided(scores.shape, scores.stride(), dtype=torch.uint8, device=x.device)
-    )
-    at, maps = _maps(MAP=x, SCORE_MAP=scores)
+    placed = winner
+    if winner.stride() != scores.stride():
+        placed = torch.empty_strided(scores.shape, scores.stride(), dtype=torch.uint8, device=x.device)
     launch(
-        triton_scores.class_scores_kernel, (programs, cdiv(tiles, span)), x, packed.rows, packed.bias, square,
-        x if labels is None else labels, scores, placed, x if own is None else own, n, classes, k, channels, packed.depth,
-        tiles, groups, span, *at, METRIC=METRICS.index(metric), OWN=own is not None,
-        EVEN_K=k % packed.blocks["BLOCK_K"] == 0, **maps, KEEP=packed.blocks["BLOCK_D"] >= channels,
-        PRECISION=dot_precision(x), **packed.blocks, BLOCK_OWN=next_power_of_2(k), **packed.options,
+        triton_scores.class_scores_kernel, plan.grid, x, rows, bias, _squares(x, metric), labels, scores, placed, own,
+        *plan.arguments, **plan.options,
     )  # fmt: skip
     if placed is not winner:
         winner.copy_(placed)
 
 
-def class_scores_backward(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor | None,
-    metric: str,
-    winner: Tensor | None,
-    grad_scores: Tensor | None,
-    grad_own: Tensor | None,
-    grad_x: Tensor | None,
-    accumulate: bool,
-    grad_centroids: Tensor | None,
-) -> None:
-    """Gradients into those given, from those of the scores and of own [N,K]; `accumulate`: added to grad_x (metric dot)."""
-    n, (classes, k, channels) = pixel_count(x), centroids.shape
-    if labels is None:
-        grad_own = None
+@planned
+def _scores_gradient_plan(
+    x: Tensor, centroids: Tensor, scores: Tensor, winner: Tensor, grad_x: Tensor, accumulate: bool, precision: str
+) -> tuple[Packing, Launch]:
+    (classes, k, channels), tensors = centroids.shape, (scores, winner, grad_x)
+    scores_at, winner_at, grad_at = at = tuple(map(pixels_of, tensors))
+    blocks, options = configured("scores_gradient", x, centroids)
+    packing, depth = packing_of(blocks, centroids)
+    slots = packing.slots.k_tiles * blocks.pop("BLOCK_K")
+    maps = dict(zip(("SCORES_MAP", "WINNER_MAP", "GRAD_MAP"), map(map_kind, tensors, at), strict=True))
+    n = pixel_count(x)
+    return packing, Launch(
+        (cdiv(n, blocks["BLOCK_N"]), cdiv(channels, blocks["BLOCK_D"])),
+        (scores_at, winner_at, grad_at, n, classes, k, channels, slots, depth, packing.slots.class_tiles),
+        {"ACCUMULATE": accumulate, **maps, "PRECISION": precision, **blocks, **options},
+    )
+
+
+def class_scores_backward(call: ScoresBackwardCall, out: ScoresBackwardOut) -> None:
+    """Gradients, those given."""
+    x, centroids, labels, metric, winner, grad_scores, grad_own, accumulate, _ = call
+    grad_x, grad_centroids = out
+    classes = centroids.shape[0]
+    if labels is None or grad_own is None:
+        labels = grad_own = None
+    if grad_scores is None or winner is None:
+        grad_scores = winner = None
     square = _squares(x, metric)
     if grad_x is not None:
-        total = square.new_zeros(n if metric == "sqeuclidean" else 1)
+        total = x.new_zeros(pixel_count(x), dtype=torch.float32) if metric == "sqeuclidean" else None
         if grad_scores is not None and winner is not None:
-            packed = _pack("scores_gradient", x, centroids, metric)
-            depth = packed.groups * packed.blocks.pop("BLOCK_K")
-            at, maps = _maps(MAP=grad_x, SCORE_MAP=grad_scores, WINNER_MAP=winner)
+            packing, plan = _scores_gradient_plan(x, centroids, grad_scores, winner, grad_x, accumulate, dot_precision(x))
+            rows, _ = pack_rows(centroids, metric, x.dtype, *packing)
             launch(
-                triton_scores.scores_gradient_kernel,
-                (cdiv(n, packed.blocks["BLOCK_N"]), cdiv(channels, packed.blocks["BLOCK_D"])), grad_scores, winner, packed.rows,
-                grad_x, total, n, classes, k, channels, depth, packed.depth, packed.tiles, *at, TOTAL=metric == "sqeuclidean",
-                ACCUMULATE=accumulate, **maps, PRECISION=dot_precision(x), **packed.blocks, **packed.options,
+                triton_scores.scores_gradient_kernel, plan.grid, grad_scores, winner, rows, grad_x, total, *plan.arguments,
+                **plan.options,
             )  # fmt: skip
             accumulate = True
         if grad_own is not None and labels is not None:
             _add_own_gradient(grad_x, centroids, labels, grad_own, metric, accumulate)
-            if metric == "sqeuclidean":
+            if total is not None:
                 total += torch.where((labels >= 0) & (labels < classes), grad_own.sum(1), 0)
         _finish_metric(x, square, total, grad_x, metric)
     if grad_centroids is not None:
-        factor = square.clamp_min(1e-24).rsqrt() if metric == "cosine" else None
-        inputs = tuple(square if t is None else t for t in (grad_scores, winner, labels, grad_own))
-        given = {"SCORES": grad_scores is not None, "OWN": grad_own is not None}
-        if grad_scores is None:  # their addresses are not used, but have the rank of a map
-            inputs = (x, x, *inputs[2:])
-        sums = _centroid_sums(x, centroids, inputs, given, factor, 0, n)
-        grad_centroids.copy_(_centroid_chain(centroids, *sums, metric))
+        factor = None if square is None or metric != "cosine" else square.clamp_min(1e-24).rsqrt()
+        sent = (grad_scores, winner, labels, grad_own)
+        grad_centroids.copy_(_centroid_chain(centroids, *_centroid_sums(x, centroids, sent, factor, 0, pixel_count(x)), metric))
+
+
+def _strip(at: Pixels) -> dict[str, int]:
+    """Blocks of a kernel that is no product: what lies side by side in memory is its long side."""
+    return {"BLOCK_N": 16, "BLOCK_D": 128} if at.stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 16}
+
+
+@planned
+def _own_gradient_plan(grad_x: Tensor, centroids: Tensor, accumulate: bool) -> Launch:
+    n, (classes, k, channels), at = pixel_count(grad_x), centroids.shape, pixels_of(grad_x)
+    blocks = _strip(at)
+    return Launch(
+        (cdiv(n, blocks["BLOCK_N"]), cdiv(channels, blocks["BLOCK_D"])), (at, n, classes, k, channels),
+        {"ACCUMULATE": accumulate, "GRAD_MAP": map_kind(grad_x, at), **blocks, "num_warps": 4},
+    )  # fmt: skip
 
 
 def _add_own_gradient(
     grad_x: Tensor, centroids: Tensor, labels: Tensor, grad_own: Tensor, metric: str, accumulate: bool
 ) -> None:
     """Into or onto grad_x: what own similarities send, before `_finish_metric`."""
-    n, (classes, k, channels) = pixel_count(grad_x), centroids.shape
-    rows = centroids.to(torch.float32)
+    rows, plan = centroids.to(torch.float32), _own_gradient_plan(grad_x, centroids, accumulate)
     if metric == "cosine":
         rows = torch.nn.functional.normalize(rows, dim=2)
-    at, maps = _maps(MAP=grad_x)
-    blocks = {"BLOCK_N": 16, "BLOCK_D": 128} if pixels_of(grad_x).stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 16}
     launch(
-        triton_scores.own_gradient_kernel, (cdiv(n, blocks["BLOCK_N"]), cdiv(channels, blocks["BLOCK_D"])), grad_own, labels,
-        rows.contiguous(), grad_x, n, classes, k, channels, *at, ACCUMULATE=accumulate, **maps, **blocks, num_warps=4,
+        triton_scores.own_gradient_kernel, plan.grid, grad_own, labels, rows.contiguous(), grad_x, *plan.arguments,
+        **plan.options,
     )  # fmt: skip
 
 
-def _finish_metric(x: Tensor, square: Tensor, total: Tensor, grad_x: Tensor, metric: str) -> None:
+@planned
+def _metric_plan(x: Tensor, grad_x: Tensor, metric: str) -> Launch:
+    n, at, grad_at = pixel_count(x), pixels_of(x), pixels_of(grad_x)
+    blocks = _strip(at)
+    return Launch(
+        (cdiv(n, blocks["BLOCK_N"]),), (at, grad_at, n, x.shape[1]),
+        {"METRIC": metric, "X_MAP": map_kind(x, at), "GRAD_MAP": map_kind(grad_x, grad_at), **blocks, "num_warps": 4},
+    )  # fmt: skip
+
+
+def _finish_metric(x: Tensor, square: Tensor | None, total: Tensor | None, grad_x: Tensor, metric: str) -> None:
     """Turn dS p into the gradient of x, in place."""
-    if metric == "dot":
-        return
-    at, maps = _maps(MAP=x, GRAD_MAP=grad_x)
-    n = pixel_count(x)
-    blocks = {"BLOCK_N": 16, "BLOCK_D": 128} if pixels_of(x).stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 16}
-    launch(
-        triton_scores.metric_gradient_kernel, (cdiv(n, blocks["BLOCK_N"]),), x, square, total, grad_x, n, x.shape[1], *at,
-        METRIC=METRICS.index(metric), **maps, **blocks, num_warps=4,
-    )  # fmt: skip
+    if metric != "dot":
+        plan = _metric_plan(x, grad_x, metric)
+        launch(triton_scores.metric_gradient_kernel, plan.grid, x, square, total, grad_x, *plan.arguments, **plan.options)
+
+
+class _Sums(NamedTuple):
+    """How sums over pixels are made for the gradient of the sub-centroids."""
+
+    at: tuple[Pixels | None, ...]  # of x, scores and winners
+    sizes: tuple[int, ...]  # C, K, D
+    options: dict[str, Any]
+    tiles: int  # of classes
+    groups: int  # of k
+    depth: int  # tiles of channels
+    programs: int  # that fill the device
+
+
+@planned
+def _sums_plan(
+    x: Tensor, centroids: Tensor, scores: Tensor | None, winner: Tensor | None, precision: str, processors: int
+) -> _Sums:
+    (classes, k, channels), tensors = centroids.shape, (x, scores, winner)
+    blocks, options = configured("centroid_gradient", x, centroids)
+    tiles, groups, depth = cdiv(classes, blocks["BLOCK_C"]), cdiv(k, blocks["BLOCK_K"]), cdiv(channels, blocks["BLOCK_D"])
+    at = tuple(None if t is None else pixels_of(t) for t in tensors)
+    maps = (0 if t is None or a is None else map_kind(t, a) for t, a in zip(tensors, at, strict=True))
+    constants = {
+        **dict(zip(("X_MAP", "SCORES_MAP", "WINNER_MAP"), maps, strict=True)), "PRECISION": precision, **blocks, **options
+    }  # fmt: skip
+    return _Sums(at, (classes, k, channels), constants, tiles, groups, depth, cdiv(2 * processors, tiles * groups * depth))
 
 
 def _centroid_sums(
-    x: Tensor,
-    centroids: Tensor,
-    inputs: tuple[Tensor, ...],
-    given: dict[str, bool],
-    factor: Tensor | None,
-    first: int,
-    last: int,
+    x: Tensor, centroids: Tensor, sent: tuple[Tensor | None, ...], factor: Tensor | None, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """dS^T x [C,K,D] and the sums of dS [C,K] over pixels [first, last)."""
+    """dS^T x [C,K,D] and the sums of dS [C,K] over pixels [first, last).
+
+    sent: gradient of the scores and winners, whose rows begin with pixel `first`, labels and gradient of own similarities.
+    """
     classes, k, channels = centroids.shape
     if first == last:
         return x.new_zeros(centroids.shape, dtype=torch.float32), x.new_zeros((classes, k), dtype=torch.float32)
-    blocks, options = _configured("centroid_gradient", x, centroids)
-    tiles, groups = cdiv(classes, blocks["BLOCK_C"]), cdiv(k, blocks["BLOCK_K"])
-    columns, depth = blocks["BLOCK_K"] * blocks["BLOCK_C"], cdiv(channels, blocks["BLOCK_D"])
+    scores, winner, labels, own = sent
+    plan = _sums_plan(x, centroids, scores, winner, dot_precision(x), processors(x.device))
+    block_n, columns = plan.options["BLOCK_N"], plan.options["BLOCK_K"] * plan.options["BLOCK_C"]
     # enough programs to fill the device, but no more partial sums than pixels' worth of work
-    splits = max(1, min(cdiv(2 * processors(x.device), tiles * groups * depth), cdiv(last - first, 8 * blocks["BLOCK_N"])))
-    span = cdiv(cdiv(last - first, splits), blocks["BLOCK_N"]) * blocks["BLOCK_N"]
+    splits = max(1, min(plan.programs, cdiv(last - first, 8 * block_n)))
+    span = cdiv(cdiv(last - first, splits), block_n) * block_n
     splits = cdiv(last - first, span)
-    partial = x.new_empty((splits, tiles, groups, columns, channels), dtype=torch.float32)
+    partial = x.new_empty((splits, plan.tiles, plan.groups, columns, channels), dtype=torch.float32)
     total = partial.new_empty(partial.shape[:-1])
-    at, maps = _maps(MAP=x, SCORE_MAP=inputs[0], WINNER_MAP=inputs[1])
     launch(
-        triton_scores.centroid_gradient_kernel, (tiles * groups, depth, splits), x, *inputs,
-        total if factor is None else factor, partial, total, first, last, classes, k, channels, groups, span, *at,
-        FACTOR=factor is not None, **given, **maps, PRECISION=dot_precision(x), **blocks, **options,
+        triton_scores.centroid_gradient_kernel, (plan.tiles * plan.groups, plan.depth, splits), x, scores, winner, labels, own,
+        factor, partial, total, *plan.at, first, last, *plan.sizes, plan.groups, span, **plan.options,
     )  # fmt: skip
 
     def unpack(t: Tensor) -> Tensor:
-        order = t.sum(0).view(tiles, groups, blocks["BLOCK_K"], blocks["BLOCK_C"], -1).permute(0, 3, 1, 2, 4)
-        return order.reshape(tiles * blocks["BLOCK_C"], groups * blocks["BLOCK_K"], -1)[:classes, :k]
+        copies, width = plan.options["BLOCK_K"], plan.options["BLOCK_C"]
+        order = t.sum(0).view(plan.tiles, plan.groups, copies, width, -1).permute(0, 3, 1, 2, 4)
+        return order.reshape(plan.tiles * width, plan.groups * copies, -1)[:classes, :k]
 
     return unpack(partial), unpack(total[..., None])[..., 0]
 
@@ -308,127 +258,121 @@ def _centroid_chain(centroids: Tensor, product: Tensor, total: Tensor, metric: s
     return (product - unit * (unit * product).sum(2, keepdim=True)) / length
 
 
-def _gradient_factor(
-    grad_loss: Tensor | None, labels: Tensor, ignore_index: int, class_weight: Tensor | None, classes: int, reduction: str
-) -> tuple[Tensor, int]:
-    """What the gradient of a pixel's loss is multiplied by, and FACTOR of the kernel."""
-    if grad_loss is None:
-        return labels, 0
-    if reduction == "none":
-        return grad_loss.contiguous(), 2
-    if reduction == "sum":
-        return grad_loss, 1
-    weight = _weight_of(labels, ignore_index, class_weight, classes)
-    return torch.where(weight > 0, grad_loss / weight, 0.0), 1
+def _gradient_factor(call: LossCall) -> Tensor | None:
+    """What the gradient of a pixel's loss is multiplied by: [N] for reduction none, [] or None."""
+    grad_loss = call.grad_loss
+    if grad_loss is None or call.reduction == "sum":
+        return grad_loss
+    if call.reduction == "none":
+        return grad_loss.contiguous()
+    weight = _weight_of(call)
+    return torch.where(weight > 0, grad_loss / weight, 0.0)
 
 
-def _weight_of(labels: Tensor, ignore_index: int, class_weight: Tensor | None, classes: int) -> Tensor:
+def _weight_of(call: LossCall) -> Tensor:
     """[]: sum of the class weights of the pixels that count, in float32."""
-    counted = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+    labels, class_weight = call.labels, call.class_weight
+    counted = (labels != call.ignore_index) & (labels >= 0) & (labels < call.centroids.shape[0])
     if class_weight is None:
         return counted.sum().to(torch.float32)
     return torch.where(counted, class_weight[torch.where(counted, labels, 0)], 0).sum()
 
 
-def centroid_cross_entropy(
-    x: Tensor,
-    centroids: Tensor,
-    labels: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    class_weight: Tensor | None,
-    metric: str,
-    norm_eps: float,
-    temperature: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    grad_loss: Tensor | None,
-    loss: Tensor | None,
-    prediction: Tensor | None,
-    own: Tensor | None,
-    grad_x: Tensor | None,
-    grad_centroids: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_scale: Tensor | None,
-) -> None:
-    """Into those given: loss [] or [N], prediction [N] int64, own [N,K], gradients for grad_loss [] or [N] (None: 1).
+class _Loss(NamedTuple):
+    """How a loss is computed."""
 
-    grad_x has the dtype of x; everything else, inputs of [C] included, float32. A label outside [0,C) is ignored.
-    """
-    n, (classes, k, channels) = pixel_count(x), centroids.shape
-    packed, square = _pack("centroid_loss", x, centroids, metric, grad=grad_x is not None), _squares(x, metric)
-    options = dict(packed.options)
-    block_n, block_c = packed.blocks["BLOCK_N"], packed.blocks["BLOCK_C"]
-    tiles, groups = packed.tiles, packed.groups
-    one_tile, save = tiles == 1, grad_centroids is not None
-    factor, factor_kind = _gradient_factor(grad_loss, labels, ignore_index, class_weight, classes, reduction)
-    forward = own is not None and prediction is not None
-    parameters = grad_weight is not None or grad_bias is not None
+    packing: Packing
+    at: tuple[Pixels, Pixels | None]  # of x and grad_x
+    sizes: Sizes
+    options: dict[str, Any]
+    per_processor: int  # programs
+
+
+@planned
+def _loss_plan(x: Tensor, centroids: Tensor, grad_x: Tensor | None, metric: str, save: bool, precision: str) -> _Loss:
+    (classes, k, channels), at = centroids.shape, pixels_of(x)
+    grad_at = None if grad_x is None else pixels_of(grad_x)
+    blocks, options = configured("centroid_loss", x, centroids, grad=grad_x is not None)
+    packing, depth = packing_of(blocks, centroids)
+    tiles, groups = packing.slots.class_tiles, packing.slots.k_tiles
     per_processor = options.pop("PROGRAMS", 1)
-    columns = tiles * block_c
+    constants = {
+        "METRIC": metric, "SAVE": save, "ONE_TILE": tiles == 1, "EVEN_K": k % blocks["BLOCK_K"] == 0, "X_MAP": map_kind(x, at),
+        "GRAD_MAP": 0 if grad_x is None or grad_at is None else map_kind(grad_x, grad_at),
+        "KEEP": blocks["BLOCK_D"] >= channels, "PRECISION": precision, **blocks, "BLOCK_OWN": tile_of(k, None, 1), **options,
+    }  # fmt: skip
+    sizes = Sizes(classes, k, channels, depth, tiles * blocks["BLOCK_C"], tiles, groups)
+    return _Loss(packing, (at, grad_at), sizes, constants, per_processor)
+
+
+def centroid_cross_entropy(call: LossCall, out: LossOut) -> None:
+    """Results and gradients, those given. A label outside [0,C) is ignored."""
+    x, centroids, labels, metric, grad_x, n = call.x, call.centroids, call.labels, call.metric, out.grad_x, pixel_count(call.x)
+    save = out.grad_centroids is not None
+    plan = _loss_plan(x, centroids, grad_x, metric, save, dot_precision(x))
+    rows, bias = pack_rows(centroids, metric, x.dtype, *plan.packing)
+    square, factor, sizes = _squares(x, metric), _gradient_factor(call), plan.sizes
+    block_n, columns = plan.options["BLOCK_N"], sizes.columns
     band = max(block_n, min(GRADIENT_BAND, GRADIENT_NUMBERS // columns)) if save else max(n, 1)
-    programs = max(1, min(cdiv(min(n, band), block_n), per_processor * processors(x.device)))
-    # whole tiles, so that no address of the slab needs a mask
-    slab_rows = cdiv(min(n, band), block_n) * block_n if save else (0 if one_tile else programs * block_n)
-    spill = classes > SPILL_CLASSES and x.dtype != torch.float32 and not save
-    slab_dtype = torch.bfloat16 if spill else torch.float32
-    slab_r, slab_w = (x.new_empty((max(slab_rows, 1), columns), dtype=t) for t in (slab_dtype, torch.uint8))
-    row_total = square.new_empty(n if metric == "sqeuclidean" and grad_x is not None else 1)
-    at, maps = _maps(MAP=x, GRAD_MAP=x if grad_x is None else grad_x)
+    bands, tiles = cdiv(n, band), cdiv(min(n, band), block_n)  # tiles of pixels a band
+    programs = max(1, min(tiles, plan.per_processor * processors(x.device)))
+    slab = Slab(None, None)
+    if save or sizes.tiles > 1:
+        spill = sizes.classes > SPILL_CLASSES and x.dtype != torch.float32 and not save
+        # whole tiles, so that no address of the slab needs a mask
+        shape = ((tiles if save else programs) * block_n, columns)
+        slab = Slab(*(x.new_empty(shape, dtype=t) for t in (torch.bfloat16 if spill else torch.float32, torch.uint8)))
 
-    def given(t: Tensor | None) -> Tensor:
-        return square if t is None else t
+    def numbers(*sizes: int) -> Tensor:
+        return x.new_empty(sizes, dtype=torch.float32)
 
-    each = loss if loss is not None and reduction == "none" else square.new_empty(n if forward else 1)
-    scale_sums, norm_sums = [], []
+    each = out.loss
+    if each is not None and call.reduction != "none":
+        each = numbers(n)
+    row_total = numbers(n) if metric == "sqeuclidean" and grad_x is not None else None
+    scale_sums = None if out.grad_scale is None else numbers(n // band * tiles + cdiv(n % band, block_n))
+    with_norm = out.grad_norm_weight is not None or out.grad_norm_bias is not None
+    norm_sums = numbers(bands, programs, 2, columns) if with_norm else None
+    classes = Classes(call.norm_weight, call.norm_bias, call.class_weight)
+    results = Results(each, out.prediction, out.own_similarity, grad_x)
+    norm_eps = None if call.norm_weight is None else call.norm_eps
+    smoothing = call.label_smoothing if call.label_smoothing > 0 else None
     centroid_sums: tuple[Tensor, Tensor] | None = None
-    for first in range(0, n, band):
-        last = min(first + band, n)
-        some = square.new_empty(cdiv(last - first, block_n))
-        some_norm = square.new_empty((programs, 2, columns) if parameters else (1,))
+    for i in range(bands):
+        first, last = i * band, min((i + 1) * band, n)
+        sums = Sums(
+            row_total, None if scale_sums is None else scale_sums[i * tiles :], None if norm_sums is None else norm_sums[i]
+        )
         launch(
-            triton_loss.centroid_loss_kernel, (programs,), x, packed.rows, packed.bias, square, labels, given(norm_weight),
-            given(norm_bias), given(scale), given(class_weight), factor, each, given(prediction), given(own),
-            given(grad_x), row_total, some, some_norm, slab_r, slab_w, first, last, classes, k, channels, packed.depth, columns,
-            tiles, groups, ignore_index, norm_eps, 1.0 / temperature, label_smoothing, *at, METRIC=METRICS.index(metric),
-            NORM=norm_weight is not None, SHIFT=norm_bias is not None, SCALE=scale is not None, WEIGHT=class_weight is not None,
-            SMOOTH=label_smoothing > 0, FACTOR=factor_kind, FORWARD=forward, GRAD=grad_x is not None,
-            PARAMETERS=parameters, SAVE=save, ONE_TILE=one_tile, EVEN_K=k % packed.blocks["BLOCK_K"] == 0, **maps,
-            KEEP=packed.blocks["BLOCK_D"] >= channels, PRECISION=dot_precision(x), **packed.blocks,
-            BLOCK_OWN=next_power_of_2(k), **options,
+            centroid_loss_kernel, (programs,), x, rows, bias, square, labels, call.scale, factor, classes, results, sums, slab,
+            *plan.at, sizes, first, last, call.ignore_index, norm_eps, 1.0 / call.temperature, smoothing,
+            PER_PIXEL=factor is not None and call.reduction == "none", **plan.options,
         )  # fmt: skip
-        scale_sums.append(some)
-        norm_sums.append(some_norm)
         if save:
-            rows = square.clamp_min(1e-24).rsqrt() if metric == "cosine" else None
-            if factor_kind:
-                rows = factor.expand(n).contiguous() if rows is None else rows * factor
-            here = _centroid_sums(
-                x, centroids, (slab_r, slab_w, labels, square), {"SCORES": True, "OWN": False}, rows, first, last
-            )
+            by = None if square is None or metric != "cosine" else square.clamp_min(1e-24).rsqrt()
+            if factor is not None:
+                by = factor.expand(n).contiguous() if by is None else by * factor
+            here = _centroid_sums(x, centroids, (*slab, None, None), by, first, last)
             centroid_sums = here if centroid_sums is None else (centroid_sums[0] + here[0], centroid_sums[1] + here[1])
     if grad_x is not None:
         _finish_metric(x, square, row_total, grad_x, metric)
-    if grad_centroids is not None:
+    if out.grad_centroids is not None:
         if centroid_sums is None:
-            grad_centroids.zero_()
+            out.grad_centroids.zero_()
         else:
-            grad_centroids.copy_(_centroid_chain(centroids, *centroid_sums, metric))
-    if loss is not None and reduction != "none":
+            out.grad_centroids.copy_(_centroid_chain(centroids, *centroid_sums, metric))
+    if out.loss is not None and each is not None and call.reduction != "none":
         total = each.sum(dtype=torch.float64)
-        if reduction == "mean":
-            total = total / _weight_of(labels, ignore_index, class_weight, classes)
-        loss.copy_(total)
-    if grad_scale is not None:
-        grad_scale.copy_(torch.cat([square.new_zeros(0), *scale_sums]).sum(dtype=torch.float64))
-    if parameters:
-        made = torch.stack(norm_sums).sum((0, 1)) if norm_sums else square.new_zeros((2, columns))
-        for target, part in ((grad_weight, made[0]), (grad_bias, made[1])):
+        if call.reduction == "mean":
+            total = total / _weight_of(call)
+        out.loss.copy_(total)
+    if out.grad_scale is not None and scale_sums is not None:
+        out.grad_scale.copy_(scale_sums.sum(dtype=torch.float64))
+    if norm_sums is not None:
+        made = norm_sums.sum((0, 1))
+        for target, part in ((out.grad_norm_weight, made[0]), (out.grad_norm_bias, made[1])):
             if target is not None:
-                target.copy_(part[:classes])
+                target.copy_(part[: sizes.classes])
 
 
 __all__ = [
@@ -437,5 +381,6 @@ __all__ = [
     "class_scores",
     "class_scores_backward",
     "nearest_centroid",
+    "scores_and_contrast",
     "subcentroid_cross_entropy",
 ]

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common import pixel_count
-from .._triton import launch, map_kind, pixel_offset, pixels_of, processors, tile_of, wide_unless
+from .._triton import launch, map_kind, offset_of, pixels_of, processors, tile_of, wide_unless
 
 
 @triton.jit
@@ -28,31 +28,27 @@ def _normalized(s, inside, C, eps):
 
 @triton.jit
 def class_norm_kernel(
-    scores_ptr, gain_ptr, shift_ptr, out_ptr, N, C, eps,
-    hw, width, stride_b, stride_h, stride_w, stride_c,
-    out_hw, out_width, out_stride_b, out_stride_h, out_stride_w, out_stride_c,
-    MAP: tl.constexpr, OUT_MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    scores_ptr, gain_ptr, shift_ptr, out_ptr, scores_at, out_at, N, C, eps,
+    SCORES_MAP: tl.constexpr, OUT_MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm of BLOCK_N pixels."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
     inside = (n < N)[:, None] & (c < C)[None, :]
-    rows = scores_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
-    s = tl.load(rows[:, None] + (wide_unless(c, MAP >= 3) * stride_c)[None, :], mask=inside, other=0.0)
+    rows = scores_ptr + offset_of(n, scores_at, SCORES_MAP)
+    s = tl.load(rows[:, None] + (wide_unless(c, SCORES_MAP >= 3) * scores_at.stride_d)[None, :], mask=inside, other=0.0)
     xhat, _ = _normalized(s, inside, C, eps)
     gain = tl.load(gain_ptr + c, mask=c < C, other=0.0)
     shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)
-    to = out_ptr + pixel_offset(n, out_hw, out_width, out_stride_b, out_stride_h, out_stride_w, OUT_MAP)
-    at = to[:, None] + (wide_unless(c, OUT_MAP >= 3) * out_stride_c)[None, :]
+    to = out_ptr + offset_of(n, out_at, OUT_MAP)
+    at = to[:, None] + (wide_unless(c, OUT_MAP >= 3) * out_at.stride_d)[None, :]
     tl.store(at, xhat * gain[None, :] + shift[None, :], mask=inside)
 
 
 @triton.jit
 def class_norm_backward_kernel(
-    grad_ptr, scores_ptr, gain_ptr, sums_ptr, N, C, eps,
-    hw, width, stride_b, stride_h, stride_w, stride_c,
-    grad_hw, grad_width, grad_stride_b, grad_stride_h, grad_stride_w, grad_stride_c,
-    MAP: tl.constexpr, GRAD_MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_ptr, scores_ptr, gain_ptr, sums_ptr, scores_at, grad_at, N, C, eps,
+    SCORES_MAP: tl.constexpr, GRAD_MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the scores in the place of `grad`; row `program` of sums [programs,2,C]."""
     c = tl.arange(0, BLOCK_C)
@@ -62,10 +58,10 @@ def class_norm_backward_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (n < N)[:, None] & (c < C)[None, :]
-        rows = scores_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
-        s = tl.load(rows[:, None] + (wide_unless(c, MAP >= 3) * stride_c)[None, :], mask=inside, other=0.0)
-        to = grad_ptr + pixel_offset(n, grad_hw, grad_width, grad_stride_b, grad_stride_h, grad_stride_w, GRAD_MAP)
-        at = to[:, None] + (wide_unless(c, GRAD_MAP >= 3) * grad_stride_c)[None, :]
+        rows = scores_ptr + offset_of(n, scores_at, SCORES_MAP)
+        s = tl.load(rows[:, None] + (wide_unless(c, SCORES_MAP >= 3) * scores_at.stride_d)[None, :], mask=inside, other=0.0)
+        to = grad_ptr + offset_of(n, grad_at, GRAD_MAP)
+        at = to[:, None] + (wide_unless(c, GRAD_MAP >= 3) * grad_at.stride_d)[None, :]
         dy = tl.load(at, mask=inside, other=0.0)
         xhat, rstd = _normalized(s, inside, C, eps)
         to_gain += tl.sum(dy * xhat, axis=0)
@@ -90,7 +86,7 @@ def class_norm(scores: Tensor, gain: Tensor, shift: Tensor, eps: float, out: Ten
     n, classes, at, to = pixel_count(scores), scores.shape[1], pixels_of(scores), pixels_of(out)
     blocks = _blocks(classes, 16384)
     launch(
-        class_norm_kernel, (triton.cdiv(n, blocks["BLOCK_N"]),), scores, gain, shift, out, n, classes, eps, *at, *to,
+        class_norm_kernel, (triton.cdiv(n, blocks["BLOCK_N"]),), scores, gain, shift, out, at, to, n, classes, eps,
         map_kind(scores, at), map_kind(out, to), **blocks, num_warps=8,
     )  # fmt: skip
     return out
@@ -103,7 +99,7 @@ def class_norm_backward_(grad: Tensor, scores: Tensor, gain: Tensor, eps: float)
     programs = min(triton.cdiv(n, blocks["BLOCK_N"]), 4 * processors(scores.device))
     sums = torch.empty((programs, 2, classes), dtype=torch.float32, device=scores.device)
     launch(
-        class_norm_backward_kernel, (programs,), grad, scores, gain, sums, n, classes, eps, *at, *to,
+        class_norm_backward_kernel, (programs,), grad, scores, gain, sums, at, to, n, classes, eps,
         map_kind(scores, at), map_kind(grad, to), **blocks, num_warps=8,
     )  # fmt: skip
     return grad, sums.sum(0)

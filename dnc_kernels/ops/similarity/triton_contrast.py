@@ -24,20 +24,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
 from .._common import pixel_count
-from .._triton import SCRATCH, dot, kept_rows, rounded, tile_of
+from .._triton import (
+    SCRATCH,
+    Launch,
+    cdiv,
+    configuration,
+    dot,
+    dot_precision,
+    kept_rows,
+    launch,
+    map_rank,
+    offset_of,
+    pixels_of,
+    planned,
+    rounded,
+    tile_of,
+    vectors,
+)
 from . import triton_contrast_bands as bands
-from .triton_contrast_bands import addresses, counted_pixels, offset_of, score_step, store_gradient, store_own, store_scores
+from .calls import ContrastCall, ContrastOut, SweepCall, SweepOut
+from .triton_contrast_bands import FAMILY, Scored, counted_pixels, score_step, store_gradient, store_own, store_scores
 from .triton_pack import Slots, load_x, pack_rows, slots_of
 
-_FAMILY = "similarity"
 #: Most channels whose float32 sums stay in registers beside the rest.
 FUSED_CHANNELS = 256
 
@@ -47,18 +62,17 @@ def _subcentroid_cross_entropy_kernel(
     x_ptr, rows_ptr, index_ptr, scale_ptr, loss_ptr, grad_ptr, scores_ptr, winner_ptr, own_ptr,
     x_at, grad_at, scores_at, winner_at, N, D, C, K, tiles, k_tiles, ignore_index, inverse_t, rate, zero,
     X_MAP: tl.constexpr, GRAD_MAP: tl.constexpr, SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr,
-    TARGET: tl.constexpr, GRAD: tl.constexpr, WIDTH: tl.constexpr, COPIES: tl.constexpr, SMALL_K: tl.constexpr,
-    EVEN_D: tl.constexpr, EVEN_M: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr, COPIES: tl.constexpr, SMALL_K: tl.constexpr, EVEN_D: tl.constexpr, EVEN_M: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # with a target C is the number of sub-centroids and K = 1: every sub-centroid is a class of its own
+    # with a target C is the number of sub-centroids and K = 1: every sub-centroid is a class of its own, and has no scores
+    TARGET: tl.constexpr = scores_ptr is None
     first = tl.program_id(0) * BLOCK_N
     row = tl.arange(0, BLOCK_N)
     inside = first + row < N
     n = first + row
-    at = offset_of(n, x_at, X_MAP)
     d = tl.arange(0, BLOCK_D)
-    x = load_x(x_ptr, at, inside, d, D, x_at.stride_d, EVEN_D)  # [BLOCK_N, BLOCK_D]
+    x = load_x(x_ptr + offset_of(n, x_at, X_MAP), inside, d, D, x_at.stride_d, EVEN_D, X_MAP)  # [BLOCK_N, BLOCK_D]
     index = tl.load(index_ptr + n, mask=inside, other=-1)
     counted = counted_pixels(index, ignore_index, C, TARGET)
     steps = tiles
@@ -100,7 +114,7 @@ def _subcentroid_cross_entropy_kernel(
         alpha = tl.exp2(top * rate - risen * rate)
         total = total * alpha + tl.sum(e, axis=1)
         top = risen
-        if GRAD:
+        if grad_ptr is not None:
             acc = dot(rounded(e, p.dtype), p, acc * alpha[:, None], PRECISION)
         if not TARGET:
             k0 += COPIES
@@ -125,7 +139,7 @@ def _subcentroid_cross_entropy_kernel(
     index = tl.load(index_ptr + n, mask=inside, other=-1)
     counted = counted_pixels(index, ignore_index, C, TARGET)
     tl.store(loss_ptr + n, tl.where(counted, loss, 0.0), mask=inside)
-    if GRAD:
+    if grad_ptr is not None:
         coefficient = inverse_t
         if not TARGET:
             coefficient = tl.load(scale_ptr) * inverse_t
@@ -144,68 +158,68 @@ def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     return 2 * rows * shape["D"] + SCRATCH
 
 
-def subcentroid_cross_entropy(
-    x: Tensor,
-    centroids: Tensor,
-    target: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    scale: Tensor | None,
-    loss: Tensor,
-    grad_x: Tensor | None,
-    labels: Tensor | None,
-    scores: Tensor | None,
-    winner: Tensor | None,
-    own: Tensor | None,
-) -> None:
-    """Cross-entropy over all sub-centroids and its gradient, or their log-sum-exp beside class scores, from one product.
+class _Plan(NamedTuple):
+    """How a sweep is launched; None for what comes of scores, where there are none."""
 
-    Either `target` is given, or `labels`, `scale`, `scores`, `winner` and `own`.
+    launch: Launch
+    block_m: int
+    block_d: int
+    slots: Slots | None
 
-    Args:
-        x: [N,D] or [B,D,H,W], any strides; float32, float16, bfloat16.
-        centroids: [C,K,D], any float dtype, any strides; rounded to the dtype of x.
-        target: [N] int64, ``c*K + k``; what is outside [0,C*K) or equals `ignore_index` is left out.
-        temperature: divides similarities.
-        ignore_index: of `target`.
-        scale: [] float32: `grad_x` is multiplied by it.
-        loss: out, [N] float32: zero where left out; NaN for a counted pixel with a non-finite feature.
-        grad_x: out, like x, any strides: the gradient of the sum of `loss`, exactly zero where left out. None: not made.
-        labels: [N] int64; outside [0,C): `loss`, `grad_x` and `own` are zero.
-        scores: out, [N,C] or [B,C,H,W] float32, any strides: NaN for a pixel with a non-finite feature.
-        winner: out, the same in uint8.
-        own: out, [N,K] float32, contiguous.
-    """
-    channels = centroids.shape[2]
-    if x.element_size() != 2 or channels > FUSED_CHANNELS:
-        bands.subcentroid_cross_entropy(
-            x, centroids, target, temperature, ignore_index, scale, loss, grad_x, labels, scores, winner, own
-        )
-        return
-    n, (classes, k, _) = pixel_count(x), centroids.shape
+
+@planned
+def _plan(
+    x: Tensor, centroids: Tensor, grad_x: Tensor | None, scores: Tensor | None, winner: Tensor | None, precision: str
+) -> _Plan:
+    n, (classes, k, channels), at = pixel_count(x), centroids.shape, pixels_of(x)
     block_d = tile_of(channels)
-    use = _triton.configuration(
-        _FAMILY, "subcentroid_cross_entropy", x.device, _shared_bytes, N=n, C=classes, K=k, D=block_d,
-        grad=grad_x is not None, scored=target is None, even=_triton.vectors(x, _triton.pixels_of(x)),
+    use = configuration(
+        FAMILY, "subcentroid_cross_entropy", x.device, _shared_bytes, N=n, C=classes, K=k, D=block_d, grad=grad_x is not None,
+        scored=scores is not None, even=vectors(x, at),
     )  # fmt: skip
-    block_n, block_m = use["BLOCK_N"], use["BLOCK_M"]
-    slots = slots_of(classes, k, block_m) if target is None else None
-    rows, _ = pack_rows(centroids, "dot", x.dtype, block_m, block_d, slots)
-    index = labels if target is None else target
-    if slots is None:
+    block_m = use["BLOCK_M"]
+    slots = order = slots_of(classes, k, block_m) if scores is not None else None
+    if order is None:
         # every sub-centroid is a class of its own, in the order that targets count in
         classes, k = classes * k, 1
-        slots = Slots(block_m, 1, 1, len(rows) // block_m)
-        scores = winner = own = scale = loss
-    assert index is not None and scores is not None and winner is not None
-    out = x if grad_x is None else grad_x
-    maps = tuple(map(addresses, (x, out, scores, winner)))
-    x_map, grad_map, scores_map, winner_map = map(_triton.map_rank, maps)
-    _triton.launch(
-        _subcentroid_cross_entropy_kernel, (triton.cdiv(n, block_n),), x, rows, index, scale, loss, out, scores, winner, own,
-        *maps, n, channels, classes, k, slots.tiles, slots.k_tiles, ignore_index, 1 / temperature,
-        math.log2(math.e) / temperature, 0, X_MAP=x_map, GRAD_MAP=grad_map, SCORES_MAP=scores_map, WINNER_MAP=winner_map,
-        TARGET=target is not None, GRAD=grad_x is not None, WIDTH=slots.width, COPIES=slots.copies,
-        SMALL_K=triton.next_power_of_2(k), EVEN_D=block_d == channels,
-        EVEN_M=classes % slots.width == 0 and k % slots.copies == 0, PRECISION=_triton.dot_precision(x), BLOCK_D=block_d, **use,
+        order = Slots(block_m, 1, 1, cdiv(classes, block_m))
+    tensors = (x, grad_x, scores, winner)
+    addresses = tuple(None if t is None else pixels_of(t) for t in tensors)
+    maps = (0 if a is None else map_rank(a) for a in addresses)
+    options = {
+        **dict(zip(("X_MAP", "GRAD_MAP", "SCORES_MAP", "WINNER_MAP"), maps, strict=True)), "WIDTH": order.width,
+        "COPIES": order.copies, "SMALL_K": tile_of(k, None, 1), "EVEN_D": block_d == channels,
+        "EVEN_M": classes % order.width == 0 and k % order.copies == 0, "PRECISION": precision, "BLOCK_D": block_d, **use,
+    }  # fmt: skip
+    arguments = (*addresses, n, channels, classes, k, order.tiles, order.k_tiles)
+    return _Plan(Launch((cdiv(n, use["BLOCK_N"]),), arguments, options), block_m, block_d, slots)
+
+
+def subcentroid_cross_entropy(call: ContrastCall, out: ContrastOut) -> None:
+    """Losses, NaN for a counted pixel with a non-finite feature, and, where given, the gradient.
+
+    Sub-centroids are rounded to the dtype of x. A target outside [0,C*K) is ignored.
+    """
+    _sweep(call, call.target, call.ignore_index, None, out, (None, None, None))
+
+
+def scores_and_contrast(call: SweepCall, out: SweepOut) -> None:
+    """Class scores, log-sum-exp and, where given, its gradient. A label outside [0,C) is none."""
+    scored = (out.scores, out.winner, out.own_similarity)
+    _sweep(call, call.labels, -1, call.scale, ContrastOut(out.loss, out.grad_x), scored)
+
+
+def _sweep(
+    call: ContrastCall | SweepCall, index: Tensor, ignore_index: int, scale: Tensor | None, out: ContrastOut, scored: Scored
+) -> None:
+    """index: targets where there are no scores, labels beside them."""
+    x, centroids, temperature, (loss, grad_x), (scores, winner, own) = call.x, call.centroids, call.temperature, out, scored
+    if x.element_size() != 2 or centroids.shape[2] > FUSED_CHANNELS:
+        bands.sweep(call, index, ignore_index, scale, out, scored)
+        return
+    plan = _plan(x, centroids, grad_x, scores, winner, dot_precision(x))
+    rows, _ = pack_rows(centroids, "dot", x.dtype, plan.block_m, plan.block_d, plan.slots)
+    launch(
+        _subcentroid_cross_entropy_kernel, plan.launch.grid, x, rows, index, scale, loss, grad_x, scores, winner, own,
+        *plan.launch.arguments, ignore_index, 1 / temperature, math.log2(math.e) / temperature, 0, **plan.launch.options,
     )  # fmt: skip

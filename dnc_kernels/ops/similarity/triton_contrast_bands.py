@@ -19,26 +19,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
 from .._common import pixel_count
-from .._triton import SCRATCH, Pixels, dot, pixel_offset, rounded, tile_of
+from .._triton import (
+    SCRATCH,
+    Pixels,
+    cdiv,
+    configuration,
+    dot,
+    dot_precision,
+    launch,
+    map_rank,
+    offset_of,
+    pixels_of,
+    planned,
+    rounded,
+    tile_of,
+    vectors,
+)
+from .calls import ContrastCall, ContrastOut, SweepCall
 from .triton_pack import Slots, best_of_copies, halves, load_x, pack_rows, slots_of
 
-_FAMILY = "similarity"
+FAMILY = "similarity"
+Scored = tuple[Tensor | None, Tensor | None, Tensor | None]  # scores, winner and own similarities, or none of them
 _SCRATCH = 48 << 20  # bytes: they and a band of x stay in the L2 of a recent GPU, 40 to 126 MB
-
-
-@triton.jit
-def offset_of(n, at, MAP: tl.constexpr):
-    """int64 offset of pixels n of a tensor with addresses `at` (Pixels)."""
-    return pixel_offset(n, at.hw, at.width, at.stride_b, at.stride_h, at.stride_w, MAP)
 
 
 @triton.jit
@@ -158,17 +168,18 @@ def store_gradient(
 def _subcentroid_weights_kernel(
     x_ptr, rows_ptr, index_ptr, weights_ptr, tops_ptr, sums_ptr, scores_ptr, winner_ptr, own_ptr, x_at, scores_at, winner_at,
     first, pixels, band, D, C, K, class_tiles, k_tiles, padded_d, slots, rate, zero,
-    X_MAP: tl.constexpr, SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr, TARGET: tl.constexpr, GRAD: tl.constexpr,
-    WIDTH: tl.constexpr, COPIES: tl.constexpr, EVEN_D: tl.constexpr, EVEN_M: tl.constexpr, PRECISION: tl.constexpr,
+    X_MAP: tl.constexpr, SCORES_MAP: tl.constexpr, WINNER_MAP: tl.constexpr, WIDTH: tl.constexpr, COPIES: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_M: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    TARGET: tl.constexpr = scores_ptr is None
     # neighbours share their pixels, which L2 then reads once
     class_tile = tl.program_id(0) % class_tiles
     place = tl.program_id(0) // class_tiles * BLOCK_N
     row = tl.arange(0, BLOCK_N)
     inside = place + row < pixels
     n = first + place + row
-    at = offset_of(n, x_at, X_MAP)
+    x_pixels = x_ptr + offset_of(n, x_at, X_MAP)
     d = tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_M)
     class0 = class_tile * WIDTH
@@ -184,7 +195,7 @@ def _subcentroid_weights_kernel(
     for _ in range(k_tiles):
         s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for start in range(0, padded_d, BLOCK_D):
-            x = load_x(x_ptr, at, inside, start + d, D, x_at.stride_d, EVEN_D)
+            x = load_x(x_pixels, inside, start + d, D, x_at.stride_d, EVEN_D, X_MAP)
             s = dot(x, tl.trans(tl.load(p_ptrs + start)), s, PRECISION)
         p_ptrs += BLOCK_M * padded_d
         of_k = k0 + column // WIDTH
@@ -195,7 +206,7 @@ def _subcentroid_weights_kernel(
         part = tile.to(tl.int64) * band + place + row
         tl.store(tops_ptr + part, top)
         tl.store(sums_ptr + part, tl.sum(e, axis=1))
-        if GRAD:
+        if weights_ptr is not None:
             weight = (place + row).to(tl.int64)[:, None] * slots + (tile * BLOCK_M + column)[None, :]
             tl.store(weights_ptr + weight, rounded(e, weights_ptr.dtype.element_ty))
         if not TARGET:
@@ -217,9 +228,11 @@ def _subcentroid_weights_kernel(
 def _subcentroid_mix_kernel(
     x_ptr, rows_ptr, index_ptr, scale_ptr, weights_ptr, tops_ptr, sums_ptr, loss_ptr, grad_ptr, own_ptr, x_at, grad_at,
     first, pixels, band, D, C, K, d_tiles, tiles, padded_d, slots, ignore_index, inverse_t, rate,
-    X_MAP: tl.constexpr, GRAD_MAP: tl.constexpr, TARGET: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    X_MAP: tl.constexpr, GRAD_MAP: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, SMALL_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # own similarities are cleared where there are scores beside the loss
+    TARGET: tl.constexpr = own_ptr is None
     # neighbours share their weights, which L2 then reads once
     d_tile = tl.program_id(0) % d_tiles
     local = tl.program_id(0) // d_tiles * BLOCK_N + tl.arange(0, BLOCK_N)  # place in the band
@@ -243,10 +256,10 @@ def _subcentroid_mix_kernel(
         loss = top * inverse_t + tl.log(total)
         if TARGET:
             own = tl.zeros((BLOCK_N,), tl.float32)
-            at = offset_of(n, x_at, X_MAP)
+            x_pixels = x_ptr + offset_of(n, x_at, X_MAP)
             small = tl.arange(0, 16)
             for start in range(0, padded_d, 16):
-                x = load_x(x_ptr, at, inside, start + small, D, x_at.stride_d, False).to(tl.float32)
+                x = load_x(x_pixels, inside, start + small, D, x_at.stride_d, False, X_MAP).to(tl.float32)
                 own += tl.sum(x * tl.load(row + (start + small)[None, :]).to(tl.float32), axis=1)
             # the target is taken from the maximum first: both can be large where their difference is not
             loss = (top - own) * inverse_t + tl.log(total)
@@ -256,7 +269,7 @@ def _subcentroid_mix_kernel(
             tl.store(out, tl.zeros((BLOCK_N, SMALL_K), tl.float32), mask=(inside & ~counted)[:, None] & (k < K)[None, :])
         tl.store(loss_ptr + n, tl.where(counted, loss, 0.0), mask=inside)
 
-    if GRAD:
+    if grad_ptr is not None:
         d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)
         column = tl.arange(0, BLOCK_K)
         weight_ptrs = weights_ptr + local.to(tl.int64)[:, None] * slots + column[None, :]
@@ -279,11 +292,6 @@ def _subcentroid_mix_kernel(
         )  # fmt: skip
 
 
-def addresses(tensor: Tensor) -> Pixels:
-    """Where the pixels of a map or of a vector [N] lie."""
-    return Pixels(0, 0, 0, 0, tensor.stride(0), 0) if tensor.ndim == 1 else _triton.pixels_of(tensor)
-
-
 def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     """Shared memory of either product: both factors of a step."""
     depth = tile_of(shape["D"], use["BLOCK_D"])
@@ -291,71 +299,87 @@ def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     return use["num_stages"] * numbers * shape["bits"] // 8 + SCRATCH
 
 
-def subcentroid_cross_entropy(
-    x: Tensor,
-    centroids: Tensor,
-    target: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    scale: Tensor | None,
-    loss: Tensor,
-    grad_x: Tensor | None,
-    labels: Tensor | None,
-    scores: Tensor | None,
-    winner: Tensor | None,
-    own: Tensor | None,
-) -> None:
-    """What `triton_contrast.subcentroid_cross_entropy` says, for any number of channels."""
-    n, (classes, k, channels) = pixel_count(x), centroids.shape
-    even = _triton.vectors(x, _triton.pixels_of(x))
-    shape = {"N": n, "C": classes, "K": k, "D": channels, "bits": 8 * x.element_size(), "even": even}
+class _Product(NamedTuple):
+    """How one of both products is launched."""
+
+    block_n: int
+    programs: int  # for so many pixels
+    at: tuple[Pixels | None, ...]
+    sizes: tuple[int, ...]
+    options: dict[str, Any]
+
+
+class _Plan(NamedTuple):
+    """How a sweep is launched."""
+
+    tile: int  # rows of a step of the first product
+    depth: int  # channels of a step of either, at most
+    slots: Slots | None  # None: without scores
+    tiles: int
+    weights: _Product
+    mix: _Product
+
+
+@planned
+def _plan(
+    x: Tensor, centroids: Tensor, grad_x: Tensor | None, scores: Tensor | None, winner: Tensor | None, precision: str
+) -> _Plan:
+    n, (classes, k, channels), at = pixel_count(x), centroids.shape, pixels_of(x)
+    shape = {"N": n, "C": classes, "K": k, "D": channels, "bits": 8 * x.element_size(), "even": vectors(x, at)}
     use, mix = (
-        _triton.configuration(_FAMILY, kernel, x.device, _shared_bytes, **shape)
-        for kernel in ("subcentroid_weights", "subcentroid_mix")
+        configuration(FAMILY, kernel, x.device, _shared_bytes, **shape) for kernel in ("subcentroid_weights", "subcentroid_mix")
     )
     tile = use["BLOCK_M"]
     use["BLOCK_D"], mix["BLOCK_D"] = tile_of(channels, use["BLOCK_D"]), tile_of(channels, mix["BLOCK_D"])
     mix["BLOCK_K"] = min(mix["BLOCK_K"], tile)
-    slots = slots_of(classes, k, tile) if target is None else None
-    rows, _ = pack_rows(centroids, "dot", x.dtype, tile, max(use["BLOCK_D"], mix["BLOCK_D"]), slots)
-    index = labels if target is None else target
-    if slots is None:
+    slots = order = slots_of(classes, k, tile) if scores is not None else None
+    if order is None:
         # every sub-centroid is a class of its own, in the order that targets count in
         classes, k = classes * k, 1
-        slots = Slots(tile, 1, 1, len(rows) // tile)
-        scores = winner = own = scale = loss
-    assert index is not None and scores is not None and winner is not None and own is not None
-    gradient = grad_x is not None
+        order = Slots(tile, 1, 1, cdiv(classes, tile))
+    depth = max(use["BLOCK_D"], mix["BLOCK_D"])
+    padded, count = cdiv(channels, depth) * depth, order.tiles * tile
+    grad_at, scores_at, winner_at = (None if t is None else pixels_of(t) for t in (grad_x, scores, winner))
+    x_map, grad_map, scores_map, winner_map = (0 if a is None else map_rank(a) for a in (at, grad_at, scores_at, winner_at))
+    d_tiles = 1 if grad_x is None else cdiv(channels, mix["BLOCK_D"])
+    weights = {
+        "X_MAP": x_map, "SCORES_MAP": scores_map, "WINNER_MAP": winner_map, "WIDTH": order.width, "COPIES": order.copies,
+        "EVEN_D": padded == channels, "EVEN_M": classes % order.width == 0 and k % order.copies == 0, "PRECISION": precision,
+        **use,
+    }  # fmt: skip
+    mixed = {
+        "X_MAP": x_map, "GRAD_MAP": grad_map, "PRECISION": precision, "TILE": tile, "SMALL_K": tile_of(k, None, 1), **mix
+    }  # fmt: skip
+    sizes = (channels, classes, k, order.class_tiles, order.k_tiles, padded, count)
+    mix_sizes = (channels, classes, k, d_tiles, order.tiles, padded, count)
+    first = _Product(use["BLOCK_N"], order.class_tiles, (at, scores_at, winner_at), sizes, weights)
+    second = _Product(mix["BLOCK_N"], d_tiles, (at, grad_at), mix_sizes, mixed)
+    return _Plan(tile, depth, slots, order.tiles, first, second)
+
+
+def sweep(
+    call: ContrastCall | SweepCall, index: Tensor, ignore_index: int, scale: Tensor | None, out: ContrastOut, scored: Scored
+) -> None:
+    """Losses and, where given, the gradient and class scores, for any number of channels."""
+    x, centroids, temperature, (loss, grad_x), (scores, winner, own) = call.x, call.centroids, call.temperature, out, scored
+    n, plan = pixel_count(x), _plan(x, centroids, grad_x, scores, winner, dot_precision(x))
+    rows, _ = pack_rows(centroids, "dot", x.dtype, plan.tile, plan.depth, plan.slots)
     # the longest band that fits the scratch, then bands of equal length
-    longest = max(1, _SCRATCH // (gradient * len(rows) * x.element_size() + slots.tiles * 8))
-    unit = max(use["BLOCK_N"], mix["BLOCK_N"])  # powers of two: whole tiles of both
-    bands = max(1, triton.cdiv(n, longest))
-    band = max(1, triton.cdiv(n, bands * unit)) * unit
-    weights = torch.empty((band if gradient else 1, len(rows)), dtype=x.dtype, device=x.device)
-    tops, sums = torch.empty((2, slots.tiles, band), dtype=torch.float32, device=x.device)
-    out = x if grad_x is None else grad_x
-    x_at, grad_at, scores_at, winner_at = map(addresses, (x, out, scores, winner))
-    d_tiles = triton.cdiv(channels, mix["BLOCK_D"]) if gradient else 1
-    shared = {
-        "X_MAP": _triton.map_rank(x_at),
-        "TARGET": target is not None,
-        "GRAD": gradient,
-        "PRECISION": _triton.dot_precision(x),
-    }
+    weight_bytes = 0 if grad_x is None else len(rows) * x.element_size()
+    longest = max(1, _SCRATCH // (weight_bytes + plan.tiles * 8))
+    one, two = plan.weights, plan.mix
+    unit = max(one.block_n, two.block_n)  # powers of two: whole tiles of both
+    band = max(1, cdiv(n, max(1, cdiv(n, longest)) * unit)) * unit
+    weights = None if grad_x is None else torch.empty((band, len(rows)), dtype=x.dtype, device=x.device)
+    tops, sums = torch.empty((2, plan.tiles, band), dtype=torch.float32, device=x.device)
     rate = math.log2(math.e) / temperature
     for first in range(0, n, band):
         pixels = min(band, n - first)
-        _triton.launch(
-            _subcentroid_weights_kernel, (triton.cdiv(pixels, use["BLOCK_N"]) * slots.class_tiles,), x, rows, index, weights,
-            tops, sums, scores, winner, own, x_at, scores_at, winner_at, first, pixels, band, channels, classes, k,
-            slots.class_tiles, slots.k_tiles, rows.shape[1], len(rows), rate, 0, **shared,
-            SCORES_MAP=_triton.map_rank(scores_at), WINNER_MAP=_triton.map_rank(winner_at), WIDTH=slots.width,
-            COPIES=slots.copies,
-            EVEN_D=rows.shape[1] == channels, EVEN_M=classes % slots.width == 0 and k % slots.copies == 0, **use,
+        launch(
+            _subcentroid_weights_kernel, (cdiv(pixels, one.block_n) * one.programs,), x, rows, index, weights, tops, sums,
+            scores, winner, own, *one.at, first, pixels, band, *one.sizes, rate, 0, **one.options,
         )  # fmt: skip
-        _triton.launch(
-            _subcentroid_mix_kernel, (triton.cdiv(pixels, mix["BLOCK_N"]) * d_tiles,), x, rows, index, scale, weights, tops,
-            sums, loss, out, own, x_at, grad_at, first, pixels, band, channels, classes, k, d_tiles, slots.tiles, rows.shape[1],
-            len(rows), ignore_index, 1 / temperature, rate, **shared, GRAD_MAP=_triton.map_rank(grad_at), TILE=tile,
-            SMALL_K=triton.next_power_of_2(k), **mix,
+        launch(
+            _subcentroid_mix_kernel, (cdiv(pixels, two.block_n) * two.programs,), x, rows, index, scale, weights, tops, sums,
+            loss, grad_x, own, *two.at, first, pixels, band, *two.sizes, ignore_index, 1 / temperature, rate, **two.options,
         )  # fmt: skip

@@ -22,7 +22,7 @@ reference.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,7 +31,23 @@ from torch import Tensor
 
 from .. import _triton
 from .._common import pixel_count
-from .._triton import SCRATCH, dot, kept_rows, pixel_offset, tile_of
+from .._triton import (
+    SCRATCH,
+    Launch,
+    cdiv,
+    configuration,
+    dot,
+    dot_precision,
+    kept_rows,
+    launch,
+    map_rank,
+    offset_of,
+    pixels_of,
+    planned,
+    tile_of,
+    vectors,
+)
+from .calls import DistanceCall, NearestCall, NearestOut
 from .triton_pack import best_of_copies, load_x, pack_rows
 
 _FAMILY = "similarity"
@@ -40,17 +56,16 @@ _MOST_PARTS = 16  # of a sweep: what they leave behind stays small beside the pi
 
 @triton.jit
 def _nearest_centroid_kernel(
-    x_ptr, rows_ptr, bias_ptr, top_ptr, m_ptr, label_ptr, sub_ptr, score_ptr, N, D, M, K, m_tiles, n_tiles, padded_d,
-    hw, plane_width, stride_b, stride_h, stride_w, stride_d,
-    MAP: tl.constexpr, METRIC: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr,
-    SPLIT: tl.constexpr, COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, rows_ptr, bias_ptr, top_ptr, m_ptr, label_ptr, sub_ptr, score_ptr, x_at, N, D, M, K, m_tiles, n_tiles, padded_d,
+    X_MAP: tl.constexpr, METRIC: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr,
+    COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # a program sweeps m_tiles tiles; with SPLIT they are part of all, and `_finish_nearest_kernel` takes the best
+    # a program sweeps m_tiles tiles; with top_ptr they are part of all, and `_finish_nearest_kernel` takes the best
     part = tl.program_id(0) // n_tiles
     first_m = part * m_tiles * BLOCK_M
     n = tl.program_id(0) % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
-    at = pixel_offset(n, hw, plane_width, stride_b, stride_h, stride_w, MAP)
+    pixels = x_ptr + offset_of(n, x_at, X_MAP)
     d = tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_M)
     squares = tl.zeros((BLOCK_N,), tl.float32)
@@ -58,10 +73,10 @@ def _nearest_centroid_kernel(
         # a few channels at a time: all of them at once would not stay in registers
         few = tl.arange(0, 16)
         for start in range(0, padded_d, 16):
-            x = load_x(x_ptr, at, inside, start + few, D, stride_d, EVEN).to(tl.float32)
+            x = load_x(pixels, inside, start + few, D, x_at.stride_d, EVEN, X_MAP).to(tl.float32)
             squares += tl.sum(x * x, axis=1)
     if KEEP:
-        kept = load_x(x_ptr, at, inside, d, D, stride_d, EVEN)  # [BLOCK_N, BLOCK_D]
+        kept = load_x(pixels, inside, d, D, x_at.stride_d, EVEN, X_MAP)  # [BLOCK_N, BLOCK_D]
 
     best = tl.full((BLOCK_N, BLOCK_M // COPIES), float("-inf"), tl.float32)
     where = tl.zeros((BLOCK_N, BLOCK_M // COPIES), tl.int32)
@@ -74,7 +89,7 @@ def _nearest_centroid_kernel(
         else:
             s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for start in range(0, padded_d, BLOCK_D):
-                piece = load_x(x_ptr, at, inside, start + d, D, stride_d, EVEN)
+                piece = load_x(pixels, inside, start + d, D, x_at.stride_d, EVEN, X_MAP)
                 p = tl.load(p_ptr + start)
                 s = dot(piece, tl.trans(p), s, PRECISION)
         p_ptr += BLOCK_M * padded_d
@@ -95,7 +110,7 @@ def _nearest_centroid_kernel(
     m = where * (BLOCK_M // COPIES) + tl.arange(0, BLOCK_M // COPIES)[None, :]
     m = tl.min(tl.where(best == top[:, None], m, 2147483647), axis=1)
     m = tl.minimum(first_m + m, M - 1)
-    if SPLIT:
+    if top_ptr is not None:
         tl.store(top_ptr + part.to(tl.int64) * N + n, top, mask=n < N)
         tl.store(m_ptr + part.to(tl.int64) * N + n, m, mask=n < N)
         tl.store(score_ptr + n, squares, mask=n < N)  # every part stores the same
@@ -159,49 +174,63 @@ def _distance_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     return max(step, 4 * use["BLOCK_N"] * use["BLOCK_M"]) + SCRATCH
 
 
-def nearest_centroid(x: Tensor, centroids: Tensor, metric: str, label: Tensor, sub: Tensor, score: Tensor) -> None:
+class _Nearest(NamedTuple):
+    """How the nearest sub-centroid is found."""
+
+    launch: Launch
+    block_m: int  # rows of a part of the sweep
+    block_d: int
+    parts: int
+
+
+@planned
+def _nearest_plan(x: Tensor, centroids: Tensor, metric: str, precision: str, processors: int) -> _Nearest:
+    n, (classes, k, channels), at = pixel_count(x), centroids.shape, pixels_of(x)
+    shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size(), "even": vectors(x, at)}
+    use = configuration(_FAMILY, "nearest_centroid", x.device, _nearest_bytes, **shape)
+    block_d, kept = _depth(use, channels)
+    block_m = use["BLOCK_M"]
+    del use["KEEP_D"], use["BLOCK_D"]
+    n_tiles, m_tiles = cdiv(n, use["BLOCK_N"]), cdiv(classes * k, block_m)
+    # parts of the sweep where the pixels alone leave processors idle; then every part has as many tiles
+    parts = max(1, min(m_tiles, processors // max(n_tiles, 1), _MOST_PARTS))
+    m_tiles = cdiv(m_tiles, parts)
+    parts = cdiv(classes * k, block_m * m_tiles)
+    padded = cdiv(channels, block_d) * block_d
+    options = {
+        "X_MAP": map_rank(at), "METRIC": metric, "PRECISION": precision, "KEEP": kept, "EVEN": padded == channels,
+        "BLOCK_D": block_d, **use,
+    }  # fmt: skip
+    arguments = (at, n, channels, classes * k, k, m_tiles, n_tiles, padded)
+    return _Nearest(Launch((n_tiles * parts,), arguments, options), block_m * m_tiles, block_d, parts)
+
+
+def nearest_centroid(call: NearestCall, out: NearestOut) -> None:
     """Class, sub-centroid and similarity of the nearest sub-centroid of all; -1, -1, NaN without a finite one.
 
-    Args:
-        x: [N,D] or [B,D,H,W], any strides; float32, float16, bfloat16.
-        centroids: [C,K,D], any float dtype, any strides; rounded to the dtype of x.
-        metric: ``dot``, ``cosine`` or ``sqeuclidean``.
-        label: out, [N] int64.
-        sub: out, [N] int64.
-        score: out, [N] float32.
+    Sub-centroids are rounded to the dtype of x.
     """
-    n, (classes, k, channels) = pixel_count(x), centroids.shape
-    pixels = _triton.pixels_of(x)
-    shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size(), "even": _triton.vectors(x, pixels)}
-    use = _triton.configuration(_FAMILY, "nearest_centroid", x.device, _nearest_bytes, **shape)
-    block_d, kept = _depth(use, channels)
-    block_n, block_m = use["BLOCK_N"], use["BLOCK_M"]
-    del use["KEEP_D"], use["BLOCK_D"]
-    n_tiles, m_tiles = triton.cdiv(n, block_n), triton.cdiv(classes * k, block_m)
-    # parts of the sweep where the pixels alone leave processors idle; then every part has as many tiles
-    parts = max(1, min(m_tiles, _triton.processors(x.device) // max(n_tiles, 1), _MOST_PARTS))
-    m_tiles = triton.cdiv(m_tiles, parts)
-    parts = triton.cdiv(classes * k, block_m * m_tiles)
-    rows, bias = pack_rows(centroids, metric, x.dtype, block_m * m_tiles, block_d)
-    tops = torch.empty((parts, n) if parts > 1 else 1, dtype=torch.float32, device=x.device)
-    indices = torch.empty_like(tops, dtype=torch.int32)
-    _triton.launch(
-        _nearest_centroid_kernel, (n_tiles * parts,), x, rows, bias, tops, indices, label, sub, score, n, channels, classes * k,
-        k, m_tiles, n_tiles, rows.shape[1], *pixels, MAP=_triton.map_rank(pixels), METRIC=metric,
-        PRECISION=_triton.dot_precision(x), KEEP=kept, EVEN=rows.shape[1] == channels, SPLIT=parts > 1, BLOCK_D=block_d, **use,
-    )  # fmt: skip
-    if parts > 1:
-        _triton.launch(
-            _finish_nearest_kernel, (triton.cdiv(n, 256),), tops, indices, label, sub, score, n, k, parts, METRIC=metric,
-            BLOCK=256, num_warps=4,
+    x, centroids, metric, _ = call
+    plan = _nearest_plan(x, centroids, metric, dot_precision(x), _triton.processors(x.device))
+    rows, bias = pack_rows(centroids, metric, x.dtype, plan.block_m, plan.block_d)
+    tops = indices = None
+    if plan.parts > 1:
+        tops = torch.empty((plan.parts, pixel_count(x)), dtype=torch.float32, device=x.device)
+        indices = torch.empty_like(tops, dtype=torch.int32)
+    one = plan.launch
+    launch(_nearest_centroid_kernel, one.grid, x, rows, bias, tops, indices, *out, *one.arguments, **one.options)
+    if plan.parts > 1:
+        n, k = pixel_count(x), centroids.shape[1]
+        launch(
+            _finish_nearest_kernel, (cdiv(n, 256),), tops, indices, *out, n, k, plan.parts, METRIC=metric, BLOCK=256,
+            num_warps=4,
         )  # fmt: skip
 
 
 @triton.jit
 def _centroid_distance_kernel(
-    x_ptr, rows_ptr, bias_ptr, out_ptr, N, D, M, m_tiles, padded_d,
-    hw, plane_width, stride_b, stride_h, stride_w, stride_d,
-    MAP: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, rows_ptr, bias_ptr, out_ptr, x_at, N, D, M, m_tiles, padded_d,
+    X_MAP: tl.constexpr, METRIC: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # neighbours share their pixels, which L2 then reads once
@@ -210,17 +239,17 @@ def _centroid_distance_kernel(
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     inside = n < N
-    at = pixel_offset(n, hw, plane_width, stride_b, stride_h, stride_w, MAP)
+    pixels = x_ptr + offset_of(n, x_at, X_MAP)
     p_ptr = rows_ptr + m_tile.to(tl.int64) * BLOCK_M * padded_d
     tile_rows = tl.arange(0, BLOCK_M)[:, None] * padded_d + d[None, :]
     s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, padded_d, BLOCK_D):
-        x = load_x(x_ptr, at, inside, start + d, D, stride_d, EVEN)
+        x = load_x(pixels, inside, start + d, D, x_at.stride_d, EVEN, X_MAP)
         p = tl.load(p_ptr + tile_rows + start)
         s = dot(x, tl.trans(p), s, PRECISION)
         squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
-    if COSINE:
+    if METRIC == "cosine":
         length = tl.maximum(tl.sqrt_rn(squares), 1e-12)
         s = 1 - s / length[:, None]
     else:
@@ -229,24 +258,24 @@ def _centroid_distance_kernel(
     tl.store(out, s, mask=inside[:, None] & (m < M)[None, :])
 
 
-def centroid_distance(x: Tensor, centroids: Tensor, metric: str, out: Tensor) -> None:
-    """Distance of every pixel to every sub-centroid.
+@planned
+def _distance_plan(x: Tensor, centroids: Tensor, metric: str, precision: str) -> tuple[int, int, Launch]:
+    """Rows and channels of a step, and the launch."""
+    n, (classes, k, channels), at = pixel_count(x), centroids.shape, pixels_of(x)
+    shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size(), "even": vectors(x, at)}
+    use = configuration(_FAMILY, "centroid_distance", x.device, _distance_bytes, **shape)
+    block_m, block_d = use["BLOCK_M"], tile_of(channels, use.pop("BLOCK_D"))
+    m_tiles, padded = cdiv(classes * k, block_m), cdiv(channels, block_d) * block_d
+    options = {
+        "X_MAP": map_rank(at), "METRIC": metric, "PRECISION": precision, "EVEN": padded == channels, "BLOCK_D": block_d, **use
+    }  # fmt: skip
+    arguments = (at, n, channels, classes * k, m_tiles, padded)
+    return block_m, block_d, Launch((cdiv(n, use["BLOCK_N"]) * m_tiles,), arguments, options)
 
-    Args:
-        x: [N,D] or [B,D,H,W], any strides; float32, float16, bfloat16.
-        centroids: [C,K,D], any float dtype, any strides; rounded to the dtype of x.
-        metric: ``cosine`` (1 - cosine) or ``sqeuclidean`` (|x-p|^2).
-        out: [N,C,K] float32, contiguous.
-    """
-    n, (classes, k, channels) = pixel_count(x), centroids.shape
-    pixels = _triton.pixels_of(x)
-    shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size(), "even": _triton.vectors(x, pixels)}
-    use = _triton.configuration(_FAMILY, "centroid_distance", x.device, _distance_bytes, **shape)
-    block_n, block_m, block_d = use["BLOCK_N"], use["BLOCK_M"], tile_of(channels, use.pop("BLOCK_D"))
+
+def centroid_distance(call: DistanceCall, out: Tensor) -> None:
+    """Distance of every pixel to every sub-centroid, which is rounded to the dtype of x."""
+    x, centroids, metric, _ = call
+    block_m, block_d, plan = _distance_plan(x, centroids, metric, dot_precision(x))
     rows, bias = pack_rows(centroids, metric, x.dtype, block_m, block_d)
-    m_tiles = rows.shape[0] // block_m
-    _triton.launch(
-        _centroid_distance_kernel, (triton.cdiv(n, block_n) * m_tiles,), x, rows, bias, out, n, channels, classes * k, m_tiles,
-        rows.shape[1], *pixels, MAP=_triton.map_rank(pixels), COSINE=metric == "cosine", PRECISION=_triton.dot_precision(x),
-        EVEN=rows.shape[1] == channels, BLOCK_D=block_d, **use,
-    )  # fmt: skip
+    launch(_centroid_distance_kernel, plan.grid, x, rows, bias, out, *plan.arguments, **plan.options)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .._triton import rounded
+from .._triton import cdiv, rounded, tile_of, wide_unless
 
 _ROWS = 16
 
@@ -49,56 +49,56 @@ def slots_of(classes: int, k: int, tile: int) -> Slots:
     copies = 1
     while copies <= min(k, tile // 8) or copies == 1:
         width = tile // copies
-        options.append(Slots(width, copies, triton.cdiv(k, copies), triton.cdiv(classes, width)))
+        options.append(Slots(width, copies, cdiv(k, copies), cdiv(classes, width)))
         copies *= 2
     return min(options, key=lambda s: s.tiles)
 
 
 @triton.jit
 def _pack_kernel(
-    centroids_ptr, rows_ptr, bias_ptr, C, K, D, padded_d, width, copies, k_tiles, stride_c, stride_k, stride_d,
-    FLAT: tl.constexpr, COSINE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    centroids_ptr, rows_ptr, bias_ptr, strides, slots, C, K, D, padded_d,
+    METRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if FLAT:
+    if slots is None:
         # what is left of the last tile repeats the last row: it may tie with that row, and never beats it
         m = tl.minimum(slot, C * K - 1)
         c = m // K
         k = m % K
     else:
-        tile = slot // (copies * width)
-        c = tile // k_tiles * width + slot % width
-        k = tile % k_tiles * copies + slot % (copies * width) // width
+        tile = slot // (slots.copies * slots.width)
+        c = tile // slots.k_tiles * slots.width + slot % slots.width
+        k = tile % slots.k_tiles * slots.copies + slot % (slots.copies * slots.width) // slots.width
     valid = (c < C) & (k < K)
-    base = c.to(tl.int64) * stride_c + k.to(tl.int64) * stride_k
+    base = c.to(tl.int64) * strides[0] + k.to(tl.int64) * strides[1]
     d = tl.arange(0, BLOCK_D)
     squares = tl.zeros((ROWS,), tl.float32)
-    if COSINE:
+    if METRIC == "cosine":
         for start in range(0, D, BLOCK_D):
-            at = base[:, None] + (start + d).to(tl.int64)[None, :] * stride_d
+            at = base[:, None] + (start + d).to(tl.int64)[None, :] * strides[2]
             p = tl.load(centroids_ptr + at, mask=valid[:, None] & (start + d < D)[None, :], other=0.0).to(tl.float32)
             squares += tl.sum(p * p, axis=1)
         # the clamp of torch.nn.functional.normalize
         length = tl.maximum(tl.sqrt_rn(squares), 1e-12)
         squares = tl.zeros((ROWS,), tl.float32)
     for start in range(0, padded_d, BLOCK_D):
-        at = base[:, None] + (start + d).to(tl.int64)[None, :] * stride_d
+        at = base[:, None] + (start + d).to(tl.int64)[None, :] * strides[2]
         p = tl.load(centroids_ptr + at, mask=valid[:, None] & (start + d < D)[None, :], other=0.0).to(tl.float32)
-        if COSINE:
+        if METRIC == "cosine":
             p = tl.div_rn(p, tl.broadcast_to(length[:, None], (ROWS, BLOCK_D)))
         row = rounded(p, rows_ptr.dtype.element_ty)
         out = slot.to(tl.int64)[:, None] * padded_d + (start + d)[None, :]
         tl.store(rows_ptr + out, row, mask=(start + d < padded_d)[None, :])
-        if BIAS:
+        if bias_ptr is not None:
             squares += tl.sum(row.to(tl.float32) * row.to(tl.float32), axis=1)
-    if BIAS:
+    if bias_ptr is not None:
         tl.store(bias_ptr + slot, -squares)
 
 
 def pack_rows(
     centroids: Tensor, metric: str, dtype: torch.dtype, block_m: int, block_d: int, slots: Slots | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rows [slots, padded D] and biases [slots] float32 (of one element but for sqeuclidean).
+) -> tuple[Tensor, Tensor | None]:
+    """Rows [slots, padded D] and, for sqeuclidean, biases [slots] float32.
 
     Args:
         centroids: [C,K,D], any float dtype, any strides.
@@ -109,30 +109,27 @@ def pack_rows(
         slots: order of the rows; slots without a centroid are zero. None: c*K + k, and the last row is repeated.
     """
     classes, k, channels = centroids.shape
-    count = triton.cdiv(classes * k, block_m) * block_m if slots is None else slots.tiles * block_m
-    padded = triton.cdiv(channels, block_d) * block_d
+    count = cdiv(classes * k, block_m) * block_m if slots is None else slots.tiles * block_m
+    padded = cdiv(channels, block_d) * block_d
     rows = torch.empty((count, padded), dtype=dtype, device=centroids.device)
-    with_bias = metric == "sqeuclidean"
-    bias = torch.empty(count if with_bias else 1, dtype=torch.float32, device=centroids.device)
-    order = slots or Slots(block_m, 1, 1, 1)
+    bias = torch.empty(count, dtype=torch.float32, device=centroids.device) if metric == "sqeuclidean" else None
     _triton.launch(
-        _pack_kernel, (count // _ROWS,), centroids, rows, bias, classes, k, channels, padded, order.width, order.copies,
-        order.k_tiles, *centroids.stride(), FLAT=slots is None, COSINE=metric == "cosine", BIAS=with_bias, ROWS=_ROWS,
-        BLOCK_D=min(128, triton.next_power_of_2(padded)), num_warps=4,
+        _pack_kernel, (count // _ROWS,), centroids, rows, bias, centroids.stride(), slots, classes, k, channels, padded,
+        METRIC=metric, ROWS=_ROWS, BLOCK_D=tile_of(padded, 128, 1), num_warps=4,
     )  # fmt: skip
     return rows, bias
 
 
 @triton.jit
-def load_x(x_ptr, at, inside, d, D, stride_d, EVEN: tl.constexpr):
-    """Channels d of the pixels at offsets `at`, [len(at), len(d)]; zeros outside, and beyond D unless EVEN excludes that.
+def load_x(pixels, inside, d, D, stride_d, EVEN: tl.constexpr, MAP: tl.constexpr):
+    """Channels d of the pixels at these pointers, [len(pixels), len(d)]; zeros outside, and beyond D unless EVEN excludes that.
 
     Pixels are masked, not clamped: the minimum with N - 1 would hide that neighbours in memory are neighbours in the tile.
     """
     mask = inside[:, None]
     if not EVEN:
         mask = mask & (d < D)[None, :]
-    return tl.load(x_ptr + at[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
+    return tl.load(pixels[:, None] + (wide_unless(d, MAP >= 3) * stride_d)[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -23,38 +23,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton import dot, pixel_offset, rounded, wide_unless
-
-DOT, COSINE, SQEUCLIDEAN = (tl.constexpr(i) for i in range(3))  # the order of METRICS
+from .._triton import dot, offset_of, rounded, wide_unless
+from .triton_pack import load_x
 
 
 @triton.jit
 def row_squares_kernel(
-    x_ptr, square_ptr, N, D, hw, width, stride_b, stride_h, stride_w, stride_d,
-    MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, square_ptr, x_at, N, D, X_MAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """|x|^2 of every pixel [N] fp32, for the metrics that need it."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
+    pixels = x_ptr + offset_of(n, x_at, X_MAP)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for d0 in range(0, D, BLOCK_D):
-        v = load_pixels(rows, n < N, d0, D, stride_d, BLOCK_D, MAP).to(tl.float32)
+        d = d0 + tl.arange(0, BLOCK_D)
+        v = load_x(pixels, n < N, d, D, x_at.stride_d, False, X_MAP).to(tl.float32)
         total += tl.sum(v * v, 1)
     tl.store(square_ptr + n, total, mask=n < N)
 
 
 @triton.jit
-def load_pixels(rows, inside, d0, D, stride_d, BLOCK_D: tl.constexpr, MAP: tl.constexpr):
-    """[BLOCK_N, BLOCK_D] of x from channel d0, zero beyond D and where not `inside`."""
-    d = d0 + tl.arange(0, BLOCK_D)
-    at = rows[:, None] + (wide_unless(d, MAP >= 3) * stride_d)[None, :]
-    return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+def load_square(square_ptr, n, inside):
+    """[BLOCK_N] |x|^2; 0 where the metric needs none."""
+    square = tl.zeros(n.shape, tl.float32)
+    if square_ptr is not None:
+        square = tl.load(square_ptr + n, mask=inside, other=0.0)
+    return square
 
 
 @triton.jit
 def row_scale(square, METRIC: tl.constexpr):
     """What a product of the pixel is multiplied by, from |x|^2."""
-    if METRIC == COSINE:
+    if METRIC == "cosine":
         return 1.0 / tl.maximum(tl.sqrt_rn(square), 1e-12)
     return tl.full(square.shape, 1.0, tl.float32)
 
@@ -62,25 +62,24 @@ def row_scale(square, METRIC: tl.constexpr):
 @triton.jit
 def class_tile(
     x,  # [BLOCK_N, BLOCK_D] with KEEP
-    rows,  # [BLOCK_N] pointers to the pixels
+    pixels,  # [BLOCK_N] pointers to them
     inside,  # [BLOCK_N]
     scale,  # [BLOCK_N] of `row_scale`
     square,  # [BLOCK_N] |x|^2 for sqeuclidean
     label,  # [BLOCK_N], -1: none
-    own_rows,  # [BLOCK_N] pointers to own similarities
+    own_rows,  # [BLOCK_N] pointers to own similarities; None: not wanted
     tile,
-    p_ptr,
+    rows_ptr,  # packed sub-centroids
     bias_ptr,
     K,
     D,
-    DP,
+    depth,
     groups,
     stride_d,
     METRIC: tl.constexpr,
-    OWN: tl.constexpr,
     KEEP: tl.constexpr,
     EVEN_K: tl.constexpr,
-    MAP: tl.constexpr,
+    X_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -93,30 +92,30 @@ def class_tile(
     best = tl.full((BLOCK_N, BLOCK_C), float("-inf"), tl.float32)
     winner = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
     columns = tl.arange(0, BLOCK_C)
-    if OWN:
+    if own_rows is not None:
         here = (label >= tile * BLOCK_C) & (label < (tile + 1) * BLOCK_C)
         any_here = tl.max(here.to(tl.int32), 0)
     for group in range(groups):
         m = (tile * groups + group).to(tl.int64) * (BLOCK_K * BLOCK_C)
         # one 64-bit base, 32-bit offsets inside the tile: they live in registers through the whole kernel
-        p_tile = p_ptr + m * DP
+        tile_rows = rows_ptr + m * depth
         if KEEP:
-            p = tl.load(p_tile + ((j * DP)[None, :] + d[:, None]))
+            p = tl.load(tile_rows + ((j * depth)[None, :] + d[:, None]))
             s = dot(x, p, tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32), PRECISION)
         else:
             s = tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32)
-            for d0 in range(0, DP, BLOCK_D):
-                part = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D, MAP)
-                p = tl.load(p_tile + d0 + ((j * DP)[None, :] + d[:, None]))
+            for d0 in range(0, depth, BLOCK_D):
+                part = load_x(pixels, inside, d0 + d, D, stride_d, False, X_MAP)
+                p = tl.load(tile_rows + d0 + ((j * depth)[None, :] + d[:, None]))
                 s = dot(part, p, s, PRECISION)
-        if METRIC == COSINE:
+        if METRIC == "cosine":
             s = s * scale[:, None]
-        if METRIC == SQEUCLIDEAN:
+        if METRIC == "sqeuclidean":
             s = 2.0 * s + tl.load(bias_ptr + m + j)[None, :] - square[:, None]
         if not EVEN_K:
             # rows without a sub-centroid are zero, which may beat a negative similarity
             s = tl.where((group * BLOCK_K + j // BLOCK_C < K)[None, :], s, float("-inf"))
-        if OWN:
+        if own_rows is not None:
             # neighbouring pixels share few classes: most tiles have nothing to write
             if any_here > 0:
                 if BLOCK_K == 1:
@@ -146,40 +145,36 @@ def is_finite(v):
 
 
 @triton.jit
+def clear_own(own_rows, without_label, K, BLOCK_OWN: tl.constexpr):
+    """Zeros for the own similarities of pixels without a label."""
+    k = tl.arange(0, BLOCK_OWN)
+    tl.store(own_rows[:, None] + k[None, :], 0.0, mask=without_label[:, None] & (k < K)[None, :])
+
+
+@triton.jit
 def class_scores_kernel(
     x_ptr,  # [N,D] or [B,D,H,W]
-    p_ptr,  # packed
-    bias_ptr,
+    rows_ptr,  # packed
+    bias_ptr,  # with sqeuclidean
     square_ptr,  # [N] |x|^2 unless the metric is dot
-    labels_ptr,  # [N] int64, with OWN
+    labels_ptr,  # [N] int64, with own
     scores_ptr,  # [N,C] or [B,C,H,W] fp32
     winner_ptr,  # the same strides, uint8
-    own_ptr,  # [N,K] fp32, with OWN
+    own_ptr,  # [N,K] fp32, or None
+    x_at,
+    scores_at,
     N,
     C,
     K,
     D,
-    DP,
+    depth,
     tiles,
     groups,
     span,  # class tiles a program
-    hw,
-    width,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_d,
-    score_hw,
-    score_width,
-    score_stride_b,
-    score_stride_h,
-    score_stride_w,
-    score_stride_c,
     METRIC: tl.constexpr,
-    OWN: tl.constexpr,
     EVEN_K: tl.constexpr,
-    MAP: tl.constexpr,
-    SCORE_MAP: tl.constexpr,
+    X_MAP: tl.constexpr,
+    SCORES_MAP: tl.constexpr,
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,31 +186,29 @@ def class_scores_kernel(
     """Scores, winners and own similarities of BLOCK_N pixels in `span` class tiles."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
-    rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
-    score_rows = pixel_offset(n, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP)
-    square = tl.zeros((BLOCK_N,), tl.float32)
-    if METRIC != DOT:
-        square = tl.load(square_ptr + n, mask=inside, other=0.0)
+    pixels = x_ptr + offset_of(n, x_at, X_MAP)
+    score_rows = offset_of(n, scores_at, SCORES_MAP)
+    square = load_square(square_ptr, n, inside)
     scale = row_scale(square, METRIC)
     label = tl.full((BLOCK_N,), -1, tl.int32)
-    own_rows = own_ptr + n.to(tl.int64) * K
-    if OWN:
+    own_rows = None
+    if own_ptr is not None:
+        own_rows = own_ptr + n.to(tl.int64) * K
         label = tl.load(labels_ptr + n, mask=inside, other=-1)
         label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
         if tl.program_id(1) == 0:
-            k = tl.arange(0, BLOCK_OWN)
-            tl.store(own_rows[:, None] + k[None, :], 0.0, mask=(inside & (label < 0))[:, None] & (k < K)[None, :])
+            clear_own(own_rows, inside & (label < 0), K, BLOCK_OWN)
     x = 0
     if KEEP:
-        x = load_pixels(rows, inside, 0, D, stride_d, BLOCK_D, MAP)
+        x = load_x(pixels, inside, tl.arange(0, BLOCK_D), D, x_at.stride_d, False, X_MAP)
     for tile in range(tl.program_id(1) * span, tl.minimum((tl.program_id(1) + 1) * span, tiles)):
         best, winner = class_tile(
-            x, rows, inside, scale, square, label, own_rows, tile, p_ptr, bias_ptr, K, D, DP, groups, stride_d,
-            METRIC, OWN, KEEP, EVEN_K, MAP, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
+            x, pixels, inside, scale, square, label, own_rows, tile, rows_ptr, bias_ptr, K, D, depth, groups, x_at.stride_d,
+            METRIC, KEEP, EVEN_K, X_MAP, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (c < C)[None, :]
-        at = score_rows[:, None] + (wide_unless(c, SCORE_MAP >= 3) * score_stride_c)[None, :]
+        at = score_rows[:, None] + (wide_unless(c, SCORES_MAP >= 3) * scores_at.stride_d)[None, :]
         # a feature that is not finite makes every product of its pixel so
         best = tl.where(is_finite(best), best, float("nan"))
         tl.store(scores_ptr + at, best, mask=mask)
@@ -235,10 +228,10 @@ def add_class_tile(
     winner,
     tile,
     d,  # [BLOCK_D] channels
-    p_ptr,
+    rows_ptr,
     K,
-    KP,
-    DP,
+    slots,  # k of a packed tile
+    depth,
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -248,8 +241,8 @@ def add_class_tile(
     """
     c = tl.arange(0, BLOCK_C)
     for k in range(K):
-        m = (tile * KP + k).to(tl.int64) * BLOCK_C
-        p = tl.load(p_ptr + m * DP + ((c * DP)[:, None] + d[None, :]))
+        m = (tile * slots + k).to(tl.int64) * BLOCK_C
+        p = tl.load(rows_ptr + m * depth + ((c * depth)[:, None] + d[None, :]))
         ds = rounded(tl.where(winner == k, g, 0.0), p.dtype)
         acc = dot(ds, p, acc, PRECISION)
     return acc
@@ -259,39 +252,23 @@ def add_class_tile(
 def scores_gradient_kernel(
     g_ptr,  # gradient of the scores, [N,C] or [B,C,H,W] fp32
     winner_ptr,  # the same in uint8
-    p_ptr,  # packed
+    rows_ptr,  # packed
     grad_ptr,  # gradient of the pixels, [N,D] or [B,D,H,W]
-    total_ptr,  # [N] fp32: sum of dS over sub-centroids, with TOTAL
+    total_ptr,  # [N] fp32: sum of dS over sub-centroids, or None
+    scores_at,
+    winner_at,
+    grad_at,
     N,
     C,
     K,
     D,
-    KP,  # k of a packed tile
-    DP,
+    slots,  # k of a packed tile
+    depth,
     tiles,
-    hw,
-    width,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_d,
-    score_hw,
-    score_width,
-    score_stride_b,
-    score_stride_h,
-    score_stride_w,
-    score_stride_c,
-    winner_hw,
-    winner_width,
-    winner_stride_b,
-    winner_stride_h,
-    winner_stride_w,
-    winner_stride_c,
-    TOTAL: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    MAP: tl.constexpr,
-    SCORE_MAP: tl.constexpr,
+    SCORES_MAP: tl.constexpr,
     WINNER_MAP: tl.constexpr,
+    GRAD_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -301,29 +278,33 @@ def scores_gradient_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    score_rows = g_ptr + pixel_offset(n, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP)
-    winner_rows = winner_ptr + pixel_offset(
-        n, winner_hw, winner_width, winner_stride_b, winner_stride_h, winner_stride_w, WINNER_MAP
-    )
+    score_rows = g_ptr + offset_of(n, scores_at, SCORES_MAP)
+    winner_rows = winner_ptr + offset_of(n, winner_at, WINNER_MAP)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(tiles):
         c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (c < C)[None, :]
-        g = load_classes_of(score_rows, mask, c, score_stride_c, SCORE_MAP).to(tl.float32)
-        winner = load_classes_of(winner_rows, mask, c, winner_stride_c, WINNER_MAP).to(tl.int32)
-        if TOTAL:
+        g = load_classes_of(score_rows, mask, c, scores_at.stride_d, SCORES_MAP).to(tl.float32)
+        winner = load_classes_of(winner_rows, mask, c, winner_at.stride_d, WINNER_MAP).to(tl.int32)
+        if total_ptr is not None:
             total += tl.sum(g, 1)
-        acc = add_class_tile(acc, g, winner, tile, d, p_ptr, K, KP, DP, PRECISION, BLOCK_C)
-    rows = grad_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
-    target = rows[:, None] + (wide_unless(d, MAP >= 3) * stride_d)[None, :]
+        acc = add_class_tile(acc, g, winner, tile, d, rows_ptr, K, slots, depth, PRECISION, BLOCK_C)
+    target = targets_of(grad_ptr, n, d, grad_at, GRAD_MAP)
     mask = inside[:, None] & (d < D)[None, :]
     if ACCUMULATE:
         acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, rounded(acc, grad_ptr.dtype.element_ty), mask=mask)
-    if TOTAL:
+    if total_ptr is not None:
         if tl.program_id(1) == 0:
             tl.store(total_ptr + n, total, mask=inside)
+
+
+@triton.jit
+def targets_of(grad_ptr, n, d, at, MAP: tl.constexpr):
+    """[BLOCK_N, BLOCK_D] pointers to channels d of pixels n of a tensor with addresses `at`."""
+    pixels = grad_ptr + offset_of(n, at, MAP)
+    return pixels[:, None] + (wide_unless(d, MAP >= 3) * at.stride_d)[None, :]
 
 
 @triton.jit
@@ -332,18 +313,13 @@ def own_gradient_kernel(
     labels_ptr,  # [N] int64
     centroids_ptr,  # [C,K,D] contiguous, fp32 or the dtype of the gradient
     grad_ptr,  # gradient of the pixels, [N,D] or [B,D,H,W]
+    grad_at,
     N,
     C,
     K,
     D,
-    hw,
-    width,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_d,
     ACCUMULATE: tl.constexpr,
-    MAP: tl.constexpr,
+    GRAD_MAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -353,8 +329,7 @@ def own_gradient_kernel(
     inside = n < N
     label = tl.load(labels_ptr + n, mask=inside, other=-1)
     owned = inside & (label >= 0) & (label < C)
-    rows = grad_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
-    target = rows[:, None] + (wide_unless(d, MAP >= 3) * stride_d)[None, :]
+    target = targets_of(grad_ptr, n, d, grad_at, GRAD_MAP)
     mask = inside[:, None] & (d < D)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if ACCUMULATE:
@@ -373,22 +348,12 @@ def metric_gradient_kernel(
     square_ptr,  # [N] |x|^2
     total_ptr,  # [N] sum of dS, for sqeuclidean
     grad_ptr,  # u = dS p, which becomes the gradient of x
+    x_at,
+    grad_at,
     N,
     D,
-    hw,
-    width,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_d,
-    grad_hw,
-    grad_width,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_w,
-    grad_stride_d,
     METRIC: tl.constexpr,
-    MAP: tl.constexpr,
+    X_MAP: tl.constexpr,
     GRAD_MAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -396,15 +361,15 @@ def metric_gradient_kernel(
     """cosine: (u - y <y,u>) / |x| with y = x/|x|; sqeuclidean: 2 (u - x sum dS). In place."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
-    rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
-    grad_rows = grad_ptr + pixel_offset(n, grad_hw, grad_width, grad_stride_b, grad_stride_h, grad_stride_w, GRAD_MAP)
+    pixels = x_ptr + offset_of(n, x_at, X_MAP)
+    grads = grad_ptr + offset_of(n, grad_at, GRAD_MAP)
     d = tl.arange(0, BLOCK_D)
-    if METRIC == COSINE:
+    if METRIC == "cosine":
         scale = row_scale(tl.load(square_ptr + n, mask=inside, other=1.0), METRIC)
         along = tl.zeros((BLOCK_N,), tl.float32)
         for d0 in range(0, D, BLOCK_D):
-            x = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D, MAP).to(tl.float32)
-            u = load_pixels(grad_rows, inside, d0, D, grad_stride_d, BLOCK_D, GRAD_MAP).to(tl.float32)
+            x = load_x(pixels, inside, d0 + d, D, x_at.stride_d, False, X_MAP).to(tl.float32)
+            u = load_x(grads, inside, d0 + d, D, grad_at.stride_d, False, GRAD_MAP).to(tl.float32)
             along += tl.sum(x * u, 1)
         slope = along * scale * scale
     else:
@@ -412,8 +377,8 @@ def metric_gradient_kernel(
         slope = tl.load(total_ptr + n, mask=inside, other=0.0)
     for d0 in range(0, D, BLOCK_D):
         mask = inside[:, None] & (d0 + d < D)[None, :]
-        x = load_pixels(rows, inside, d0, D, stride_d, BLOCK_D, MAP).to(tl.float32)
-        target = grad_rows[:, None] + (wide_unless(d0 + d, GRAD_MAP >= 3) * grad_stride_d)[None, :]
+        x = load_x(pixels, inside, d0 + d, D, x_at.stride_d, False, X_MAP).to(tl.float32)
+        target = grads[:, None] + (wide_unless(d0 + d, GRAD_MAP >= 3) * grad_at.stride_d)[None, :]
         u = tl.load(target, mask=mask, other=0.0).to(tl.float32)
         made = scale[:, None] * (u - x * slope[:, None])
         tl.store(target, rounded(made, grad_ptr.dtype.element_ty), mask=mask)
@@ -422,13 +387,16 @@ def metric_gradient_kernel(
 @triton.jit
 def centroid_gradient_kernel(
     x_ptr,  # [N,D] or [B,D,H,W]
-    g_ptr,  # gradient of the scores, [N,C] or [B,C,H,W] fp32, with SCORES
+    g_ptr,  # gradient of the scores, [N,C] or [B,C,H,W] fp32, or None
     winner_ptr,  # the same in uint8
-    labels_ptr,  # [N] int64, with OWN
-    grad_own_ptr,  # [N,K] fp32, with OWN
-    factor_ptr,  # [N] fp32: what dS of a pixel is multiplied by, with FACTOR
+    labels_ptr,  # [N] int64
+    grad_own_ptr,  # [N,K] fp32, or None
+    factor_ptr,  # [N] fp32: what dS of a pixel is multiplied by, or None
     partial_ptr,  # [splits, tiles, groups, BLOCK_K * BLOCK_C, D] fp32
     total_ptr,  # [splits, tiles, groups, BLOCK_K * BLOCK_C] fp32: sum of dS over pixels
+    x_at,
+    scores_at,
+    winner_at,
     first,  # pixels [first, last); the rows of g and winner begin with pixel `first`
     last,
     C,
@@ -436,29 +404,8 @@ def centroid_gradient_kernel(
     D,
     groups,
     span,  # pixels a split
-    hw,
-    width,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_d,
-    score_hw,
-    score_width,
-    score_stride_b,
-    score_stride_h,
-    score_stride_w,
-    score_stride_c,
-    winner_hw,
-    winner_width,
-    winner_stride_b,
-    winner_stride_h,
-    winner_stride_w,
-    winner_stride_c,
-    FACTOR: tl.constexpr,
-    SCORES: tl.constexpr,
-    OWN: tl.constexpr,
-    MAP: tl.constexpr,
-    SCORE_MAP: tl.constexpr,
+    X_MAP: tl.constexpr,
+    SCORES_MAP: tl.constexpr,
     WINNER_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -481,32 +428,29 @@ def centroid_gradient_kernel(
         inside = n < end
         mask = inside[:, None] & (c < C)[None, :]
         ds = tl.zeros((BLOCK_N, BLOCK_K * BLOCK_C), tl.float32)
-        if SCORES:
-            score_rows = g_ptr + pixel_offset(
-                n - first, score_hw, score_width, score_stride_b, score_stride_h, score_stride_w, SCORE_MAP
-            )
-            winner_rows = winner_ptr + pixel_offset(
-                n - first, winner_hw, winner_width, winner_stride_b, winner_stride_h, winner_stride_w, WINNER_MAP
-            )
-            g = load_classes_of(score_rows, mask, c, score_stride_c, SCORE_MAP).to(tl.float32)
-            winner = load_classes_of(winner_rows, mask, c, winner_stride_c, WINNER_MAP).to(tl.int32)
+        if g_ptr is not None:
+            score_rows = g_ptr + offset_of(n - first, scores_at, SCORES_MAP)
+            winner_rows = winner_ptr + offset_of(n - first, winner_at, WINNER_MAP)
+            g = load_classes_of(score_rows, mask, c, scores_at.stride_d, SCORES_MAP).to(tl.float32)
+            winner = load_classes_of(winner_rows, mask, c, winner_at.stride_d, WINNER_MAP).to(tl.int32)
             if BLOCK_K == 1:
                 ds += tl.where(winner == group, g, 0.0)
             else:
                 in_group = group * BLOCK_K + tl.arange(0, BLOCK_K)[None, :, None]
                 wide = tl.where(winner[:, None, :] == in_group, g[:, None, :], 0.0)
                 ds += tl.reshape(wide, (BLOCK_N, BLOCK_K * BLOCK_C))
-        if OWN:
+        if grad_own_ptr is not None:
             k = group * BLOCK_K + j // BLOCK_C
             label = tl.load(labels_ptr + n, mask=inside, other=-1)
             mine = (label[:, None] == (tile * BLOCK_C + j % BLOCK_C)[None, :]) & (k < K)[None, :] & (label < C)[:, None]
             ds += tl.load(grad_own_ptr + (n.to(tl.int64) * K)[:, None] + k[None, :], mask=mine, other=0.0)
-        if FACTOR:
+        if factor_ptr is not None:
             ds = ds * tl.load(factor_ptr + n, mask=inside, other=0.0)[:, None]
         total += tl.sum(ds, 0)
-        rows = x_ptr + pixel_offset(n, hw, width, stride_b, stride_h, stride_w, MAP)
+        pixels = x_ptr + offset_of(n, x_at, X_MAP)
         # a pixel that sends nothing here must not send 0 * NaN
-        x = load_pixels(rows, inside & (tl.max(tl.abs(ds), 1) > 0.0), d0, D, stride_d, BLOCK_D, MAP)
+        sending = inside & (tl.max(tl.abs(ds), 1) > 0.0)
+        x = load_x(pixels, sending, d0 + tl.arange(0, BLOCK_D), D, x_at.stride_d, False, X_MAP)
         if x.dtype == tl.float16:
             # a gradient times a loss scale may exceed float16; tf32 has its 10 bits of mantissa, and holds x exactly
             acc = dot(tl.trans(ds), x.to(tl.float32), acc, "tf32")
