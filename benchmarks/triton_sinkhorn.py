@@ -24,14 +24,17 @@ def _inputs(device: torch.device, when: dict[str, int]) -> tuple[torch.Tensor, t
 
 def _forward(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
     from dnc_kernels.ops.sinkhorn import triton
+    from dnc_kernels.ops.sinkhorn.calls import SinkhornCall, SinkhornOut
 
     similarity, group = _inputs(device, when)
-    g, assignment = when["G"], torch.empty_like(group)
-    return lambda: triton.sinkhorn(similarity, group, g, 0.05, 3, -1.0, assignment, None, None, None)
+    call = SinkhornCall(similarity, group, when["G"], 0.05, 3, -1.0, "triton")
+    out = SinkhornOut(torch.empty_like(group))
+    return lambda: triton.sinkhorn(call, out)
 
 
 def _backward(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
     from dnc_kernels.ops.sinkhorn import triton
+    from dnc_kernels.ops.sinkhorn.calls import SinkhornBackwardCall, SinkhornBackwardOut, SinkhornCall, SinkhornOut
 
     similarity, group = _inputs(device, when)
     g, plan, grad = when["G"], torch.empty_like(similarity), torch.empty_like(similarity)
@@ -40,8 +43,11 @@ def _backward(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
     up = torch.empty_like(similarity)
     if device.type == "cuda":
         up.normal_()
-        triton.sinkhorn(similarity, group, g, 0.05, 3, -1.0, None, plan, history, steps)
-    return lambda: triton.sinkhorn_backward(similarity, group, g, 0.05, history, steps, up, grad)
+        forward = SinkhornCall(similarity, group, g, 0.05, 3, -1.0, "triton")
+        triton.sinkhorn(forward, SinkhornOut(None, plan, history, steps))
+    call = SinkhornBackwardCall(similarity, group, g, 0.05, history, steps, up, "triton")
+    out = SinkhornBackwardOut(grad)
+    return lambda: triton.sinkhorn_backward(call, out)
 
 
 def _candidates(when: dict[str, int]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from tolerances import assert_close
 
 from dnc_kernels import ops
 from dnc_kernels.ops.sinkhorn import reference
+from dnc_kernels.ops.sinkhorn.calls import SinkhornCall
 
 #: CUDA C++ has lanes for a row: 1 up to 12 columns, 2 up to 24, 4 up to 48, else 8
 WIDTHS = [1, 2, 7, 10, 12, 13, 24, 25, 33, 48, 49, 64]
@@ -28,7 +29,8 @@ def terms(s, epsilon):
 
 
 def exact(s, group, groups, epsilon=0.05, iterations=3, tolerance=None):
-    return reference.sinkhorn(s.double(), group, groups, epsilon, iterations, -1.0 if tolerance is None else tolerance)
+    limit = -1.0 if tolerance is None else tolerance
+    return reference.sinkhorn(SinkhornCall(s.double(), group, groups, epsilon, iterations, limit, "reference"))
 
 
 def same_assignment(actual, expected, plan, gap=1e-3):

@@ -12,6 +12,7 @@ from tolerances import assert_close
 
 from dnc_kernels import ops, use_backend
 from dnc_kernels.ops.sinkhorn import op, reference
+from dnc_kernels.ops.sinkhorn.calls import SinkhornCall
 
 DATA = Path(__file__).parent / "data"
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -37,7 +38,8 @@ def close_plan(plan, s, expected, epsilon):
 
 def exact(s, group=None, groups=1, *, epsilon=0.05, iterations=3, tolerance=None):
     """The float64 reference: plan, assignment, steps."""
-    return reference.sinkhorn(s.double(), group, groups, epsilon, iterations, -1.0 if tolerance is None else tolerance)
+    limit = -1.0 if tolerance is None else tolerance
+    return reference.sinkhorn(SinkhornCall(s.double(), group, groups, epsilon, iterations, limit, "reference"))
 
 
 def released(s, epsilon, iterations):
@@ -292,7 +294,7 @@ def test_each_group_stops_by_itself(isa, epsilon, tolerance):
     s[group == 0] = 0.5
     s[group == 2, 0] += 0.7
     want = exact(s, group, 4, epsilon=epsilon, iterations=60, tolerance=tolerance)
-    plan, _, steps = op.sinkhorn_plan(s, group, 4, epsilon, 60, tolerance, "cpu")
+    plan, _, steps = op.sinkhorn_plan(SinkhornCall(s, group, 4, epsilon, 60, tolerance, "cpu"))
     assert steps.tolist() == want.steps.tolist() and steps[0] == 1 and len(set(steps.tolist())) > 1
     torch.testing.assert_close(plan, want.plan, rtol=1e-11, atol=0)
     for g in range(4):
@@ -312,7 +314,7 @@ def test_a_loose_tolerance_stops_after_one_step(isa):
 
 def test_absent_groups_count_no_step():
     s, _ = problem(20, 4, 1)
-    _, history, steps = op.sinkhorn_plan(s, torch.full((20,), 2), 4, 0.05, 3, -1.0, "cpu")
+    _, history, steps = op.sinkhorn_plan(SinkhornCall(s, torch.full((20,), 2), 4, 0.05, 3, -1.0, "cpu"))
     assert steps.tolist() == [0, 0, 3, 0] and (history[:, [0, 1, 3]] == 0).all() and history.isfinite().all()
 
 
@@ -449,7 +451,7 @@ def test_gradcheck(backend, epsilon, iterations):
 def test_gradcheck_where_groups_stop_at_different_steps(backend):
     s, group = problem(12, 3, 3, dtype=torch.float64, ignored=False)
     s[group == 0] = 0.25
-    assert len(set(op.sinkhorn_plan(s, group, 3, 0.5, 40, 1e-3, "cpu")[2].tolist())) > 1
+    assert len(set(op.sinkhorn_plan(SinkhornCall(s, group, 3, 0.5, 40, 1e-3, "cpu"))[2].tolist())) > 1
     s.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: ops.sinkhorn_plan(x, group, 3, epsilon=0.5, iterations=40, tolerance=1e-3, backend=backend), (s,)
@@ -500,12 +502,14 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     s, group = problem(40, 5, 3, dtype=dtype)
-    torch.library.opcheck(op.sinkhorn_assign, (s, group, 3, 0.05, 3, -1.0, "cpu"))
-    torch.library.opcheck(op.sinkhorn_plan, (s.requires_grad_(), group, 3, 0.05, 3, -1.0, "cpu"))
-    torch.library.opcheck(op.sinkhorn_plan, (strided(s.detach(), "columns").requires_grad_(), None, 1, 0.05, 3, 0.1, "cpu"))
-    _, history, steps = op.sinkhorn_plan(s.detach(), group, 3, 0.05, 3, -1.0, "cpu")
+    torch.library.opcheck(op.sinkhorn_assign.overload, (s, group, 3, 0.05, 3, -1.0, "cpu"))
+    torch.library.opcheck(op.sinkhorn_plan.overload, (s.requires_grad_(), group, 3, 0.05, 3, -1.0, "cpu"))
     torch.library.opcheck(
-        op.sinkhorn_plan_backward, (s.detach(), group, 3, 0.05, history, steps, torch.randn(5).expand(40, 5), "cpu")
+        op.sinkhorn_plan.overload, (strided(s.detach(), "columns").requires_grad_(), None, 1, 0.05, 3, 0.1, "cpu")
+    )
+    _, history, steps = op.sinkhorn_plan(SinkhornCall(s.detach(), group, 3, 0.05, 3, -1.0, "cpu"))
+    torch.library.opcheck(
+        op.sinkhorn_plan_backward.overload, (s.detach(), group, 3, 0.05, history, steps, torch.randn(5).expand(40, 5), "cpu")
     )
 
 

@@ -9,6 +9,7 @@ from sinkhorn_check import WIDTHS, problem
 
 from dnc_kernels import ops
 from dnc_kernels.ops.sinkhorn import op
+from dnc_kernels.ops.sinkhorn.calls import SinkhornCall
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
 CUDA = {"backend": "cuda"}
@@ -55,11 +56,11 @@ def test_more_processors_than_tiles(width):
 
 def test_opcheck():
     s, group = problem(40, 5, 3)
-    plan, history, steps = op.sinkhorn_plan(s, group, 3, 0.05, 2, -1.0, "cuda")
+    plan, history, steps = op.sinkhorn_plan(SinkhornCall(s, group, 3, 0.05, 2, -1.0, "cuda"))
     opcheck = torch.library.opcheck
-    opcheck(op.sinkhorn_assign, (s, group, 3, 0.05, 2, -1.0, "cuda"))
-    opcheck(op.sinkhorn_plan, (s.clone().requires_grad_(), group, 3, 0.05, 2, -1.0, "cuda"))
-    opcheck(op.sinkhorn_plan_backward, (s, group, 3, 0.05, history, steps, plan.sin(), "cuda"))
+    opcheck(op.sinkhorn_assign.overload, (s, group, 3, 0.05, 2, -1.0, "cuda"))
+    opcheck(op.sinkhorn_plan.overload, (s.clone().requires_grad_(), group, 3, 0.05, 2, -1.0, "cuda"))
+    opcheck(op.sinkhorn_plan_backward.overload, (s, group, 3, 0.05, history, steps, plan.sin(), "cuda"))
 
 
 def test_what_the_kernels_do_not_take_is_refused_by_name():

@@ -13,6 +13,7 @@ from tolerances import assert_close
 
 from dnc_kernels import ops
 from dnc_kernels.ops.sinkhorn import op
+from dnc_kernels.ops.sinkhorn.calls import SinkhornCall
 
 HALVES = [torch.bfloat16, torch.float16]
 SOME = [(1, torch.float32), (7, torch.float32), (10, torch.bfloat16), (33, torch.float16)]  # width, dtype
@@ -72,7 +73,7 @@ def test_every_group_of_one_pixel_takes_its_nearest_and_absent_groups_do_nothing
     s, _ = problem(30, 9, 1)
     group = torch.randperm(100)[:30].to(DEVICE)
     assert torch.equal(ops.sinkhorn_assign(s, group, 100, backend=backend), s.argmax(1))
-    _, history, steps = op.sinkhorn_plan(s, group, 100, 0.05, 2, -1.0, backend)
+    _, history, steps = op.sinkhorn_plan(SinkhornCall(s, group, 100, 0.05, 2, -1.0, backend))
     absent = torch.ones(100, dtype=torch.bool, device=DEVICE)
     absent[group] = False
     assert (steps[absent] == 0).all() and (history[:, absent] == 0).all() and (steps[~absent] == 2).all()
@@ -131,7 +132,7 @@ def test_each_group_stops_by_itself(backend):
     s[group == 2, 0] += 0.7
     epsilon, options = 0.1, {"epsilon": 0.1, "iterations": 6, "tolerance": 1e-2}
     want = exact(s, group, 3, **options)
-    plan, history, steps = op.sinkhorn_plan(s, group, 3, epsilon, 6, 1e-2, backend)
+    plan, history, steps = op.sinkhorn_plan(SinkhornCall(s, group, 3, epsilon, 6, 1e-2, backend))
     assert steps.tolist() == want.steps.tolist() and steps[0] == 1 and len(set(steps.tolist())) > 1
     assert_close(plan, want.plan, "plan", terms=terms(s, epsilon), scale=1e-30)
     for g in range(3):
@@ -143,7 +144,7 @@ def test_each_group_stops_by_itself(backend):
 def test_a_loose_tolerance_stops_after_one_step(iterations, backend):
     s, group = problem(50, 6, 4)
     group[group == 2] = -1
-    plan, history, steps = op.sinkhorn_plan(s, group, 4, 0.05, iterations, 1e6, backend)
+    plan, history, steps = op.sinkhorn_plan(SinkhornCall(s, group, 4, 0.05, iterations, 1e6, backend))
     assert torch.equal(ops.sinkhorn_plan(s, group, 4, iterations=1, backend=backend), plan)
     assert steps.tolist() == [1, 1, 0, 1] and torch.equal(history[1:], history[1].expand(iterations, 4, 6))
     assert (history[:, 2] == 0).all() and (history[1, [0, 1, 3]] != 0).all()
@@ -204,7 +205,7 @@ def test_strides_of_every_input(backend):
 @pytest.mark.parametrize("pixels", [0, 1, 16, 17])
 def test_few_pixels(pixels, backend):
     s, group = torch.rand(pixels, 4, device=DEVICE), torch.zeros(pixels, dtype=torch.int64, device=DEVICE)
-    plan, history, steps = op.sinkhorn_plan(s, group, 2, 0.05, 3, -1.0, backend)
+    plan, history, steps = op.sinkhorn_plan(SinkhornCall(s, group, 2, 0.05, 3, -1.0, backend))
     assert plan.isfinite().all() and history.isfinite().all() and steps.tolist() == [3 * (pixels > 0), 0]
     assert ops.sinkhorn_assign(s, group, 2, backend=backend).shape == (pixels,)
 

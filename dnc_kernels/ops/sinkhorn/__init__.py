@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ...backends import Backend, pick
 from ...errors import check_float, check_value, renamed, whole_number
-from .._common import check_ignore_index, check_label_range, check_labels, flat_pixels, like_pixels, pixel_map, without_ignored
+from .._common import (
+    check_ignore_index,
+    check_labels,
+    flat_labels,
+    flat_pixels,
+    like_pixels,
+    pixel_map,
+    remembered,
+    without_ignored,
+)
 from . import op as ops
-from . import reference
+from .calls import SinkhornCall
 
 
 @renamed(group="labels", num_groups="num_classes")
@@ -53,17 +61,10 @@ def sinkhorn_assign(
             `ignore_index` (on a GPU it is left out).
     """
     op = "sinkhorn_assign"
-    limit = _check(op, similarity, epsilon, iterations, tolerance)
-    rows = flat_pixels(similarity)
-    flat, classes = _check_labels(op, similarity, labels, num_classes, ignore_index)
-    chosen = pick(op, rows, backend, C=classes, K=rows.shape[1])
-    if chosen == "reference":
-        check_label_range(op, flat, classes)
-        with torch.no_grad():
-            found = reference.sinkhorn(rows, flat, classes, epsilon, iterations, limit).assignment
-    else:
-        found = ops.sinkhorn_assign(rows.detach(), flat, classes, epsilon, iterations, limit, chosen)
-    return like_pixels(similarity, found)
+    call = _call(op, similarity, labels, num_classes, ignore_index, epsilon, iterations, tolerance, backend)
+    if similarity.requires_grad:
+        call = call._replace(similarity=call.similarity.detach())
+    return like_pixels(similarity, ops.sinkhorn_assign(call))
 
 
 @renamed(group="labels", num_groups="num_classes")
@@ -109,25 +110,49 @@ def sinkhorn_plan(
             `ignore_index` (on a GPU it is left out).
     """
     op = "sinkhorn_plan"
-    limit = _check(op, similarity, epsilon, iterations, tolerance)
-    rows = flat_pixels(similarity)
-    flat, classes = None, 1
+    call = _call(op, similarity, labels, num_classes, ignore_index, epsilon, iterations, tolerance, backend)
+    return pixel_map(similarity, ops.sinkhorn_plan(call).plan)
+
+
+def _call(
+    op: str,
+    similarity: Tensor,
+    labels: Tensor | None,
+    num_classes: int | None,
+    ignore_index: int,
+    epsilon: float,
+    iterations: int,
+    tolerance: float | None,
+    backend: Backend | None,
+) -> SinkhornCall:
+    """The arguments of `op`, checked."""
+    _check(op, similarity, labels, num_classes, ignore_index, epsilon, iterations, tolerance)
+    rows, group, groups = flat_pixels(similarity), None, 1
     if labels is not None:
-        flat, classes = _check_labels(op, similarity, labels, num_classes, ignore_index)
-    else:
-        check_value(num_classes is None or num_classes == 1, op, "num_classes", "None or 1 without labels", num_classes)
-    chosen = pick(op, rows, backend, C=classes, K=rows.shape[1])
-    if chosen == "reference":
-        if flat is not None:
-            check_label_range(op, flat, classes)
-        plan = reference.sinkhorn(rows, flat, classes, epsilon, iterations, limit).plan
-    else:
-        plan = ops.sinkhorn_plan(rows, flat, classes, epsilon, iterations, limit, chosen)[0]
-    return pixel_map(similarity, plan)
+        group = without_ignored(flat_labels(labels), ignore_index)
+        groups = whole_number(op, "num_classes", num_classes)
+    return SinkhornCall(
+        similarity=rows,
+        group=group,
+        groups=groups,
+        epsilon=float(epsilon),
+        iterations=whole_number(op, "iterations", iterations, least=0),
+        tolerance=-1.0 if tolerance is None else float(tolerance),
+        backend=pick(op, rows, backend, C=groups, K=rows.shape[1]),
+    )
 
 
-def _check(op: str, similarity: Tensor, epsilon: float, iterations: int, tolerance: float | None) -> float:
-    """Check what has no labels in it; return the tolerance (-1: none)."""
+@remembered
+def _check(
+    op: str,
+    similarity: Tensor,
+    labels: Tensor | None,
+    num_classes: int | None,
+    ignore_index: int,
+    epsilon: float,
+    iterations: int,
+    tolerance: float | None,
+) -> None:
     check_float(op, "similarity", similarity)
     check_value(
         similarity.ndim in (2, 4) and similarity.shape[1] > 0, op, "similarity", "[N,K] or [B,K,H,W] with K > 0", similarity
@@ -135,20 +160,15 @@ def _check(op: str, similarity: Tensor, epsilon: float, iterations: int, toleran
     check_value(0 < epsilon < math.inf, op, "epsilon", "finite and positive", epsilon)
     whole_number(op, "iterations", iterations, least=0)
     check_value(tolerance is None or tolerance >= 0, op, "tolerance", "None or 0 or more", tolerance)
-    return -1.0 if tolerance is None else float(tolerance)
-
-
-def _check_labels(
-    op: str, similarity: Tensor, labels: Tensor, num_classes: int | None, ignore_index: int
-) -> tuple[Tensor, int]:
-    """Labels flat with -1 for those left out, and the number of classes."""
+    if labels is None and op == "sinkhorn_plan":
+        check_value(num_classes is None or num_classes == 1, op, "num_classes", "None or 1 without labels", num_classes)
+        return
     if num_classes is None:
         raise ValueError(f"{op}: num_classes must be given with labels; got None")
-    classes = whole_number(op, "num_classes", num_classes)
-    ignored = check_ignore_index(op, ignore_index, classes)
+    check_ignore_index(op, ignore_index, whole_number(op, "num_classes", num_classes))
     if similarity.ndim == 2 and isinstance(labels, Tensor) and labels.numel() == similarity.shape[0]:
         labels = labels.reshape(-1)  # a label map of rows: the order is the same
-    return without_ignored(check_labels(op, labels, similarity, "similarity"), ignored), classes
+    check_labels(op, labels, similarity, "similarity")  # type: ignore[arg-type]  # it refuses None
 
 
 __all__ = ["sinkhorn_assign", "sinkhorn_plan"]

@@ -7,116 +7,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import NAMESPACE, compute_dtype, keep_dtypes_under_autocast, kernels
+from .._common import compute_dtype, kernels
+from .._op import Op, save_call, saved_call
+from . import reference
+from .calls import PlanOut, SinkhornBackwardCall, SinkhornBackwardOut, SinkhornCall, SinkhornOut
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sinkhorn_assign", mutates_args=())
-def sinkhorn_assign(
-    similarity: Tensor, group: Tensor, num_groups: int, epsilon: float, iterations: int, tolerance: float, backend: str
-) -> Tensor:
-    """Assignment [N]."""
-    assignment = torch.empty_like(group)
-    kernels("sinkhorn", backend).sinkhorn(
-        similarity, group, num_groups, epsilon, iterations, tolerance, assignment, None, None, None
-    )
-    return assignment
+def _assignment_out(call: SinkhornCall) -> Tensor:
+    return call.similarity.new_empty(call.similarity.shape[0], dtype=torch.int64)
 
 
-@sinkhorn_assign.register_fake
-def _(
-    similarity: Tensor, group: Tensor, num_groups: int, epsilon: float, iterations: int, tolerance: float, backend: str
-) -> Tensor:
-    return torch.empty_like(group)
+def _launch_assign(call: SinkhornCall, assignment: Tensor) -> None:
+    kernels("sinkhorn", call.backend).sinkhorn(call, SinkhornOut(assignment))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sinkhorn_plan", mutates_args=())
-def sinkhorn_plan(
-    similarity: Tensor,
-    group: Tensor | None,
-    num_groups: int,
-    epsilon: float,
-    iterations: int,
-    tolerance: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Plan [N,K], history [iterations+1,G,K] for the backward pass, steps [G]."""
-    plan, history, steps = _outputs(similarity, num_groups, iterations)
-    kernels("sinkhorn", backend).sinkhorn(
-        similarity, group, num_groups, epsilon, iterations, tolerance, None, plan, history, steps
-    )
-    return plan, history, steps
-
-
-@sinkhorn_plan.register_fake
-def _(
-    similarity: Tensor,
-    group: Tensor | None,
-    num_groups: int,
-    epsilon: float,
-    iterations: int,
-    tolerance: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(similarity, num_groups, iterations)
-
-
-def _outputs(similarity: Tensor, num_groups: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(similarity)
-    return (
-        similarity.new_empty(tuple(similarity.shape), dtype=dtype),
-        similarity.new_empty((iterations + 1, num_groups, similarity.shape[1]), dtype=dtype),
-        similarity.new_empty(num_groups, dtype=torch.int64),
+def _plan_out(call: SinkhornCall) -> PlanOut:
+    similarity, dtype = call.similarity, compute_dtype(call.similarity)
+    return PlanOut(
+        similarity.new_empty(similarity.shape, dtype=dtype),
+        similarity.new_empty((call.iterations + 1, call.groups, similarity.shape[1]), dtype=dtype),
+        similarity.new_empty(call.groups, dtype=torch.int64),
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sinkhorn_plan_backward", mutates_args=())
-def sinkhorn_plan_backward(
-    similarity: Tensor,
-    group: Tensor | None,
-    num_groups: int,
-    epsilon: float,
-    history: Tensor,
-    steps: Tensor,
-    grad_plan: Tensor,
-    backend: str,
-) -> Tensor:
-    """Gradient [N,K] of the similarity,, in the plan's dtype."""
-    grad = history.new_empty(tuple(similarity.shape))
-    kernels("sinkhorn", backend).sinkhorn_backward(similarity, group, num_groups, epsilon, history, steps, grad_plan, grad)
-    return grad
+def _launch_plan(call: SinkhornCall, out: PlanOut) -> None:
+    kernels("sinkhorn", call.backend).sinkhorn(call, SinkhornOut(None, *out))
 
 
-@sinkhorn_plan_backward.register_fake
-def _(
-    similarity: Tensor,
-    group: Tensor | None,
-    num_groups: int,
-    epsilon: float,
-    history: Tensor,
-    steps: Tensor,
-    grad_plan: Tensor,
-    backend: str,
-) -> Tensor:
-    return history.new_empty(tuple(similarity.shape))
+def _gradient_out(call: SinkhornBackwardCall) -> Tensor:
+    return call.history.new_empty(call.similarity.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    similarity, group, ctx.num_groups, ctx.epsilon, *_, ctx.backend = inputs
-    _, history, steps = output
-    ctx.save_for_backward(similarity, group, history, steps)
-    ctx.set_materialize_grads(False)
+def _launch_backward(call: SinkhornBackwardCall, grad: Tensor) -> None:
+    kernels("sinkhorn", call.backend).sinkhorn_backward(call, SinkhornBackwardOut(grad))
 
 
-def _backward(ctx: Any, grad_plan: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_plan is None:
-        return (None,) * 7
-    similarity, group, history, steps = ctx.saved_tensors
-    grad = sinkhorn_plan_backward(
-        similarity, group, ctx.num_groups, ctx.epsilon, history, steps, grad_plan.to(history.dtype), ctx.backend
-    )
-    return grad.to(similarity.dtype), *(None,) * 6
+sinkhorn_assign = Op("sinkhorn", "sinkhorn_assign", _assignment_out, reference.sinkhorn_assign, launch=_launch_assign)
+sinkhorn_plan = Op("sinkhorn", "sinkhorn_plan", _plan_out, reference.sinkhorn_plan, launch=_launch_plan)
+sinkhorn_plan_backward = Op("sinkhorn", "sinkhorn_plan_backward", _gradient_out, launch=_launch_backward)
 
 
-sinkhorn_plan.register_autograd(_backward, setup_context=_setup_context)
-for _op in (sinkhorn_assign, sinkhorn_plan, sinkhorn_plan_backward):
-    keep_dtypes_under_autocast(_op)
+def _save(ctx: Any, out: PlanOut, call: SinkhornCall) -> None:
+    save_call(ctx, call, out.history, out.steps)
+
+
+def _backward(ctx: Any, grad_plan: Tensor) -> tuple[Tensor]:
+    (similarity, group, groups, epsilon, _, _, backend), (history, steps) = saved_call(ctx)
+    assert history is not None and steps is not None
+    grad_plan = grad_plan.to(history.dtype)
+    call = SinkhornBackwardCall(similarity, group, groups, epsilon, history, steps, grad_plan, backend)
+    return (sinkhorn_plan_backward(call).to(similarity.dtype),)
+
+
+sinkhorn_plan.differentiable(("similarity",), ("plan",), _save, _backward)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._common import compute_dtype
+from .._common import check_label_range, compute_dtype
+from .calls import PlanOut, SinkhornCall, SinkhornOut
 
 
-class Solution(NamedTuple):
-    """Plan [N,K], assignment [N], steps done [G]."""
+def sinkhorn_assign(call: SinkhornCall) -> Tensor:
+    """Assignment [N]; raises for a label at or beyond the number of groups."""
+    assignment = _checked("sinkhorn_assign", call).assignment
+    assert assignment is not None
+    return assignment
 
-    plan: Tensor
-    assignment: Tensor
-    steps: Tensor
+
+def sinkhorn_plan(call: SinkhornCall) -> PlanOut:
+    """Plan [N,K] and steps [G]; raises for a label at or beyond the number of groups."""
+    _, plan, history, steps = _checked("sinkhorn_plan", call)
+    assert plan is not None and steps is not None
+    return PlanOut(plan, history, steps)
 
 
-def sinkhorn(
-    similarity: Tensor, group: Tensor | None, num_groups: int, epsilon: float, iterations: int, tolerance: float
-) -> Solution:
-    """Solve every group; ``tolerance < 0``: always all iterations."""
+def _checked(op: str, call: SinkhornCall) -> SinkhornOut:
+    if call.group is not None:
+        check_label_range(op, call.group, call.groups)
+    return sinkhorn(call)
+
+
+def sinkhorn(call: SinkhornCall) -> SinkhornOut:
+    """Every group solved; a label at or beyond the number of groups leaves its pixel out. No history."""
+    similarity, group, num_groups, epsilon, iterations, tolerance, _ = call
     pixels, width = similarity.shape
     dtype = compute_dtype(similarity)
     s = similarity.to(dtype)
@@ -68,4 +79,4 @@ def sinkhorn(
     plan = torch.where((inside & ~used)[:, None], math.nan, plan)
     alone = (count[target] == 1) | (iterations == 0)
     assignment = torch.where(alone, s.argmax(1), score.argmax(1)) if pixels else target
-    return Solution(plan, torch.where(used, assignment, -1), steps[:-1])
+    return SinkhornOut(torch.where(used, assignment, -1), plan, None, steps[:-1])

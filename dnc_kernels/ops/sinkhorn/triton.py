@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from .._triton import configuration, launch
+from .calls import SinkhornBackwardCall, SinkhornBackwardOut, SinkhornCall, SinkhornOut
 from .triton_backward import sinkhorn_gradient_size_kernel, sinkhorn_plan_gradient_kernel, sinkhorn_step_gradient_kernel
 from .triton_forward import sinkhorn_maxima_kernel, sinkhorn_result_kernel, sinkhorn_sums_kernel
 
@@ -36,24 +37,14 @@ def _zeros(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
     return torch.zeros(sum(rounded), dtype=torch.int64, device=device).split(rounded)
 
 
-def sinkhorn(
-    similarity: Tensor,
-    group: Tensor | None,
-    num_groups: int,
-    epsilon: float,
-    iterations: int,
-    tolerance: float,
-    assignment: Tensor | None,
-    plan: Tensor | None,
-    history: Tensor | None,
-    steps: Tensor | None,
-) -> None:
+def sinkhorn(call: SinkhornCall, out: SinkhornOut) -> None:
     """Write those of assignment [N] int64, plan [N,K], history [iterations+1,G,K] and steps [G] int64 that are given.
 
     Memory: 40 G K + 24 G bytes. Launches: iterations + 2 and one to clear that memory.
     """
+    similarity, group, groups, epsilon, iterations, tolerance, _ = call
+    assignment, plan, history, steps = out
     pixels, width = similarity.shape
-    groups = num_groups
     grid, shared = _shape("sinkhorn", similarity, group, groups)
     inverse = _inverse(epsilon)
     q = 62 - pixels.bit_length()
@@ -86,22 +77,15 @@ def sinkhorn(
     )  # fmt: skip
 
 
-def sinkhorn_backward(
-    similarity: Tensor,
-    group: Tensor | None,
-    num_groups: int,
-    epsilon: float,
-    history: Tensor,
-    steps: Tensor,
-    grad_plan: Tensor,
-    grad: Tensor,
-) -> None:
-    """Write grad [N,K] float32, the gradient of the similarity, from `history` and `steps` as `sinkhorn` wrote them.
+def sinkhorn_backward(call: SinkhornBackwardCall, out: SinkhornBackwardOut) -> None:
+    """Write the gradient [N,K] float32 of the similarity, from `history` and `steps` as `sinkhorn` wrote them.
 
     Memory: 32 G K + 24 G bytes. Launches: iterations + 3, one of them clears that memory.
     """
+    similarity, group, groups, epsilon, history, steps, grad_plan, _ = call
+    grad = out.grad_similarity
     pixels, width = similarity.shape
-    groups, iterations = num_groups, history.shape[0] - 1
+    iterations = history.shape[0] - 1
     grid, shared = _shape("sinkhorn_backward", similarity, group, groups)
     label = similarity if group is None else group  # not read where there is none
     source = (pixels, groups, *similarity.stride())
