@@ -24,6 +24,7 @@ def _cluster(device: torch.device, when: dict[str, int]) -> Tensor:
 
 def _update(device: torch.device, when: dict[str, int], planes: bool) -> Callable[[], None]:
     from dnc_kernels.ops.momentum import triton
+    from dnc_kernels.ops.momentum.calls import UpdateCall
 
     n, d = when["N"], when["D"]
     dtype = torch.float32 if when["bits"] == 32 else torch.bfloat16
@@ -33,7 +34,8 @@ def _update(device: torch.device, when: dict[str, int], planes: bool) -> Callabl
     if device.type == "cuda":
         x.normal_()
         rows.normal_()
-    return lambda: triton.momentum_update_(rows, x, cluster, 0.999)
+    call = UpdateCall(rows, x, cluster, 0.999, True, "triton")
+    return lambda: triton.momentum_update_(call)
 
 
 def _rows(device: torch.device, when: dict[str, int]) -> Callable[[], None]:

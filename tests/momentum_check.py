@@ -65,14 +65,14 @@ def check(backend, x, cluster, clusters, variants=None):
     variants: of the update, deterministic or not; both in CUDA C++, none in Triton, whose updates are made of the same sums.
     """
     pixels = flat(x).double().cpu()
-    sums, counts = reference.cluster_sums(pixels, cluster.flatten().cpu(), clusters)
+    sums, counts = reference.sums_of(pixels, cluster.flatten().cpu(), clusters)
     result = ops.cluster_sums(x, cluster, clusters, backend=backend)
     assert torch.equal(result.counts.cpu(), counts)
     size = pixels.nan_to_num(0, 0, 0).abs()
     assert_close(result.sums.cpu(), sums, "sum", terms=int(counts.max()), scale=float(size.max()) if x.numel() else 1.0)
     before = unit(clusters, 1, x.shape[1])
     expected = before.double().cpu()
-    reference.apply_momentum_(expected, sums, counts, 0.9)
+    reference.move_(expected, sums, counts, 0.9)
     for ordered in ((True, False) if backend == "cuda" else ()) if variants is None else variants:
         after = update(backend, before, x, cluster, ordered)
         # an error of a sum is one of its direction by the share of its length

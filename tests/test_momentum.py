@@ -407,10 +407,10 @@ def test_reference_equals_kernel(isa):
 def test_opcheck(dtype):
     x = make("planes", 60, 12, dtype)
     cluster = clusters_for(x, 6).flatten()
-    torch.library.opcheck(op.cluster_sums, (x, cluster, 6, "cpu"))
+    torch.library.opcheck(op.cluster_sums.overload, (x, cluster, "cpu", 6))
     sums, counts = ops.cluster_sums(x, cluster, 6)
-    torch.library.opcheck(op.apply_momentum_, (unit(2, 3, 12), sums, counts, 0.9, "cpu"))
-    torch.library.opcheck(op.momentum_update_, (unit(2, 3, 12), x, cluster, 0.9, True, "cpu"))
+    torch.library.opcheck(op.apply_momentum_.overload, (unit(2, 3, 12), sums, counts, 0.9, "cpu"))
+    torch.library.opcheck(op.momentum_update_.overload, (unit(2, 3, 12), x, cluster, 0.9, True, "cpu"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -557,4 +557,22 @@ def test_cluster_out_of_range(backend, value, pixel):
 def test_reference_leaves_out_of_range_clusters_out_while_compiling():
     cluster = CLUSTER.clone()
     cluster[4] = 99
-    assert reference.cluster_sums(X, cluster, 3)[1].tolist() == [19, 0, 0]
+    assert reference.sums_of(X, cluster, 3)[1].tolist() == [19, 0, 0]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_momentum_in_a_tensor_moves_as_its_number(force, monkeypatch):
+    """As a schedule gives it; where it cannot be read without a wait, plain torch moves."""
+    if force:
+        monkeypatch.setattr("dnc_kernels.ops.momentum.plain", lambda call: False)
+    p = torch.nn.functional.normalize(torch.randn(3, 2, 5), dim=2)
+    sums, counts = torch.randn(6, 5), torch.tensor([1, 0, 2, 3, 0, 1])
+    expected, moved = p.clone(), p.clone()
+    ops.apply_momentum_(expected, sums, counts, momentum=0.9, backend="reference")
+    ops.apply_momentum_(moved, sums, counts, momentum=torch.tensor(0.9, dtype=torch.float64))
+    torch.testing.assert_close(moved, expected)
+    with pytest.raises(ValueError, match=r"apply_momentum_: momentum must be a number or a tensor \[\]; got \[1\] float32"):
+        ops.apply_momentum_(p, sums, counts, momentum=torch.tensor([0.9]))
+    if not force:
+        with pytest.raises(ValueError, match=r"momentum must be in \[0,1\]; got 1.5"):
+            ops.apply_momentum_(p, sums, counts, momentum=torch.tensor(1.5))

@@ -42,7 +42,7 @@ def test_torch_decides_whether_the_update_is_deterministic(monkeypatch):
     from dnc_kernels.ops.momentum import cuda
 
     seen, launch = [], cuda.launch
-    monkeypatch.setattr(cuda, "launch", lambda *a: (seen.append(a[-1]), launch(*a)))
+    monkeypatch.setattr(cuda, "launch", lambda *a: (seen.append(a[-1].deterministic), launch(*a)))
     x, cluster, centroids = randn(4, 8), torch.zeros(4, dtype=torch.int64, device=DEVICE), unit(2, 2, 8)
     for flag in (False, True):
         torch.use_deterministic_algorithms(flag)
@@ -57,11 +57,11 @@ def test_torch_decides_whether_the_update_is_deterministic(monkeypatch):
 
 def test_opcheck():
     x, cluster, p = randn(30, 8), clusters_for(30, 6), unit(3, 2, 8)
-    torch.library.opcheck(torch_ops.cluster_sums._opoverload, (x, cluster, 6, "cuda"))
+    torch.library.opcheck(torch_ops.cluster_sums.overload, (x, cluster, "cuda", 6))
     sums, counts = ops.cluster_sums(x, cluster, 6, backend="cuda")
-    torch.library.opcheck(torch_ops.apply_momentum_._opoverload, (p.clone(), sums, counts, 0.9, "cuda"))
+    torch.library.opcheck(torch_ops.apply_momentum_.overload, (p.clone(), sums, counts, 0.9, "cuda"))
     for ordered in (True, False):
-        torch.library.opcheck(torch_ops.momentum_update_._opoverload, (p.clone(), x, cluster, 0.9, ordered, "cuda"))
+        torch.library.opcheck(torch_ops.momentum_update_.overload, (p.clone(), x, cluster, 0.9, ordered, "cuda"))
 
 
 @pytest.mark.parametrize("name", ["cluster_sums", "apply_momentum_", "momentum_update_"])

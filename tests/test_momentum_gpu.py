@@ -109,7 +109,7 @@ def test_finite_pixels_whose_sum_overflows_leave_their_sub_centroid_alone(layout
 def test_momentum_step_equals_float64(momentum, backend):
     centroids, sums, counts = unit(7, 5, 43), randn(35, 43), torch.randint(0, 3, (35,)).to(DEVICE)
     before, expected = centroids.clone(), centroids.double().cpu()
-    reference.apply_momentum_(expected, sums.cpu(), counts.cpu(), momentum)
+    reference.move_(expected, sums.cpu(), counts.cpu(), momentum)
     ops.apply_momentum_(centroids, sums, counts, momentum=momentum, backend=backend)
     assert_close(centroids.cpu(), expected, "direction", terms=1, scale=0.1)
     empty = (counts == 0).view(7, 5)
@@ -156,7 +156,7 @@ def test_update_equals_float64_and_is_its_two_steps(layout, backend):
     two = unit(4, 3, 24)
     before, expected = two.clone(), two.double()
     one = update(backend, two, x, cluster, True)
-    reference.apply_momentum_(expected, *reference.cluster_sums(x.double(), cluster, 12), 0.9)
+    reference.move_(expected, *reference.sums_of(x.double(), cluster, 12), 0.9)
     assert_close(one, expected, "direction", terms=10, scale=0.2)
     assert torch.equal(one[1, 2], before[1, 2])  # cluster 5 is absent
     ops.apply_momentum_(two, *ops.cluster_sums(x, cluster, 12, backend=backend), momentum=0.9, backend=backend)

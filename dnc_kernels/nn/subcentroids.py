@@ -12,8 +12,8 @@ from torch import Generator, Tensor, nn
 
 from .. import ops
 from ..errors import check_device, check_dtype, check_float, check_value, renamed, whole_number
-from ..ops._common import NAMESPACE, flat_pixels, pixel_count
-from ..ops.momentum import reference as _momentum_reference
+from ..ops._common import flat_pixels, pixel_count
+from ..ops._op import NAMESPACE
 from . import _starts, _sync
 from ._choices import Assignment, Init, Sync, UpdateFrom, check_word
 from ._labels import left_out_below_zero
@@ -297,11 +297,7 @@ class SubCentroids(nn.Module):
         self.num_updates.add_(1)
 
     def _move(self, sums: Tensor, counts: Tensor) -> None:
-        momentum = self.momentum_now()
-        if isinstance(momentum, Tensor):  # a schedule on the device: a number would have to be read back
-            _momentum_reference.apply_momentum_(self.prototypes, sums, counts, momentum)  # type: ignore[arg-type]
-        else:
-            ops.apply_momentum_(self.prototypes, sums, counts, momentum=momentum)
+        ops.apply_momentum_(self.prototypes, sums, counts, momentum=self.momentum_now())
         if self.sync == "average" and (world := _sync.ranks(self.sync)) > 1:
             (total,) = _sync.sum_over_ranks(self.prototypes)
             self.prototypes.copy_(F.normalize(total / world, dim=2))

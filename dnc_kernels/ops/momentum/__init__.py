@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ...backends import Backend, pick
 from ...errors import check_device, check_dtype, check_float, check_integer, check_value, renamed, whole_number
-from .._common import check_ignore_index, check_label_range, check_labels, check_pixels, without_ignored
+from .._common import check_ignore_index, check_labels, check_pixels, compute_dtype, flat_labels, remembered, without_ignored
+from .._op import plain
 from . import op as ops
 from . import reference
+from .calls import ApplyCall, SumsCall, UpdateCall
 
 
 class ClusterSums(NamedTuple):
@@ -44,19 +46,15 @@ def cluster_sums(
             a GPU it is left out).
     """
     op = "cluster_sums"
-    check_pixels(op, x)
+    _check_sums(x, labels, num_clusters, ignore_index)
     clusters = whole_number(op, "num_clusters", num_clusters)
-    ignored = check_ignore_index(op, ignore_index, clusters)
-    flat = without_ignored(check_labels(op, labels, x), ignored)
-    chosen = pick(op, x, backend)
-    if chosen == "reference":
-        check_label_range(op, flat, clusters)
-        return ClusterSums(*reference.cluster_sums(x.detach(), flat, clusters))
-    return ClusterSums(*ops.cluster_sums(x.detach(), flat, clusters, chosen))
+    cluster = without_ignored(flat_labels(labels), ignore_index)
+    call = SumsCall(x.detach(), cluster, pick(op, x, backend))
+    return ClusterSums(*ops.cluster_sums(call, clusters))
 
 
 def apply_momentum_(
-    centroids: Tensor, sums: Tensor, counts: Tensor, *, momentum: float = 0.999, backend: Backend | None = None
+    centroids: Tensor, sums: Tensor, counts: Tensor, *, momentum: float | Tensor = 0.999, backend: Backend | None = None
 ) -> None:
     """Move each sub-centroid that has pixels towards their normalised sum, in place, and renormalise it (DNC, eq. 8).
 
@@ -67,29 +65,33 @@ def apply_momentum_(
         centroids: [C,K,D] or [M,D], float32 or float64, contiguous; changed in place.
         sums: [M,D] float32 or float64, as from `cluster_sums` (all-reduce it and `counts` first in data parallel).
         counts: [M] integers.
-        momentum: in [0,1].
+        momentum: in [0,1]. A tensor [] on the device of `centroids`, as of a schedule, is not read back where that would wait
+            for the device or cut a graph of torch.compile in two: plain torch ops make the move there, unchecked.
         backend: what runs (docs/backends.md); None: the choice in force, by default ``auto``.
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or momentum.
     """
     op = "apply_momentum_"
-    _check_centroids(op, centroids, momentum)
+    _check_in_place(op, centroids)
+    if isinstance(momentum, Tensor):
+        check_value(momentum.ndim == 0, op, "momentum", "a number or a tensor []", momentum)
+        if not (momentum.is_cpu and plain((momentum,))):
+            _check_apply(centroids, sums, counts, 0.0)
+            with torch.no_grad():
+                reference.move_(centroids, sums, counts, momentum)
+            return
+        momentum = float(momentum)
+    _check_apply(centroids, sums, counts, momentum)
     channels = centroids.shape[-1]
-    rows = centroids.numel() // channels
-    check_float(op, "sums", sums)
-    check_value(list(sums.shape) == [rows, channels], op, "sums", lambda: f"[M,D]=[{rows},{channels}] to match centroids", sums)
-    check_integer(op, "counts", counts)
-    check_value(list(counts.shape) == [rows], op, "counts", lambda: f"[M]=[{rows}] to match centroids", counts)
-    check_device(op, "sums", sums, centroids, "centroids")
-    check_device(op, "counts", counts, centroids, "centroids")
-    chosen = pick(op, centroids, backend, sums, N=rows, D=channels)
-    if chosen == "reference":
-        with torch.no_grad():
-            reference.apply_momentum_(centroids, sums.detach(), counts, momentum)
-    else:
-        sums = sums.detach().to(torch.float64 if sums.dtype == torch.float64 else torch.float32).contiguous()
-        ops.apply_momentum_(centroids.detach(), sums, counts.to(torch.int64).contiguous(), momentum, chosen)
+    call = ApplyCall(
+        centroids=centroids.detach(),
+        sums=sums.detach().to(compute_dtype(sums)).contiguous(),
+        counts=flat_labels(counts),
+        momentum=float(momentum),
+        backend=pick(op, centroids, backend, sums, N=centroids.numel() // channels, D=channels),
+    )
+    ops.apply_momentum_(call)
 
 
 @renamed(cluster="labels")
@@ -121,24 +123,53 @@ def momentum_update_(
             `ignore_index` (on a GPU it is left out). Nothing has moved then.
     """
     op = "momentum_update_"
+    _check_in_place(op, centroids)
+    _check_update(centroids, x, labels, momentum, ignore_index)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    call = UpdateCall(
+        centroids=centroids.detach(),
+        x=x.detach(),
+        cluster=without_ignored(flat_labels(labels), ignore_index),
+        momentum=float(momentum),
+        deterministic=deterministic,
+        backend=pick(op, x, backend, centroids, C=centroids.shape[0], K=centroids.shape[1]),
+    )
+    ops.momentum_update_(call)
+
+
+@remembered
+def _check_sums(x: Tensor, labels: Tensor, num_clusters: int, ignore_index: int) -> None:
+    op = "cluster_sums"
+    check_pixels(op, x)
+    check_ignore_index(op, ignore_index, whole_number(op, "num_clusters", num_clusters))
+    check_labels(op, labels, x)
+
+
+@remembered
+def _check_apply(centroids: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> None:
+    op = "apply_momentum_"
+    _check_centroids(op, centroids, momentum)
+    channels = centroids.shape[-1]
+    rows = centroids.numel() // channels
+    check_float(op, "sums", sums)
+    check_value(list(sums.shape) == [rows, channels], op, "sums", lambda: f"[M,D]=[{rows},{channels}] to match centroids", sums)
+    check_integer(op, "counts", counts)
+    check_value(list(counts.shape) == [rows], op, "counts", lambda: f"[M]=[{rows}] to match centroids", counts)
+    check_device(op, "sums", sums, centroids, "centroids")
+    check_device(op, "counts", counts, centroids, "centroids")
+
+
+@remembered
+def _check_update(centroids: Tensor, x: Tensor, labels: Tensor, momentum: float, ignore_index: int) -> None:
+    op = "momentum_update_"
     _check_centroids(op, centroids, momentum)
     check_value(centroids.ndim == 3, op, "centroids", "[C,K,D]", centroids)
-    clusters = centroids.shape[0] * centroids.shape[1]
     check_pixels(op, x)
-    ignored = check_ignore_index(op, ignore_index, clusters)
-    flat = without_ignored(check_labels(op, labels, x), ignored)
+    check_ignore_index(op, ignore_index, centroids.shape[0] * centroids.shape[1])
+    check_labels(op, labels, x)
     check_value(centroids.shape[2] == x.shape[1], op, "centroids", lambda: f"[C,K,D] with D={x.shape[1]} to match x", centroids)
     check_device(op, "centroids", centroids, x)
-    chosen = pick(op, x, backend, centroids, C=centroids.shape[0], K=centroids.shape[1])
-    if chosen == "reference":
-        check_label_range(op, flat, clusters)
-        with torch.no_grad():
-            sums, counts = reference.cluster_sums(x.detach(), flat, clusters)
-            reference.apply_momentum_(centroids, sums, counts, momentum)
-    else:
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        ops.momentum_update_(centroids.detach(), x.detach(), flat, momentum, deterministic, chosen)
 
 
 def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:
@@ -147,10 +178,12 @@ def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:
         op, "centroids", "a float32 or float64 tensor", centroids, "a 16-bit EMA would lose every update",
     )  # fmt: skip
     check_value(centroids.ndim in (2, 3) and centroids.numel() > 0, op, "centroids", "[C,K,D], not empty", centroids)
-    check_value(
-        centroids.is_contiguous(), op, "centroids", "contiguous", f"strides {centroids.stride()}", "it is changed in place"
-    )
     check_value(0 <= momentum <= 1, op, "momentum", "in [0,1]", momentum)
+
+
+def _check_in_place(op: str, centroids: Tensor) -> None:
+    if isinstance(centroids, Tensor) and not centroids.is_contiguous():
+        check_value(False, op, "centroids", "contiguous", f"strides {centroids.stride()}", "it is changed in place")
 
 
 __all__ = ["ClusterSums", "apply_momentum_", "cluster_sums", "momentum_update_"]

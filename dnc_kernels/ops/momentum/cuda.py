@@ -1,22 +1,21 @@
-"""Launchers of the CUDA C++ momentum kernels (csrc/cuda/momentum*.cu); the functions are those of native.py."""
+"""Launchers of the CUDA C++ momentum kernels (csrc/cuda/momentum*.cu); the functions are those of cpu.py."""
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .._cuda import launch
+from .calls import ApplyCall, SumsCall, SumsOut, UpdateCall, rows
 
 
-def cluster_sums(x: Tensor, cluster: Tensor, sums: Tensor, counts: Tensor) -> None:
-    """Sums [M,D] float32 and counts [M] int64; always deterministic."""
-    launch("cluster_sums", x, x, cluster, sums, counts)
+def cluster_sums(call: SumsCall, out: SumsOut) -> None:
+    """Sums and counts; always deterministic."""
+    launch("cluster_sums", call, out)
 
 
-def apply_momentum_(rows: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> None:
-    """EMA and renormalisation of rows [M,D] float32, in place."""
-    launch("apply_momentum_", rows, rows, sums, counts, momentum)
+def apply_momentum_(call: ApplyCall, _: None = None) -> None:
+    """The move and renormalisation, in place."""
+    launch("apply_momentum_", call._replace(centroids=rows(call.centroids)))
 
 
-def momentum_update_(rows: Tensor, x: Tensor, cluster: Tensor, momentum: float, deterministic: bool) -> None:
+def momentum_update_(call: UpdateCall, _: None = None) -> None:
     """Both in one launch: in a fixed order of addition, or faster."""
-    launch("momentum_update_", x, rows, x, cluster, momentum, deterministic)
+    launch("momentum_update_", call._replace(centroids=rows(call.centroids)))

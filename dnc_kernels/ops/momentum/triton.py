@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from .._triton import configuration, launch, map_rank, pixels_of
+from .calls import ApplyCall, SumsCall, SumsOut, UpdateCall, rows
 from .triton_sums import (
     WIDTH,
     momentum_apply_kernel,
@@ -21,28 +22,28 @@ from .triton_sums import (
 )
 
 
-def cluster_sums(x: Tensor, cluster: Tensor, sums: Tensor, counts: Tensor) -> None:
+def cluster_sums(call: SumsCall, out: SumsOut) -> None:
     """Write sums [M,D] float32 and counts [M] int64 of the pixels of each cluster. Five launches.
 
     Memory: 8 N + 4 (M/16) (N/BLOCK_T) + 64 (M/16 + N/UNIT) D bytes, and 4 bytes for each of a few numbers per bucket and unit.
     """
-    _reduce(x, cluster, None, sums, counts, 0.0)
+    _reduce(call.x, call.cluster, None, *out, 0.0)
 
 
-def momentum_update_(rows: Tensor, x: Tensor, cluster: Tensor, momentum: float, deterministic: bool = True) -> None:
+def momentum_update_(call: UpdateCall, _: None = None) -> None:
     """Move rows [M,D] float32 towards the pixels of their cluster, in place. Memory and launches of `cluster_sums`.
 
     Always deterministic.
     """
-    _reduce(x, cluster, rows, None, None, momentum)
+    _reduce(call.x, call.cluster, rows(call.centroids), None, None, call.momentum)
 
 
-def apply_momentum_(rows: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> None:
+def apply_momentum_(call: ApplyCall, _: None = None) -> None:
     """Move rows [M,D] float32 towards sums [M,D] float32 where counts [M] > 0, in place. One launch."""
-    clusters, channels = rows.shape
+    clusters, channels = call.sums.shape
     block_d = triton.next_power_of_2(channels)
     launch(
-        momentum_apply_kernel, (clusters,), rows, sums, counts, channels, *_two_floats(momentum),
+        momentum_apply_kernel, (clusters,), call.centroids, call.sums, call.counts, channels, *_two_floats(call.momentum),
         BLOCK_D=block_d, num_warps=_warps(block_d),
     )  # fmt: skip
 
@@ -59,9 +60,9 @@ def _warps(block_d: int) -> int:
 
 
 def _reduce(
-    x: Tensor, cluster: Tensor, rows: Tensor | None, sums: Tensor | None, counts: Tensor | None, momentum: float
+    x: Tensor, cluster: Tensor, moved: Tensor | None, sums: Tensor | None, counts: Tensor | None, momentum: float
 ) -> None:
-    target = rows if sums is None else sums
+    target = moved if sums is None else sums
     assert target is not None
     (clusters, channels), pixels, device = target.shape, cluster.numel(), x.device
     address = pixels_of(x)
@@ -106,7 +107,7 @@ def _reduce(
     launch(
         momentum_result_kernel, (clusters,), x, order, bucket_start, partial, unit_counts,
         target, target if counts is None else counts, buckets, channels, *places, *_two_floats(momentum),
-        UPDATE=rows is not None, MAP=map_rank(address), UNIT=unit, BLOCK_U=max(min(4096 // whole, 32), 1),
+        UPDATE=moved is not None, MAP=map_rank(address), UNIT=unit, BLOCK_U=max(min(4096 // whole, 32), 1),
         BLOCK_P=max(min(4096 // whole, 16), 1), BLOCK_D=whole,
         num_warps=_warps(whole) if whole > 512 else 4,
     )  # fmt: skip
