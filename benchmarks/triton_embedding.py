@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dnc_kernels.ops.embedding import triton as kernels
+from dnc_kernels.ops.embedding.calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
 
 from .aot_triton import Launch
 
@@ -18,32 +18,34 @@ _DTYPES = {16: torch.bfloat16, 32: torch.float32}
 _SIDES = {"rows": 64, "planes": 64, "odd_planes": 65}
 
 
-def _inputs(layout: str, device: torch.device, when: dict[str, int]) -> tuple[Tensor, ...]:
-    """x, weight and bias [D], three statistics [N]; about 2^25 numbers in x."""
+def _records(layout: str, device: torch.device, when: dict[str, int]) -> tuple[NormalizeCall, NormalizeOut]:
+    """A call of about 2^25 numbers and its results, which are there on a GPU."""
     channels, side = when["D"], _SIDES[layout]
     maps = max(1, 2**25 // (channels * side**2))
     shape = (maps * side**2, channels) if layout == "rows" else (maps, channels, side, side)
     x = torch.empty(shape, dtype=_DTYPES[when["bits"]], device=device)
     weight, bias = (torch.empty(channels, device=device) for _ in range(2))
-    statistics = [torch.empty(maps * side**2, device=device) for _ in range(3)]
+    call = NormalizeCall(x, weight, bias, 1e-5, "triton")
+    out = NormalizeOut(torch.empty_like(x), *(torch.empty(maps * side**2, device=device) for _ in range(3)))
     if device.type == "cuda":
         x.normal_(), weight.normal_(1, 0.1), bias.normal_(0, 0.1)
-        kernels.normalize(x, weight, bias, 1e-5, torch.empty_like(x), *statistics)
-    return x, weight, bias, *statistics
+        kernels.normalize_embedding(call, out)
+    return call, out
 
 
 def _forward(layout: str, device: torch.device, when: dict[str, int]) -> Callable[[], None]:
-    x, weight, bias, *statistics = _inputs(layout, device, when)
-    return partial(kernels.normalize, x, weight, bias, 1e-5, torch.empty_like(x), *statistics)
+    return partial(kernels.normalize_embedding, *_records(layout, device, when))
 
 
 def _backward(layout: str, device: torch.device, when: dict[str, int]) -> Callable[[], None]:
-    x, weight, bias, *statistics = _inputs(layout, device, when)
+    (x, weight, bias, _, backend), (_, mean, rstd, inverse_norm) = _records(layout, device, when)
     grad_y = torch.empty_like(x)
     if device.type == "cuda":
         grad_y.normal_()
-    arguments: list[Any] = [x, weight, bias, *statistics, grad_y, None, *(torch.empty_like(t) for t in (x, weight, bias))]
-    return partial(kernels.normalize_backward, *arguments)
+    call = NormalizeBackwardCall(x, weight, bias, mean, rstd, inverse_norm, grad_y, None, backend)
+    assert weight is not None and bias is not None
+    out = NormalizeBackwardOut(torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias))
+    return partial(kernels.normalize_embedding_backward, call, out)
 
 
 def _candidates(layout: str, backward: bool, when: dict[str, int]) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from dnc_kernels import backends, ops, use_isa
-from dnc_kernels.ops._common import view
 from dnc_kernels.ops.embedding import op
+from dnc_kernels.ops.embedding.calls import NormalizeBackwardCall, NormalizeCall, NormalizeOut
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -137,7 +137,7 @@ def test_strided_parameters():
 def test_a_large_mean_costs_no_variance(layout, isa):
     x = LAYOUTS[layout](torch.float32, 256) + 1000
     weight, bias = affine(256, torch.float32)
-    y, mean, rstd, inverse_norm = op.normalize_embedding(x, weight, bias, EPS, "cpu")
+    y, mean, rstd, inverse_norm = op.normalize_embedding(NormalizeCall(x, weight, bias, EPS, "cpu"))
     wide = x.double().movedim(1, -1).reshape(-1, 256) if x.ndim == 4 else x.double()
     # one rounding of the mean; the variance as exact as without the offset
     assert (mean - wide.mean(1)).abs().max() <= 1000 * torch.finfo(torch.float32).eps
@@ -222,13 +222,14 @@ def test_only_gradients_that_are_needed(need):
 
 def test_gradients_that_are_not_needed_are_not_made():
     x, (weight, bias) = normal(6, 8), affine(8, torch.float32)
-    y, *statistics = op.normalize_embedding(x, weight, bias, EPS, "cpu")
-    grads = op.normalize_embedding_backward(x, weight, bias, *statistics, torch.ones_like(y), None, False, True, False, "cpu")
-    assert [g.numel() for g in grads] == [0, 8, 0]
+    y, *statistics = op.normalize_embedding(NormalizeCall(x, weight, bias, EPS, "cpu"))
+    call = NormalizeBackwardCall(x, weight, bias, *statistics, torch.ones_like(y), None, "cpu")
+    grad_x, grad_weight, grad_bias = op.normalize_embedding_backward(call, [False, True, False])
+    assert grad_x is None and grad_bias is None and grad_weight.shape == (8,)
 
 
 def test_embedding_and_rstd_carry_gradients():
-    outputs = op.normalize_embedding(normal(4, 5).requires_grad_(), None, None, EPS, "cpu")
+    outputs = op.normalize_embedding(NormalizeCall(normal(4, 5).requires_grad_(), None, None, EPS, "cpu"))
     assert [t.requires_grad for t in outputs] == [True, False, True, False]  # of rstd, the length is made
 
 
@@ -378,8 +379,8 @@ def test_nothing_is_written_beside_the_output(layout, isa):
     frame = torch.full((60, 60), 7.0)
     y = {"rows": frame[5:50, 3:22], "columns": frame.T[5:50, 3:22], "every other": frame[5:50, 3:41:2]}[layout]
     source = x.T.contiguous().T if layout == "columns" else x
-    absent = view(None)
-    backends.native().normalize_embedding(view(source), absent, absent, EPS, view(y), view(mean), view(rstd), view(inverse), 2)
+    call, out = NormalizeCall(source, None, None, EPS, "cpu"), NormalizeOut(y, mean, rstd, inverse)
+    backends.native().normalize_embedding("normalize_embedding", 2, call, out)
     assert_close(y, F.normalize(F.layer_norm(x.double(), (19,), eps=EPS)), "embedding", terms=19, scale=19**-0.5)
     y.fill_(7.0)
     assert torch.equal(frame, torch.full((60, 60), 7.0))
@@ -439,8 +440,8 @@ def test_there_are_golden_files():
 def test_opcheck(layout, dtype):
     x = LAYOUTS[layout](dtype, 6).requires_grad_()
     weight, bias = (t.requires_grad_() for t in affine(6, torch.float32))
-    torch.library.opcheck(op.normalize_embedding, (x, weight, bias, EPS, "cpu"))
-    y, *statistics = op.normalize_embedding(x.detach(), weight.detach(), None, EPS, "cpu")
+    torch.library.opcheck(op.normalize_embedding.overload, (x, weight, bias, EPS, "cpu"))
+    y, *statistics = op.normalize_embedding(NormalizeCall(x.detach(), weight.detach(), None, EPS, "cpu"))
     args = (
         x.detach(),
         weight.detach(),
@@ -448,11 +449,10 @@ def test_opcheck(layout, dtype):
         *statistics,
         torch.ones_like(y),
         torch.ones_like(statistics[1]),
-        True,
-        True,
-        False,
+        "cpu",
+        [True, True, False],
     )
-    torch.library.opcheck(op.normalize_embedding_backward, (*args, "cpu"))
+    torch.library.opcheck(op.normalize_embedding_backward.overload, args)
 
 
 def compiled_equals_eager(function, sizes, layout):

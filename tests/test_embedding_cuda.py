@@ -10,6 +10,7 @@ from gpu_check import captured, needs_gpu, no_wait
 from dnc_kernels import ops
 from dnc_kernels.ops.embedding import cuda as kernels
 from dnc_kernels.ops.embedding import op
+from dnc_kernels.ops.embedding.calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
 
@@ -64,23 +65,27 @@ def test_weight_and_bias_off_16_byte_borders(layout, d):
 @pytest.mark.parametrize("d", (16, 600))
 def test_only_what_is_needed_is_made(need, layout, d):
     x, (weight, bias) = features(layout, 10, d), affine(d)
-    _, *statistics = op.normalize_embedding(x, weight, bias, EPS, "cuda")
-    arguments = (x, weight, bias, *statistics, normal(*x.shape), None)
-    expected = op.normalize_embedding_backward(*arguments, True, True, True, "cuda")
-    grads = op.normalize_embedding_backward(*arguments, *map(bool, need), "cuda")
+    _, *statistics = op.normalize_embedding(NormalizeCall(x, weight, bias, EPS, "cuda"))
+    call = NormalizeBackwardCall(x, weight, bias, *statistics, normal(*x.shape), None, "cuda")
+    expected = op.normalize_embedding_backward(call, [True] * 3)
+    grads = op.normalize_embedding_backward(call, list(map(bool, need)))
     for wanted, grad, full in zip(need, grads, expected, strict=True):
-        assert torch.equal(grad, full) if wanted else grad.numel() == 0
+        assert torch.equal(grad, full) if wanted else grad is None
 
 
 def test_a_crop_whose_gradient_is_none(order):
     # tiles are loaded pixel by pixel and stored in pieces: by other threads
     x, grad = normal(1, 8, 20, 17)[..., 1:], normal(1, 8, 20, 16)
-    _, *statistics = op.normalize_embedding(x, None, None, EPS, "cuda")
+    _, *statistics = op.normalize_embedding(NormalizeCall(x, None, None, EPS, "cuda"))
     grad_x, to_bias, expected = torch.empty_like(grad), *(torch.empty(8, device=DEVICE) for _ in range(2))
-    kernels.normalize_backward(x, None, None, *statistics, grad, None, grad_x, None, to_bias)
+    kernels.normalize_embedding_backward(
+        NormalizeBackwardCall(x, None, None, *statistics, grad, None, "cuda"), NormalizeBackwardOut(grad_x, None, to_bias)
+    )
     copy = x.contiguous()
     whole = torch.empty_like(copy)
-    kernels.normalize_backward(copy, None, None, *statistics, grad, None, whole, None, expected)
+    kernels.normalize_embedding_backward(
+        NormalizeBackwardCall(copy, None, None, *statistics, grad, None, "cuda"), NormalizeBackwardOut(whole, None, expected)
+    )
     assert torch.equal(grad_x, whole) and torch.equal(to_bias, expected)
 
 
@@ -88,7 +93,7 @@ def test_a_crop_whose_gradient_is_none(order):
 @pytest.mark.parametrize("layout", ("rows", "planes"))
 def test_the_saved_mean_is_rounded_once(layout):
     x = features(layout, 4, 6200 if layout == "rows" else 7400) + 1000
-    _, mean, *_ = op.normalize_embedding(x, None, None, EPS, "cuda")
+    _, mean, *_ = op.normalize_embedding(NormalizeCall(x, None, None, EPS, "cuda"))
     expected = x.double().mean(1).flatten()
     assert (mean.double() - expected).abs().max() <= 1000 * torch.finfo(torch.float32).eps
 
@@ -130,11 +135,11 @@ def test_ops_pass_opcheck():
     for x in (normal(6, 8), normal(2, 5, 2, 3, dtype=torch.bfloat16)):
         d = x.shape[1]
         weight, bias = (t.requires_grad_() for t in affine(d))
-        torch.library.opcheck(op.normalize_embedding, (x.requires_grad_(), weight, bias, EPS, "cuda"))
+        torch.library.opcheck(op.normalize_embedding.overload, (x.requires_grad_(), weight, bias, EPS, "cuda"))
         x, weight, bias = (t.detach() for t in (x, weight, bias))
-        y, *statistics = op.normalize_embedding(x, weight, bias, EPS, "cuda")
-        arguments = (x, weight, bias, *statistics, torch.randn_like(y), statistics[1], True, True, True, "cuda")
-        torch.library.opcheck(op.normalize_embedding_backward, arguments)
+        y, *statistics = op.normalize_embedding(NormalizeCall(x, weight, bias, EPS, "cuda"))
+        arguments = (x, weight, bias, *statistics, torch.randn_like(y), statistics[1], "cuda", [True] * 3)
+        torch.library.opcheck(op.normalize_embedding_backward.overload, arguments)
 
 
 def test_float64_is_refused_by_name():
@@ -149,8 +154,10 @@ def test_a_captured_call_replays(layout):
     grad = normal(*x.shape)
 
     def run():
-        y, *statistics = op.normalize_embedding(x, weight, bias, EPS, "cuda")
-        return y, *op.normalize_embedding_backward(x, weight, bias, *statistics, grad, None, True, True, True, "cuda")
+        y, *statistics = op.normalize_embedding(NormalizeCall(x, weight, bias, EPS, "cuda"))
+        return y, *op.normalize_embedding_backward(
+            NormalizeBackwardCall(x, weight, bias, *statistics, grad, None, "cuda"), [True] * 3
+        )
 
     graph, replayed = captured(run)
     x.copy_(normal(*x.shape))
@@ -172,9 +179,11 @@ def test_the_call_does_not_synchronise():
 @pytest.mark.parametrize("shape", ((2**23 + 5, 264), (2, 264, 1024, 4100)))
 def test_more_elements_than_int32_counts(shape):
     x = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-    y, *statistics = op.normalize_embedding(x, None, None, EPS, "cuda")
-    grad, *_ = op.normalize_embedding_backward(x, None, None, *statistics, y, None, True, False, False, "cuda")
+    y, *statistics = op.normalize_embedding(NormalizeCall(x, None, None, EPS, "cuda"))
+    grad, *_ = op.normalize_embedding_backward(
+        NormalizeBackwardCall(x, None, None, *statistics, y, None, "cuda"), [True, False, False]
+    )
     last = (slice(-9, None),) if x.ndim == 2 else (slice(-1, None), slice(None), slice(-1, None), slice(-9, None))
-    expected, *_ = op.normalize_embedding(x[last], None, None, EPS, "reference")
+    expected, *_ = op.normalize_embedding(NormalizeCall(x[last], None, None, EPS, "reference"))
     torch.testing.assert_close(y[last], expected)
     assert grad[last].isfinite().all()

@@ -10,6 +10,7 @@ from gpu_check import ANY_ORDER, sizes
 
 from dnc_kernels import ops
 from dnc_kernels.ops.embedding import op
+from dnc_kernels.ops.embedding.calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
 
 
 @pytest.fixture
@@ -70,11 +71,15 @@ def test_expanded_and_foreign_gradients(dtype, backend):
 )
 def test_gradient_in_place_of_the_incoming_one(shape, backend, kernels):
     x, (weight, bias) = normal(*shape), affine(shape[1])
-    _, *statistics = op.normalize_embedding(x, weight, bias, EPS, backend)
+    _, *statistics = op.normalize_embedding(NormalizeCall(x, weight, bias, EPS, backend))
     grad = normal(*shape)
     apart = [torch.empty_like(t) for t in (x, weight, bias)]
-    kernels.normalize_backward(x, weight, bias, *statistics, grad, None, *apart)
-    kernels.normalize_backward(x, weight, bias, *statistics, grad, None, grad, None, None)
+    kernels.normalize_embedding_backward(
+        NormalizeBackwardCall(x, weight, bias, *statistics, grad, None, backend), NormalizeBackwardOut(*apart)
+    )
+    kernels.normalize_embedding_backward(
+        NormalizeBackwardCall(x, weight, bias, *statistics, grad, None, backend), NormalizeBackwardOut(grad, None, None)
+    )
     assert torch.equal(grad, apart[0])
 
 
@@ -143,9 +148,11 @@ def test_no_pixels(shape, backend):
 @pytest.mark.parametrize("d", (9, 16))
 def test_nothing_is_written_beside_the_outputs(dtype, d, backend, kernels):
     x, statistics = normal(21, d, dtype=dtype), [torch.zeros(21, device=DEVICE) for _ in range(3)]
-    _, *found = op.normalize_embedding(x, None, None, EPS, backend)
+    _, *found = op.normalize_embedding(NormalizeCall(x, None, None, EPS, backend))
     grad, expected = normal(21, d, dtype=dtype), torch.empty_like(x)
-    kernels.normalize_backward(x, None, None, *found, grad, None, expected, None, None)
+    kernels.normalize_embedding_backward(
+        NormalizeBackwardCall(x, None, None, *found, grad, None, backend), NormalizeBackwardOut(expected, None, None)
+    )
     frame = torch.full((48, 48), 7.0, device=DEVICE, dtype=dtype)
     padded = x.new_zeros(21, 48)
     padded[:, :d] = x
@@ -153,10 +160,13 @@ def test_nothing_is_written_beside_the_outputs(dtype, d, backend, kernels):
         for out in (frame[5:26, 3 : 3 + d], frame[5:26, 8 : 8 + d], frame[5:26, 3 : 3 + 2 * d : 2], frame.T[8:29, 8 : 8 + d]):
             for backward in (False, True):
                 if backward:
-                    kernels.normalize_backward(source, None, None, *found, grad, None, out, None, None)
+                    kernels.normalize_embedding_backward(
+                        NormalizeBackwardCall(source, None, None, *found, grad, None, backend),
+                        NormalizeBackwardOut(out, None, None),
+                    )
                     torch.testing.assert_close(out, expected)
                 else:
-                    kernels.normalize(source, None, None, EPS, out, *statistics)
+                    kernels.normalize_embedding(NormalizeCall(source, None, None, EPS, backend), NormalizeOut(out, *statistics))
                     assert not (out == 7).any()
                 out.fill_(7.0)
                 assert (frame == 7).all()

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...backends import Backend, pick
 from ...errors import check_device, check_float, check_value
-from .._common import check_pixels, compute_dtype, like_pixels
+from .._common import check_pixels, compute_dtype, contiguous_in, like_pixels, remembered
 from . import op as ops
-from . import reference
+from .calls import NormalizeCall
 
 
 @overload
@@ -56,27 +56,26 @@ def normalize_embedding(
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or eps.
     """
-    op = "normalize_embedding"
-    check_pixels(op, x)
-    check_value(0 <= eps < math.inf, op, "eps", "finite and not negative", eps)
-    weight, bias = _check_affine(op, "weight", weight, x), _check_affine(op, "bias", bias, x)
-    chosen = pick(op, x, backend)
-    if chosen == "reference":
-        y, _, rstd, _ = reference.normalize_embedding(x, weight, bias, eps)
-    else:
-        y, _, rstd, _ = ops.normalize_embedding(x, weight, bias, eps, chosen)
+    _check(x, weight, bias, eps)
+    dtype = compute_dtype(x)
+    call = NormalizeCall(
+        x, contiguous_in(dtype, weight), contiguous_in(dtype, bias), float(eps), pick("normalize_embedding", x, backend)
+    )
+    y, _, rstd, _ = ops.normalize_embedding(call)
     return (y, like_pixels(x, rstd.reciprocal())) if return_length else y
 
 
-def _check_affine(op: str, argument: str, tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """Check an optional [D] parameter; return it contiguous in the compute dtype of `x`."""
-    if tensor is None:
-        return None
-    check_float(op, argument, tensor)
-    if tensor.ndim != 1 or tensor.shape[0] != x.shape[1]:  # the text is made on failure only: tracing it would fix the size
-        check_value(False, op, argument, f"[D]=[{x.shape[1]}] to match x", tensor)
-    check_device(op, argument, tensor, x)
-    return tensor.to(compute_dtype(x)).contiguous()
+@remembered
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    op = "normalize_embedding"
+    check_pixels(op, x)
+    check_value(0 <= eps < math.inf, op, "eps", "finite and not negative", eps)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_float(op, name, vector)
+            fits = vector.ndim == 1 and vector.shape[0] == x.shape[1]
+            check_value(fits, op, name, lambda: f"[D]=[{x.shape[1]}] to match x", vector)
+            check_device(op, name, vector, x)
 
 
 __all__ = ["normalize_embedding"]

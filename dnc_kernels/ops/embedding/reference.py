@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 
 from .._common import compute_dtype
+from .calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
 
 SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's bound
 
 
-def normalize_embedding(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """l2_normalize(LayerNorm(x)) over dimension 1 of x [N,D] or [B,D,H,W]; mean, rstd and inverse_norm [N].
-
-    weight and bias: [D] of the compute dtype.
-    """
+def normalize_embedding(call: NormalizeCall) -> NormalizeOut:
+    """l2_normalize(LayerNorm(x)) over the channels, and its statistics."""
+    x, weight, bias, eps, _ = call
     wide = x.to(compute_dtype(x))
     mean = wide.mean(1, keepdim=True)
     centered = wide - mean
@@ -26,58 +23,32 @@ def normalize_embedding(
     # 0 for z = 0: that pixel's embedding and gradient are 0, not 1e12 times the incoming one
     inverse_norm = torch.where(length == 0, 0.0, 1 / length.clamp_min(SMALLEST_NORM))
     y = torch.empty_like(x).copy_(z * inverse_norm)
-    return y, mean.reshape(-1), rstd.reshape(-1), inverse_norm.reshape(-1)
+    return NormalizeOut(y, mean.reshape(-1), rstd.reshape(-1), inverse_norm.reshape(-1))
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    inverse_norm: Tensor,
-) -> None:
-    """What `native.normalize` says."""
-    for out, made in zip((y, mean, rstd, inverse_norm), normalize_embedding(x, weight, bias, eps), strict=True):
-        out.copy_(made)
-
-
-def normalize_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    inverse_norm: Tensor,
-    grad_y: Tensor,
-    grad_rstd: Tensor | None,
-    grad_x: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    """What `native.normalize_backward` says."""
+def normalize_embedding_backward(call: NormalizeBackwardCall, out: NormalizeBackwardOut) -> None:
+    """What the launchers of that name do. No autograd."""
+    x, weight, bias = call.x, call.weight, call.bias
     along_pixels = (-1, 1) if x.ndim == 2 else (x.shape[0], 1, x.shape[2], x.shape[3])
-    mean, rstd, inverse_norm = (t.view(along_pixels) for t in (mean, rstd, inverse_norm))
-    g = grad_y.to(compute_dtype(x))
+    mean, rstd, inverse_norm = (t.view(along_pixels) for t in (call.mean, call.rstd, call.inverse_norm))
+    g = call.grad_y.to(compute_dtype(x))
     xhat = (x.to(g.dtype) - mean) * rstd
     y = _affine(xhat, weight, bias) * inverse_norm
     # below the bound the length is a constant, and nothing is projected out
     along = torch.where(inverse_norm < 1 / SMALLEST_NORM, (g * y).sum(1, keepdim=True), 0)
     dz = inverse_norm * (g - along * y)
     over_pixels = 0 if x.ndim == 2 else (0, 2, 3)
-    if grad_weight is not None:
-        grad_weight.copy_((dz * xhat).sum(over_pixels))
-    if grad_bias is not None:
-        grad_bias.copy_(dz.sum(over_pixels))
-    if grad_x is None:
+    if out.grad_weight is not None:
+        out.grad_weight.copy_((dz * xhat).sum(over_pixels))
+    if out.grad_bias is not None:
+        out.grad_bias.copy_(dz.sum(over_pixels))
+    if out.grad_x is None:
         return
     dz = _affine(dz, weight, None)
     slope = (dz * xhat).mean(1, keepdim=True)
-    if grad_rstd is not None:  # d rstd / dx = -rstd^2 * xhat / D
-        slope = slope + grad_rstd.view(along_pixels) * rstd / x.shape[1]
-    grad_x.copy_(rstd * (dz - dz.mean(1, keepdim=True) - xhat * slope))
+    if call.grad_rstd is not None:  # d rstd / dx = -rstd^2 * xhat / D
+        slope = slope + call.grad_rstd.view(along_pixels) * rstd / x.shape[1]
+    out.grad_x.copy_(rstd * (dz - dz.mean(1, keepdim=True) - xhat * slope))
 
 
 def _affine(t: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -38,50 +38,32 @@ from torch import Tensor
 
 from .._common import pixel_count
 from .._triton import Pixels, configuration, launch, map_rank, pixel_offset, pixels_of, processors
+from .calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
 
 # torch.nn.functional.normalize's bound of the length
 _SMALLEST_NORM = tl.constexpr(1e-12)
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    inverse_norm: Tensor,
-) -> None:
-    """Embedding into `y` (the shape and dtype of x, any strides), statistics into mean, rstd and inverse_norm [N] fp32."""
-    pixels, channels = pixel_count(x), x.shape[1]
-    x_at, y_at = pixels_of(x), pixels_of(y)
-    tile, options = _plan("normalize", x, x_at)
+def normalize_embedding(call: NormalizeCall, out: NormalizeOut) -> None:
+    """Embedding and statistics. One launch."""
+    x, weight, bias, eps, _ = call
+    y, mean, rstd, inverse_norm = out
+    pixels, x_at, y_at = pixel_count(x), pixels_of(x), pixels_of(y)
+    options = _plan("normalize", x, x_at)
     launch(
-        normalize_kernel, (triton.cdiv(pixels, tile["BLOCK_N"]),),
-        x, weight, bias, y, mean, rstd, inverse_norm, x_at, y_at, pixels, channels, eps,
-        X_MAP=_map(x_at), Y_MAP=_map(y_at), **tile, **options,
+        normalize_kernel, (triton.cdiv(pixels, options["BLOCK_N"]),),
+        x, weight, bias, y, mean, rstd, inverse_norm, x_at, y_at, pixels, x.shape[1], eps,
+        X_MAP=_map(x_at), Y_MAP=_map(y_at), **options,
     )  # fmt: skip
 
 
-def normalize_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    inverse_norm: Tensor,
-    grad_y: Tensor,
-    grad_rstd: Tensor | None,
-    grad_x: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    """Gradients into those of grad_x, grad_weight [D] and grad_bias [D] that are given; grad_x may be grad_y itself."""
+def normalize_embedding_backward(call: NormalizeBackwardCall, out: NormalizeBackwardOut) -> None:
+    """Gradients, those given. One launch, or two."""
+    x, grad_y, (grad_x, grad_weight, grad_bias) = call.x, call.grad_y, out
     pixels, channels = pixel_count(x), x.shape[1]
     x_at, grad_y_at, grad_x_at = pixels_of(x), pixels_of(grad_y), pixels_of(x if grad_x is None else grad_x)
-    tile, options = _plan("normalize_backward", x, x_at)
-    programs = tiles = triton.cdiv(pixels, tile["BLOCK_N"])
+    options = _plan("normalize_backward", x, x_at)
+    programs = tiles = triton.cdiv(pixels, options["BLOCK_N"])
     resident = options.pop("PROGRAMS") * processors(x.device)
     partial = None
     if grad_weight is not None or grad_bias is not None:
@@ -89,9 +71,9 @@ def normalize_backward(
         partial = x.new_empty((programs, 2, channels), dtype=torch.float32)
     launch(
         normalize_backward_kernel, (programs,),
-        x, weight, bias, mean, rstd, inverse_norm, grad_y, grad_rstd, grad_x, partial, x_at, grad_y_at, grad_x_at,
-        pixels, channels, tiles,
-        X_MAP=_map(x_at), GRAD_Y_MAP=_map(grad_y_at), GRAD_X_MAP=_map(grad_x_at), **tile, **options,
+        x, call.weight, call.bias, call.mean, call.rstd, call.inverse_norm, grad_y, call.grad_rstd, grad_x, partial,
+        x_at, grad_y_at, grad_x_at, pixels, channels, tiles,
+        X_MAP=_map(x_at), GRAD_Y_MAP=_map(grad_y_at), GRAD_X_MAP=_map(grad_x_at), **options,
     )  # fmt: skip
     if partial is not None:
         block = 32
@@ -103,8 +85,7 @@ def normalize_backward(
 
 def _even(at: Pixels) -> bool:
     """Whether Triton can tell that 16 pixels on a multiple of 16 lie side by side, on 16-byte borders."""
-    sizes = (at.hw, at.width, at.stride_b, at.stride_h, at.stride_d)
-    return at.stride_w == 1 and all(size % 16 == 0 for size in sizes)
+    return at.stride_w == 1 and (at.hw | at.width | at.stride_b | at.stride_h | at.stride_d) & 15 == 0
 
 
 def _map(at: Pixels) -> int:
@@ -112,16 +93,19 @@ def _map(at: Pixels) -> int:
     return map_rank(at) + (4 if at.stride_w == 1 and not _even(at) else 0)
 
 
-def _plan(kernel: str, x: Tensor, at: Pixels) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shape of the tile and the dimension of its channels; the other meta-parameters."""
+def _plan(kernel: str, x: Tensor, at: Pixels) -> dict[str, Any]:
+    """Meta-parameters: shape of the tile, the dimension of its channels, and what is configured."""
     channels, layout = x.shape[1], "rows"
     if at.stride_d > at.stride_w:
         layout = "planes" if _even(at) else "odd_planes"
     use = configuration("embedding", f"{kernel}_{layout}", x.device, D=channels, bits=8 * x.element_size())
     size = use.pop("TILE")
     block_d = min(triton.next_power_of_2(channels), size // use.pop("PIXELS"))
-    tile = {"BLOCK_N": size // block_d, "BLOCK_D": block_d, "AXIS": 1 if layout == "rows" else 0}
-    return {**tile, "WHOLE": channels <= block_d, "MASKED": channels % block_d != 0}, use
+    use.update(
+        BLOCK_N=size // block_d, BLOCK_D=block_d, AXIS=1 if layout == "rows" else 0, WHOLE=channels <= block_d,
+        MASKED=channels % block_d != 0,
+    )  # fmt: skip
+    return use
 
 
 @triton.jit
