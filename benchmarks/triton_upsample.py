@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dnc_kernels.ops.upsample import triton as kernels
+from dnc_kernels.ops.upsample.calls import ArgmaxCall, UpsampleCall, UpsampleOut
 
 from .aot_triton import Launch
 
@@ -18,8 +18,8 @@ _DTYPES = {16: torch.bfloat16, 32: torch.float32}
 _BATCH, _SIZE = 8, 512
 
 
-def _inputs(device: torch.device, when: dict[str, int]) -> tuple[Tensor, Tensor]:
-    """Scores and labels, the latter in regions of 32 x 32 pixels with a tenth ignored, as images have them."""
+def _inputs(device: torch.device, when: dict[str, int]) -> UpsampleCall:
+    """A call without options; labels in regions of 32 x 32 pixels with a tenth ignored, as images have them."""
     side = _SIZE // when["scale"]
     scores = torch.empty((_BATCH, when["C"], side, side), dtype=_DTYPES[when["bits"]], device=device)
     labels = torch.empty((_BATCH, _SIZE, _SIZE), dtype=torch.int64, device=device)
@@ -28,27 +28,26 @@ def _inputs(device: torch.device, when: dict[str, int]) -> tuple[Tensor, Tensor]
         regions = torch.randint(when["C"], (_BATCH, _SIZE // 32, _SIZE // 32), device=device)
         regions[torch.rand(regions.shape, device=device) < 0.1] = -100
         labels.copy_(regions.repeat_interleave(32, 1).repeat_interleave(32, 2))
-    return scores, labels
+    return UpsampleCall(scores, labels, 0, 0, 0, 0, False, None, -100, 0.0, None, "triton")
 
 
 def _log_sum_exp(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
-    scores, labels = _inputs(device, when)
     sums = torch.empty(2, dtype=torch.float64, device=device)
-    return partial(kernels.cross_entropy, scores, labels, None, False, -100, 0.0, None, None, sums, None, None)
+    return partial(kernels.upsample_cross_entropy, _inputs(device, when), UpsampleOut(sums))
 
 
 def _gradient(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
-    scores, labels = _inputs(device, when)
-    lse, grad_scores = torch.empty(labels.shape, device=device), torch.empty_like(scores, dtype=torch.float32)
-    axes = kernels.axes_of(scores, (_SIZE, _SIZE), False, None)
+    call = _inputs(device, when)
+    lse, grad_scores = torch.empty(call.labels.shape, device=device), torch.empty_like(call.scores, dtype=torch.float32)
+    axes = kernels.axes_of(call)
     if device.type == "cuda":
-        kernels.log_sum_exp(scores, None, 0.0, axes, lse, None)
-    return partial(kernels.gradient, scores, labels, None, -100, 0.0, axes, None, lse, grad_scores)
+        kernels.log_sum_exp(call, axes, lse, None)
+    return partial(kernels.gradient, call, axes, lse, grad_scores)
 
 
 def _argmax(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
-    scores, labels = _inputs(device, when)
-    return partial(kernels.argmax, scores, False, labels)
+    call = _inputs(device, when)
+    return partial(kernels.upsample_argmax, ArgmaxCall(call.scores, False, "triton"), call.labels)
 
 
 def _candidates(when: dict[str, int]) -> list[dict[str, Any]]:

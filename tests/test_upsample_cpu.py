@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_upsample import DTYPES, IGNORE, expected_loss, normal, random_labels
 from tolerances import assert_close
-from upsample_check import interpolation, upsampled
+from upsample_check import interpolation, loss_call, upsampled
 
 from dnc_kernels import ops
 from dnc_kernels.ops.upsample import op, reference
-
-NO_OPTIONS = {"class_weight": None, "ignore_index": IGNORE, "label_smoothing": 0.0}
+from dnc_kernels.ops.upsample.calls import ArgmaxCall
 
 
 def check(scores, labels, align_corners=False, weight=None, grad=None, **options):
@@ -184,8 +183,8 @@ def test_two_backward_passes_agree():
 
 def test_early_and_late_gradients_agree():
     scores, labels = normal(2, 5, 4, 6).requires_grad_(), random_labels(2, 5, (9, 13))
-    options = (labels, None, False, IGNORE, 0.1, "mean")
-    early, late = (torch.autograd.grad(op._loss_op(scores, *options, e, "cpu")[0], scores)[0] for e in (True, False))
+    call = loss_call(scores, labels, label_smoothing=0.1)
+    early, late = (torch.autograd.grad(op._loss(call, "mean", e).loss, scores)[0] for e in (True, False))
     torch.testing.assert_close(early, late)
 
 
@@ -201,8 +200,8 @@ def test_bit_equal_for_any_number_of_threads(sizes):
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             runs.append((
-                *op.cross_entropy_with_gradient(scores, labels, align_corners=False, backend="cpu", **NO_OPTIONS),
-                op.upsample_argmax(scores, *size, False, "cpu"),
+                *op.cross_entropy_with_gradient(loss_call(scores, labels), True, None),
+                op.upsample_argmax(ArgmaxCall(scores, False, "cpu"), *size),
             ))  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -266,7 +265,7 @@ def test_bands_add_up_to_the_map(backend, sizes, align_corners):
         r1 = min(r0 + 3, h)
         i0, i1 = bisect.bisect_left(low, r0), bisect.bisect_left(low, r1)
         rows = slice(r0, min(r1, h - 1) + 1)
-        some, some_grad = op.cross_entropy_with_gradient(
+        call = loss_call(
             scores[:, :, rows],
             labels[:, i0:i1],
             align_corners=align_corners,
@@ -274,6 +273,7 @@ def test_bands_add_up_to_the_map(backend, sizes, align_corners):
             backend=backend,
             **options,
         )
+        some, some_grad = op.cross_entropy_with_gradient(call, True, None)
         loss += some
         grad[:, :, rows] += some_grad
     wide = scores.double().requires_grad_()
@@ -285,10 +285,7 @@ def test_bands_add_up_to_the_map(backend, sizes, align_corners):
 
 def test_a_window_without_gradient():
     scores, labels = normal(2, 5, 4, 4), random_labels(2, 5, (8, 8))
-    both = [
-        op.cross_entropy_with_gradient(scores, labels, align_corners=False, backend="cpu", grad=grad, **NO_OPTIONS)
-        for grad in (True, False)
-    ]
+    both = [op.cross_entropy_with_gradient(loss_call(scores, labels), grad, None) for grad in (True, False)]
     assert torch.equal(both[0][0], both[1][0]) and both[1][1] is None
 
 
@@ -297,7 +294,7 @@ def test_a_window_without_the_rows_it_needs(window):
     """Rows 4 to 11 of 16 lie between the source rows 1 to 6 of 8."""
     scores, labels = normal(1, 3, 4, 4), random_labels(1, 3, (8, 8))
     with pytest.raises(ValueError, match=r"upsample_cross_entropy: the window (lies outside the map|lacks source rows)"):
-        op.cross_entropy_with_gradient(scores, labels, align_corners=False, backend="cpu", window=window, **NO_OPTIONS)
+        op.cross_entropy_with_gradient(loss_call(scores, labels, window=window), True, None)
 
 
 # argmax
@@ -359,13 +356,15 @@ def test_argmax_of_nan_spreads_to_pixels_with_a_share(isa):
 def test_opcheck(dtype):
     scores, labels = normal(2, 3, 3, 4, dtype=dtype).requires_grad_(), random_labels(2, 3, (5, 7))
     check = torch.library.opcheck
+    call = loss_call(scores, labels, class_weight=torch.rand(3), align_corners=True, label_smoothing=0.1)
     for reduction, early in (("sum", True), ("none", False), ("mean", False)):
-        check(op._loss_op._opoverload, (scores, labels, torch.rand(3), True, IGNORE, 0.1, reduction, early, "cpu"))
+        check(op._loss.overload, (*call, reduction, early))
     # the early gradient, an output, is scaled in place by the backward pass, which the comparison of compiled outputs would see
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    check(op._loss_op._opoverload, (scores, labels, None, True, IGNORE, 0.1, "mean", True, "cpu"), test_utils=utilities)
-    check(op._backward_op._opoverload, (torch.rand(2, 5, 7), scores.detach(), labels, None, False, IGNORE, 0.0, "cpu"))
-    check(op.upsample_argmax._opoverload, (scores.detach(), 5, 7, False, "cpu"))
+    call = loss_call(scores, labels, align_corners=True, label_smoothing=0.1)
+    check(op._loss.overload, (*call, "mean", True), test_utils=utilities)
+    check(op._loss_backward.overload, tuple(loss_call(scores.detach(), labels, grad_loss=torch.rand(2, 5, 7))))
+    check(op.upsample_argmax.overload, (scores.detach(), False, "cpu", 5, 7))
 
 
 def test_channels_last_scores_have_a_channels_last_gradient():

@@ -6,11 +6,12 @@ import upsample_check
 from cuda_on_cpu import DEVICE, ORDERS, configure
 from gpu_check import captured, needs_gpu, no_wait
 from tolerances import assert_close
-from upsample_check import DTYPES, IGNORE, normal, random_labels, upsampled, whole_and_bands
+from upsample_check import DTYPES, IGNORE, loss_call, normal, random_labels, upsampled, whole_and_bands
 
 from dnc_kernels import ops
 from dnc_kernels.ops.upsample import cuda as kernels
 from dnc_kernels.ops.upsample import op
+from dnc_kernels.ops.upsample.calls import ArgmaxCall, UpsampleOut
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
 
@@ -47,7 +48,7 @@ def test_channels_last_of_several_blocks_of_classes(order):
     grads = [torch.full_like(s, 7.0) for s in (scores, scores.contiguous(), scores.transpose(2, 3))]
     grads[2] = grads[2].transpose(2, 3)
     for grad in grads:
-        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, None, None, grad)
+        kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(grad_scores=grad))
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
     (expected,) = torch.autograd.grad(
         ops.upsample_cross_entropy(leaf := scores.contiguous().requires_grad_(), labels, reduction="sum", backend="cuda"), leaf
@@ -65,7 +66,9 @@ def test_a_bad_gradient_of_the_loss_reaches_only_what_its_pixel_has_a_share_of()
     grad_loss = torch.zeros(1, 5, 5, device=DEVICE)
     grad_loss[0, 2, 2] = float("nan")  # on the source pixel in the middle
     grad = grad.to(DEVICE)
-    kernels.cross_entropy(scores, labels, None, True, IGNORE, 0.1, None, grad_loss, None, None, grad)
+    kernels.upsample_cross_entropy(
+        loss_call(scores, labels, align_corners=True, label_smoothing=0.1, grad_loss=grad_loss), UpsampleOut(grad_scores=grad)
+    )
     assert grad[0, :, 1, 1].isnan().all()
     grad[0, :, 1, 1] = 0
     assert not grad.any()
@@ -105,8 +108,8 @@ def test_large_gradients_of_the_loss():
     grads = []
     for factor in (1.0, 2.0**40):
         grad = torch.empty_like(scores)
-        kernels.cross_entropy(
-            scores, labels, None, False, IGNORE, 0.0, None, torch.full((1, 12, 12), factor, device=DEVICE), None, None, grad
+        kernels.upsample_cross_entropy(
+            loss_call(scores, labels, grad_loss=torch.full((1, 12, 12), factor, device=DEVICE)), UpsampleOut(grad_scores=grad)
         )
         grads.append(grad / factor)
     assert torch.equal(*grads)
@@ -123,19 +126,21 @@ def test_a_band_without_labels_has_no_loss_and_no_gradient():
 def test_windows_that_cannot_be(window, message):
     scores, labels = normal(1, 2, 4, 3), random_labels(1, 2, (8, 6))
     with pytest.raises(ValueError, match=message):
-        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, window, None, None, None, torch.empty_like(scores))
+        kernels.upsample_cross_entropy(
+            loss_call(scores, labels, window=window), UpsampleOut(grad_scores=torch.empty_like(scores))
+        )
 
 
 def test_only_what_is_asked_for():
     scores, labels = normal(1, 3, 3, 4), random_labels(1, 3, (5, 6))
     sums, loss, grad = (torch.empty(2, dtype=torch.float64), torch.empty(1, 5, 6), torch.empty(1, 3, 3, 4))
     both = [t.to(DEVICE) for t in (sums, loss, grad)]
-    kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.1, None, None, *both)
+    kernels.upsample_cross_entropy(loss_call(scores, labels, label_smoothing=0.1), UpsampleOut(*both))
     for k in range(3):
         alone = [torch.full_like(t, 7.0) if i == k else None for i, t in enumerate(both)]
-        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.1, None, None, *alone)
+        kernels.upsample_cross_entropy(loss_call(scores, labels, label_smoothing=0.1), UpsampleOut(*alone))
         assert torch.equal(alone[k], both[k])
-    kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.1, None, None, None, None, None)
+    kernels.upsample_cross_entropy(loss_call(scores, labels, label_smoothing=0.1), UpsampleOut())
 
 
 def test_samples_that_lie_far_apart_are_launched_apart(tmp_path, cuda):
@@ -159,9 +164,9 @@ def test_a_class_of_more_than_4_gb_is_refused(tmp_path, cuda):
     scores = storage.as_strided((1, 2, 2, 3), (0, 3, 2**31, 1))
     labels = random_labels(1, 2, (4, 6))
     with pytest.raises(ValueError, match="less than 4 GB"):
-        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, None, None, torch.empty(1, 2, 2, 3))
+        kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(grad_scores=torch.empty(1, 2, 2, 3)))
     with pytest.raises(ValueError, match="less than 4 GB"):
-        kernels.argmax(scores, False, labels)
+        kernels.upsample_argmax(ArgmaxCall(scores, False, "cuda"), labels)
 
 
 @pytest.mark.sanitize
@@ -180,7 +185,7 @@ def test_the_order_of_threads_changes_no_bit(cuda):
     for order in ORDERS:
         configure(order)
         sums, grad = torch.empty(2, dtype=torch.float64), torch.empty_like(scores)
-        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.1, None, None, sums, None, grad)
+        kernels.upsample_cross_entropy(loss_call(scores, labels, label_smoothing=0.1), UpsampleOut(sums=sums, grad_scores=grad))
         results.append(torch.cat((sums, grad.double().flatten())))
     assert all(torch.equal(r, results[0]) for r in results)
 
@@ -193,7 +198,7 @@ def test_how_rows_are_cut_changes_no_bit(cuda):
     for processors in (1, 3, 40, 132):
         configure(processors=processors)
         grads.append(torch.empty_like(scores))
-        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, None, None, grads[-1])
+        kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(grad_scores=grads[-1]))
     assert all(torch.equal(g, grads[0]) for g in grads)
 
 
@@ -201,22 +206,22 @@ def test_how_rows_are_cut_changes_no_bit(cuda):
 def test_opcheck(reduction):
     scores, labels = normal(1, 3, 2, 3).requires_grad_(), random_labels(1, 3, (4, 5))
     early = reduction == "mean"
-    arguments = (scores, labels, None, False, IGNORE, 0.1, reduction, early, "cuda")
+    arguments = (*loss_call(scores, labels, label_smoothing=0.1, backend="cuda"), reduction, early)
     # the gradient of "mean", an output, is multiplied in place by the backward pass, which the other utilities call a difference
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op._loss_op, arguments, test_utils=utilities)
-    torch.library.opcheck(op.upsample_argmax, (scores.detach(), 5, 7, False, "cuda"))
-    torch.library.opcheck(
-        op._backward_op, (torch.rand(1, 4, 5, device=DEVICE), scores.detach(), labels, None, False, IGNORE, 0.1, "cuda")
-    )
+    torch.library.opcheck(op._loss.overload, arguments, test_utils=utilities)
+    torch.library.opcheck(op.upsample_argmax.overload, (scores.detach(), False, "cuda", 5, 7))
+    grad_loss = torch.rand(1, 4, 5, device=DEVICE)
+    call = loss_call(scores.detach(), labels, label_smoothing=0.1, grad_loss=grad_loss, backend="cuda")
+    torch.library.opcheck(op._loss_backward.overload, tuple(call))
 
 
 @needs_gpu
 def test_a_captured_call_replays():
     scores, labels = normal(2, 19, 16, 16), random_labels(2, 19, (64, 64))
     sums, grad = torch.empty(2, dtype=torch.float64, device=DEVICE), torch.empty_like(scores)
-    arguments = (scores, labels, None, False, IGNORE, 0.0, None, None, sums, None, grad)
-    graph, _ = captured(lambda: kernels.cross_entropy(*arguments))
+    call, out = loss_call(scores, labels), UpsampleOut(sums=sums, grad_scores=grad)
+    graph, _ = captured(lambda: kernels.upsample_cross_entropy(call, out))
     expected = sums.clone(), grad.clone()
     sums.zero_(), grad.zero_()
     graph.replay()
@@ -227,10 +232,10 @@ def test_a_captured_call_replays():
 def test_the_call_does_not_synchronise():
     scores, labels = normal(2, 19, 8, 8), random_labels(2, 19, (32, 32))
     outputs = torch.empty(2, dtype=torch.float64, device=DEVICE), None, torch.empty_like(scores)
-    kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, *outputs)
+    kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(*outputs))
     with no_wait():
-        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, *outputs)
-        kernels.argmax(scores, False, labels)
+        kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(*outputs))
+        kernels.upsample_argmax(ArgmaxCall(scores, False, "cuda"), labels)
 
 
 @pytest.mark.large

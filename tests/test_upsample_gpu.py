@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from cuda_on_cpu import DEVICE
 from gpu_check import sizes
 from tolerances import assert_close
-from upsample_check import DTYPES, IGNORE, SIZES, check, normal, random_labels, upsampled, whole_and_bands
+from upsample_check import DTYPES, IGNORE, SIZES, check, loss_call, normal, random_labels, upsampled, whole_and_bands
 
 from dnc_kernels import ops
+from dnc_kernels.ops.upsample.calls import UpsampleOut
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_the_gradient_of_a_bad_pixel_reaches_only_what_it_has_a_share_of(bad, ba
     labels = torch.full((1, 9, 9), IGNORE, device=DEVICE)
     labels[0, 4, 4] = 1  # on the bad source pixel itself
     grad = torch.empty_like(scores)
-    kernels.cross_entropy(scores, labels, None, True, IGNORE, 0.0, None, None, None, None, grad)
+    kernels.upsample_cross_entropy(loss_call(scores, labels, align_corners=True), UpsampleOut(grad_scores=grad))
     assert grad[0, :, 2, 2].isnan().all()
     grad[0, :, 2, 2] = 0
     assert not grad.any()
@@ -216,12 +217,12 @@ def test_bands_add_up_to_the_whole_map(shape, size, ranges, align_corners, backe
 def test_gradients_into_views_touch_nothing_else(last, backend, kernels):
     scores, labels = normal(1, 3, 3, 4), random_labels(1, 3, (5, 6))
     expected = torch.empty_like(scores)
-    kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, None, None, expected)
+    kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(grad_scores=expected))
     frame = torch.full((1, 5, 6, 8), 7.0, device=DEVICE)
     if last:
         frame = frame.contiguous(memory_format=torch.channels_last)
     view = frame[:, 1:4, 2:5, 1:8:2]
-    kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, None, None, view)
+    kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(grad_scores=view))
     assert torch.equal(view, expected)
     view.fill_(7.0)
     assert (frame == 7).all()
@@ -282,6 +283,6 @@ def test_bit_equal_from_run_to_run(backend, kernels):
     results = []
     for _ in range(2):
         sums, grad = torch.empty(2, dtype=torch.float64, device=DEVICE), torch.empty_like(scores)
-        kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, sums, None, grad)
+        kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(sums=sums, grad_scores=grad))
         results.append((sums, grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

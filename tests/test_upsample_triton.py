@@ -6,11 +6,12 @@ import torch.nn.functional as F
 import upsample_check
 from cuda_on_cpu import DEVICE
 from tolerances import assert_close
-from upsample_check import IGNORE, normal, random_labels, upsampled
+from upsample_check import loss_call, normal, random_labels, upsampled
 
 from dnc_kernels import ops
 from dnc_kernels.ops._triton import configured
 from dnc_kernels.ops.upsample import triton as kernels
+from dnc_kernels.ops.upsample.calls import UpsampleOut
 
 pytestmark = pytest.mark.triton
 
@@ -48,7 +49,7 @@ def test_sums_of_more_programs_than_a_block():
 def test_a_gradient_of_half_precision():
     scores, labels = normal(1, 3, 3, 4), random_labels(1, 3, (5, 6))
     expected = torch.empty_like(scores)
-    kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, None, None, expected)
+    kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(grad_scores=expected))
     half = torch.empty_like(scores, dtype=torch.bfloat16)
-    kernels.cross_entropy(scores, labels, None, False, IGNORE, 0.0, None, None, None, None, half)
+    kernels.upsample_cross_entropy(loss_call(scores, labels), UpsampleOut(grad_scores=half))
     torch.testing.assert_close(half.float(), expected, rtol=2**-7, atol=0)  # Triton's interpreter does not round to nearest

@@ -7,6 +7,7 @@ from tolerances import assert_close
 
 from dnc_kernels import ops
 from dnc_kernels.ops.upsample import reference
+from dnc_kernels.ops.upsample.calls import UpsampleCall, UpsampleOut
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +32,15 @@ def normal(*shape, dtype=torch.float32):
 def random_labels(b, c, size, ignored=0.2):
     labels = torch.randint(c, (b, *size))
     return labels.masked_fill(torch.rand(labels.shape) < ignored, IGNORE).to(DEVICE)
+
+
+def loss_call(
+    scores, labels, *, window=None, align_corners=False, class_weight=None, ignore_index=IGNORE, label_smoothing=0.0,
+    grad_loss=None, backend="cpu",
+):  # fmt: skip
+    """The record of a call; launchers do not ask for its backend."""
+    options = (align_corners, class_weight, ignore_index, label_smoothing, grad_loss)
+    return UpsampleCall(scores, labels, *(window or (0, 0, 0, 0)), *options, backend)
 
 
 def interpolation(source, target, align_corners):
@@ -74,10 +84,10 @@ def check(backend, scores, labels, align_corners=False, weight=None, **options):
 
 def whole_and_bands(kernels, scores, labels, align_corners, ranges):
     """Sums and gradients of bands of source rows, by a backend's launchers, add up to those of the whole map."""
-    options = (None, align_corners, IGNORE, 0.1)
+    options = {"align_corners": align_corners, "label_smoothing": 0.1}
     h, size = scores.shape[2], labels.shape[1]
     sums, grad = torch.empty(2, dtype=torch.float64, device=DEVICE), torch.empty_like(scores)
-    kernels.cross_entropy(scores, labels, *options, None, None, sums, None, grad)
+    kernels.upsample_cross_entropy(loss_call(scores, labels, **options), UpsampleOut(sums=sums, grad_scores=grad))
     lower = torch.tensor(reference.target_rows_of(h, size, align_corners))
     total, total_grad = torch.zeros_like(sums), torch.zeros_like(grad)
     for r0, r1 in ranges:
@@ -85,7 +95,10 @@ def whole_and_bands(kernels, scores, labels, align_corners, ranges):
         last = min(r1 + 1, h)
         band_sums, band_grad = torch.empty_like(sums), torch.full_like(grad[:, :, r0:last], 7.0)
         window = (h, r0, size, first)
-        kernels.cross_entropy(scores[:, :, r0:last], labels[:, first:end], *options, window, None, band_sums, None, band_grad)
+        kernels.upsample_cross_entropy(
+            loss_call(scores[:, :, r0:last], labels[:, first:end], **options, window=window),
+            UpsampleOut(sums=band_sums, grad_scores=band_grad),
+        )
         total += band_sums
         total_grad[:, :, r0:last] += band_grad
     torch.testing.assert_close(total, sums)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...backends import Backend, pick
 from ...errors import check_device, check_float, check_integer, check_value, label_fix, map_size, renamed
-from .._common import REDUCTIONS, Reduction, check_choice, check_ignore_index, check_label_range, compute_dtype
+from .._common import REDUCTIONS, Reduction, check_choice, check_ignore_index, compute_dtype, contiguous_in, remembered
 from . import op as ops
-from . import reference
+from .calls import LABEL_DTYPES, ArgmaxCall, UpsampleCall
 
 
 @renamed(class_weight="weight")
@@ -55,30 +55,24 @@ def upsample_cross_entropy(
         ValueError, TypeError: wrong shape, device, dtype or option; on CPU also a label at or beyond C that is not
             `ignore_index` (on a GPU, and by the reference under torch.compile, it is left out).
     """
-    op = "upsample_cross_entropy"
-    _check_scores(op, scores)
-    check_integer(op, "labels", labels)
-    if labels.ndim != 3 or labels.shape[0] != scores.shape[0]:
-        check_value(False, op, "labels", f"[B,H,W] with B={scores.shape[0]} to match scores", labels, label_fix(labels))
-    check_value(labels.shape[1] > 0 and labels.shape[2] > 0, op, "labels", "of at least one row and column", labels)
-    check_device(op, "labels", labels, scores, "scores")
-    classes = scores.shape[1]
-    ignore_index = check_ignore_index(op, ignore_index, classes)
-    check_choice(op, "reduction", reduction, REDUCTIONS)
-    check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
+    _check_loss(scores, labels, weight, ignore_index, label_smoothing, reduction)
     if weight is not None:
-        check_float(op, "weight", weight)
-        if weight.ndim != 1 or weight.shape[0] != classes:
-            check_value(False, op, "weight", f"[C]=[{classes}] to match scores", weight)
-        check_device(op, "weight", weight, scores, "scores")
-        weight = weight.detach().to(compute_dtype(scores))
-    options = (align_corners, weight, ignore_index, label_smoothing, reduction)
-    chosen = pick(op, scores, backend, N=labels.numel(), C=classes)
-    if chosen != "reference":
-        return ops.upsample_cross_entropy(scores, labels, *options, chosen)
-    labels = labels.to(torch.int64)
-    check_label_range(op, labels, classes, ignore_index)
-    return reference.upsample_cross_entropy(scores, labels, *options)
+        weight = contiguous_in(compute_dtype(scores), weight.detach())
+    call = UpsampleCall(
+        scores=scores,
+        labels=labels if labels.dtype in LABEL_DTYPES else labels.to(torch.int64),
+        source_rows=0,
+        source_row0=0,
+        target_rows=0,
+        target_row0=0,
+        align_corners=bool(align_corners),
+        class_weight=weight,
+        ignore_index=int(ignore_index),
+        label_smoothing=float(label_smoothing),
+        grad_loss=None,
+        backend=pick("upsample_cross_entropy", scores, backend, N=labels.numel(), C=scores.shape[1]),
+    )
+    return ops.upsample_cross_entropy(call, reduction)
 
 
 def upsample_argmax(
@@ -103,11 +97,10 @@ def upsample_argmax(
     _check_scores(op, scores)
     height, width = map_size(op, size)
     chosen = pick(op, scores, backend, N=scores.shape[0] * height * width, C=scores.shape[1])
-    if chosen != "reference":
-        return ops.upsample_argmax(scores.detach(), height, width, align_corners, chosen)
-    return reference.upsample_argmax(scores.detach(), (height, width), align_corners)
+    return ops.upsample_argmax(ArgmaxCall(scores.detach(), bool(align_corners), chosen), height, width)
 
 
+@remembered
 def _check_scores(op: str, scores: Tensor) -> None:
     check_float(op, "scores", scores)
     check_value(scores.ndim == 4, op, "scores", "[B,C,h,w]", scores)
@@ -115,6 +108,28 @@ def _check_scores(op: str, scores: Tensor) -> None:
         scores.shape[1] > 0 and scores.shape[2] > 0 and scores.shape[3] > 0,
         op, "scores", "of at least one class, row and column", scores,
     )  # fmt: skip
+
+
+@remembered
+def _check_loss(
+    scores: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str
+) -> None:
+    op = "upsample_cross_entropy"
+    _check_scores(op, scores)
+    check_integer(op, "labels", labels)
+    if labels.ndim != 3 or labels.shape[0] != scores.shape[0]:
+        check_value(False, op, "labels", f"[B,H,W] with B={scores.shape[0]} to match scores", labels, label_fix(labels))
+    check_value(labels.shape[1] > 0 and labels.shape[2] > 0, op, "labels", "of at least one row and column", labels)
+    check_device(op, "labels", labels, scores, "scores")
+    classes = scores.shape[1]
+    check_ignore_index(op, ignore_index, classes)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
+    if weight is not None:
+        check_float(op, "weight", weight)
+        if weight.ndim != 1 or weight.shape[0] != classes:
+            check_value(False, op, "weight", f"[C]=[{classes}] to match scores", weight)
+        check_device(op, "weight", weight, scores, "scores")
 
 
 __all__ = ["upsample_argmax", "upsample_cross_entropy"]

@@ -2,210 +2,129 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._common import NAMESPACE, compute_dtype, keep_dtypes_under_autocast, kernels, scale_saved
+from .._common import compute_dtype, contiguous_in, kernels, scale_saved
+from .._op import Op, save_call, saved_call
 from . import reference
-
-#: Label dtypes that the kernels read in place.
-LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+from .calls import ArgmaxCall, UpsampleCall, UpsampleOut
 
 
-def cross_entropy_with_gradient(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    align_corners: bool,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    window: reference.Window | None = None,
-    grad: bool = True,
-    out: Tensor | None = None,
-    backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Summed loss [] and its gradient like `scores`, both of the compute dtype; not differentiable.
+def cross_entropy_with_gradient(call: UpsampleCall, grad: bool, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Summed loss [] and, with `grad`, its gradient like the scores, both of the compute dtype; not differentiable.
 
-    `window`: `scores` and `labels` are rows of larger maps (`reference.Window`). `out`: where the gradient goes; None: it is
-    new.
+    `out`: where the gradient goes; None: it is new.
     """
-    options = (align_corners, class_weight, ignore_index, label_smoothing)
-    if backend == "reference":
-        return reference.cross_entropy_with_gradient(scores, labels, *options, window, grad, out)
-    made = None
-    if grad:
-        made = torch.empty_like(scores, dtype=compute_dtype(scores)) if out is None else out
-    sums = scores.new_empty(2, dtype=torch.float64)
-    _run(scores, labels, *options, backend, window=window, sums=sums, grad_scores=made)
-    return sums[0].to(compute_dtype(scores)), made
+    if call.backend == "reference":
+        return reference.cross_entropy_with_gradient(call, grad, out)
+    if not grad:
+        out = None
+    elif out is None:
+        out = _like_scores(call)
+    sums, dtype = call.scores.new_empty(2, dtype=torch.float64), compute_dtype(call.scores)
+    call = call._replace(class_weight=contiguous_in(dtype, call.class_weight))
+    kernels("upsample", call.backend).upsample_cross_entropy(call, UpsampleOut(sums, None, out))
+    return sums[0].to(dtype), out
 
 
-def _run(
-    scores: Tensor,
-    labels: Tensor,
-    align_corners: bool,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    backend: str,
-    *,
-    window: reference.Window | None = None,
-    grad_loss: Tensor | None = None,
-    sums: Tensor | None = None,
-    loss: Tensor | None = None,
-    grad_scores: Tensor | None = None,
-) -> None:
-    """Call the kernel; results go into `sums` [2] float64, `loss` [B,H,W] and `grad_scores`, where given."""
-    weight = None if class_weight is None else class_weight.to(compute_dtype(scores)).contiguous()
-    kernels("upsample", backend).cross_entropy(
-        scores, labels, weight, align_corners, ignore_index, label_smoothing, window, grad_loss, sums, loss, grad_scores
-    )
+def _like_scores(call: UpsampleCall) -> Tensor:
+    """Of the compute dtype."""
+    return torch.empty_like(call.scores, dtype=compute_dtype(call.scores))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::upsample_cross_entropy", mutates_args=())
-def _loss_op(
-    scores: Tensor,
-    labels: Tensor,
-    class_weight: Tensor | None,
-    align_corners: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    early: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, the factor of its reduction [], and with `early` the gradient of the summed loss, else [0].
+# upsample_cross_entropy. With `early` the gradient of the summed loss is made in the forward pass: it has the size of
+# probabilities whatever the number of pixels, and meets 1/N together with the incoming gradient, so that gradients of
+# half-precision scores are rounded once.
 
-    The early gradient is that of the sum: it has the size of probabilities whatever the number of pixels, and meets 1/N
-    together with the incoming gradient, so that gradients of half-precision scores are rounded once.
-    """
-    each, factor, grad = _loss_fake(
-        scores, labels, class_weight, align_corners, ignore_index, label_smoothing, reduction, early, backend
-    )
-    sums = scores.new_empty(2, dtype=torch.float64)
-    _run(
-        scores, labels, align_corners, class_weight, ignore_index, label_smoothing, backend, sums=sums,
-        loss=each if reduction == "none" else None, grad_scores=grad if early else None,
-    )  # fmt: skip
-    total, weight = sums.unbind()
-    if reduction == "mean":
-        factor.copy_(torch.where(weight == 0, 0.0, 1 / weight))  # no pixel: a NaN loss with gradient 0
-        total = total / weight
+
+def _loss_out(call: UpsampleCall, reduction: str, early: bool) -> UpsampleOut:
+    scores, shape = call.scores, call.labels.shape if reduction == "none" else ()
+    sums, loss = scores.new_empty(2, dtype=torch.float64), scores.new_empty(shape, dtype=compute_dtype(scores))
+    return UpsampleOut(sums, loss, _like_scores(call) if early else None)
+
+
+def _launch_loss(call: UpsampleCall, out: UpsampleOut, reduction: str, early: bool) -> None:
+    launch = kernels("upsample", call.backend).upsample_cross_entropy
+    if reduction == "none":
+        launch(call, out)
+        return
+    sums, loss, grad_scores = out
+    assert sums is not None and loss is not None
+    launch(call, UpsampleOut(sums, None, grad_scores))
+    mean = reduction == "mean"
+    if sums.is_cpu:
+        total, weight = sums.tolist()
+        loss.fill_((total / weight if weight else total * math.inf) if mean else total)
+    else:  # numbers would wait for the device
+        loss.copy_(sums[0] / sums[1] if mean else sums[0])
+
+
+_loss = Op("upsample", "upsample_cross_entropy", _loss_out, launch=_launch_loss)
+
+
+def _launch_backward(call: UpsampleCall, out: Tensor) -> None:
+    kernels("upsample", call.backend).upsample_cross_entropy(call, UpsampleOut(None, None, out))
+
+
+_loss_backward = Op("upsample", "upsample_cross_entropy_backward", _like_scores, launch=_launch_backward)
+
+
+def _save(ctx: Any, out: UpsampleOut, call: UpsampleCall, reduction: str, early: bool) -> None:
+    ctx.early, ctx.dtype = early, call.scores.dtype
+    sums = out.sums if reduction == "mean" else None
+    if early:
+        ctx.save_for_backward(sums, out.grad_scores)
     else:
-        factor.fill_(1)
-    return each if reduction == "none" else each.copy_(total), factor, grad
+        save_call(ctx, call, sums)
 
 
-@_loss_op.register_fake
-def _loss_fake(
-    scores: Tensor,
-    labels: Tensor,
-    class_weight: Tensor | None,
-    align_corners: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    early: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(scores)
-    return (
-        scores.new_empty(labels.shape if reduction == "none" else (), dtype=dtype),
-        scores.new_empty((), dtype=dtype),
-        torch.empty_like(scores, dtype=dtype) if early else scores.new_empty(0, dtype=dtype),
-    )
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor]:
+    if not ctx.early:
+        call, (sums,) = saved_call(ctx)
+        grad_loss = _of_the_sum(grad_loss, sums).expand(call.labels.shape)
+        return (_loss_backward(call._replace(grad_loss=grad_loss)).to(ctx.dtype),)
+    sums, grad_scores = ctx.saved_tensors
+    if sums is None or not _known(sums):
+        return (scale_saved(grad_scores, _of_the_sum(grad_loss, sums), ctx.dtype),)
+    _, weight = sums.tolist()
+    factor = grad_loss.item() / weight if weight else 0.0
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()  # another pass will read it
+    grad = grad_scores * factor if keep else grad_scores.mul_(factor)
+    return (grad if grad.dtype == ctx.dtype else grad.to(ctx.dtype),)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::upsample_cross_entropy_backward", mutates_args=())
-def _backward_op(
-    grad_loss: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    class_weight: Tensor | None,
-    align_corners: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    backend: str,
-) -> Tensor:
-    """Gradient of the scores by recomputation; grad_loss [B,H,W], any strides."""
-    dtype = compute_dtype(scores)
-    made = torch.empty_like(scores, dtype=dtype)
-    _run(
-        scores, labels, align_corners, class_weight, ignore_index, label_smoothing, backend,
-        grad_loss=grad_loss.to(dtype), grad_scores=made,
-    )  # fmt: skip
-    return made.to(scores.dtype)
+def _of_the_sum(grad_loss: Tensor, sums: Tensor | None) -> Tensor:
+    """The gradient of the summed loss for that of the mean; without `sums` there is no mean. 0 where no pixel counts."""
+    if sums is None:
+        return grad_loss
+    weight = sums[1]
+    return grad_loss * torch.where(weight == 0, 0.0, 1 / weight).to(grad_loss.dtype)
 
 
-@_backward_op.register_fake
-def _(
-    grad_loss: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    class_weight: Tensor | None,
-    align_corners: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(scores)
+def _known(sums: Tensor) -> bool:
+    """Whether numbers can be read without a wait and without cutting a trace in two."""
+    return sums.is_cpu and type(sums) is Tensor and not torch.compiler.is_compiling()
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    scores, labels, class_weight, *ctx.options, _, ctx.early, ctx.backend = inputs
-    _, factor, grad = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(factor, grad)
-    ctx.dtype = scores.dtype
-    ctx.save_for_backward(*((factor, grad) if ctx.early else (factor, scores, labels, class_weight)))
+_loss.differentiable(("scores",), ("loss",), _save, _backward)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    factor, *saved = ctx.saved_tensors
-    if grad_loss is None:
-        return (None,) * 9
-    grad = grad_loss.to(factor.dtype) * factor
-    if ctx.early:
-        return scale_saved(saved[0], grad, ctx.dtype), *(None,) * 8
-    scores, labels, class_weight = saved
-    return (_backward_op(grad.expand(labels.shape), scores, labels, class_weight, *ctx.options, ctx.backend), *(None,) * 8)
-
-
-_loss_op.register_autograd(_backward, setup_context=_save)
-
-
-def upsample_cross_entropy(
-    scores: Tensor,
-    labels: Tensor,
-    align_corners: bool,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    backend: str,
-) -> Tensor:
+def upsample_cross_entropy(call: UpsampleCall, reduction: str) -> Tensor:
     """Cross-entropy of the upsampled scores. A scalar loss makes the gradient in its forward pass, where one is wanted."""
-    early = torch.is_grad_enabled() and scores.requires_grad and reduction != "none"
-    if labels.dtype not in LABEL_DTYPES:
-        labels = labels.to(torch.int64)
-    return _loss_op(scores, labels, class_weight, align_corners, ignore_index, label_smoothing, reduction, early, backend)[0]
+    if call.backend == "reference":
+        return reference.upsample_cross_entropy(call, reduction)
+    early = torch.is_grad_enabled() and call.scores.requires_grad and reduction != "none"
+    loss = _loss(call, reduction, early).loss
+    assert loss is not None
+    return loss
 
 
-@torch.library.custom_op(f"{NAMESPACE}::upsample_argmax", mutates_args=())
-def upsample_argmax(scores: Tensor, height: int, width: int, align_corners: bool, backend: str) -> Tensor:
-    """Class of the highest upsampled score, [B,H,W] int64."""
-    label = _argmax_fake(scores, height, width, align_corners, backend)
-    kernels("upsample", backend).argmax(scores, align_corners, label)
-    return label
+def _argmax_out(call: ArgmaxCall, height: int, width: int) -> Tensor:
+    return call.scores.new_empty((call.scores.shape[0], height, width), dtype=torch.int64)
 
 
-@upsample_argmax.register_fake
-def _argmax_fake(scores: Tensor, height: int, width: int, align_corners: bool, backend: str) -> Tensor:
-    return scores.new_empty((scores.shape[0], height, width), dtype=torch.int64)
-
-
-for _op in (_loss_op, _backward_op, upsample_argmax):
-    keep_dtypes_under_autocast(_op)
+upsample_argmax = Op("upsample", "upsample_argmax", _argmax_out, reference.upsample_argmax)

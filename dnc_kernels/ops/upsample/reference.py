@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._common import compute_dtype
+from .._common import check_label_range, compute_dtype
+from .calls import ArgmaxCall, UpsampleCall
 
-#: Rows of larger maps: (source_rows, source_row0, target_rows, target_row0). The scores at hand are rows source_row0.. of a map
-#: of source_rows, the labels rows target_row0.. of one of target_rows. Every row a label is interpolated from must be at hand.
+#: The four row numbers of `UpsampleCall`.
 Window = tuple[int, int, int, int]
 
 
@@ -21,28 +21,23 @@ def upsample(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tens
     return F.interpolate(wide, size=size, mode="bilinear", align_corners=align_corners)
 
 
-def upsample_cross_entropy(
-    scores: Tensor,
-    labels: Tensor,
-    align_corners: bool,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-) -> Tensor:
-    """Cross-entropy of the upsampled scores and labels [B,H,W] int64; a label outside [0,C) is left out."""
+def upsample_cross_entropy(call: UpsampleCall, reduction: str) -> Tensor:
+    """Cross-entropy of the upsampled scores; a label outside [0,C) is left out where no check sees it."""
+    scores, labels, ignore_index = call.scores, call.labels.to(torch.int64), call.ignore_index
+    check_label_range("upsample_cross_entropy", labels, scores.shape[1], ignore_index)
     labels = torch.where((labels >= 0) & (labels < scores.shape[1]), labels, ignore_index)
-    logits = upsample(scores, (labels.shape[1], labels.shape[2]), align_corners)
+    logits = upsample(scores, (labels.shape[1], labels.shape[2]), call.align_corners)
     return F.cross_entropy(
-        logits, labels, class_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+        logits, labels, call.class_weight, ignore_index=ignore_index, label_smoothing=call.label_smoothing, reduction=reduction
     )
 
 
-def upsample_argmax(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def upsample_argmax(call: ArgmaxCall, height: int, width: int) -> Tensor:
     """[B,H,W] int64: class of the highest upsampled score. One sample at a time, so that one [C,H,W] exists, not B."""
+    scores, align_corners, _ = call
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the loop would fix B; the compiler fuses instead
-        return upsample_alike(scores, size, align_corners).argmax(1)
-    return torch.cat([upsample_alike(sample, size, align_corners).argmax(1) for sample in scores.split(1)])
+        return upsample_alike(scores, (height, width), align_corners).argmax(1)
+    return torch.cat([upsample_alike(sample, (height, width), align_corners).argmax(1) for sample in scores.split(1)])
 
 
 def upsample_alike(scores: Tensor, size: tuple[int, int], align_corners: bool, window: Window | None = None) -> Tensor:
@@ -80,19 +75,11 @@ def _steps(
     return steps
 
 
-def cross_entropy_with_gradient(
-    scores: Tensor,
-    labels: Tensor,
-    align_corners: bool,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    window: Window | None,
-    grad: bool,
-    out: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def cross_entropy_with_gradient(call: UpsampleCall, grad: bool, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What `op.cross_entropy_with_gradient` says."""
-    logits = upsample_alike(scores.detach(), (labels.shape[1], labels.shape[2]), align_corners, window)
+    scores, labels, class_weight, label_smoothing = call.scores, call.labels, call.class_weight, call.label_smoothing
+    window = (call.source_rows, call.source_row0, call.target_rows, call.target_row0) if call.source_rows else None
+    logits = upsample_alike(scores.detach(), (labels.shape[1], labels.shape[2]), call.align_corners, window)
     weight = logits.new_ones(logits.shape[1]) if class_weight is None else class_weight.to(logits.dtype)
     kept = ((labels >= 0) & (labels < scores.shape[1]))[:, None]  # ignore_index is no class
     target = torch.where(kept, labels[:, None].long(), 0)
@@ -104,7 +91,7 @@ def cross_entropy_with_gradient(
         return loss, None
     to_logits = log_p.exp_() * (own + smooth.sum()) - smooth.view(-1, 1, 1)
     to_logits = torch.where(kept, to_logits.scatter_add_(1, target, -own), 0)
-    to_scores = _upsample_alike_adjoint(to_logits, (scores.shape[2], scores.shape[3]), align_corners, window)
+    to_scores = _upsample_alike_adjoint(to_logits, (scores.shape[2], scores.shape[3]), call.align_corners, window)
     return loss, to_scores if out is None else out.copy_(to_scores)
 
 

@@ -14,6 +14,7 @@ Positions are ratios of integers, as in reference._neighbours, so that no roundi
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -51,6 +52,7 @@ class Axis(NamedTuple):
         return -(-pixels // parts), parts
 
 
+@lru_cache(maxsize=4096)
 def axis_of(
     sources: int, targets: int, align_corners: bool, all_sources: int, source0: int, all_targets: int, target0: int
 ) -> Axis:
