@@ -10,8 +10,9 @@ import torch.utils.checkpoint
 from tolerances import assert_close
 
 from dnc_kernels import use_backend
-from dnc_kernels.nn import DNCHead, _step
+from dnc_kernels.nn import DNCHead
 from dnc_kernels.nn._labels import sample_of_each_class
+from dnc_kernels.ops.head import bands, op
 
 CHANNELS, CLASSES, K = 12, 5, 3
 
@@ -19,7 +20,7 @@ CHANNELS, CLASSES, K = 12, 5, 3
 @pytest.fixture(autouse=True)
 def small_bands(monkeypatch):
     """Several bands a sample, the last one shorter."""
-    monkeypatch.setattr(_step, "BAND_PIXELS", 40)
+    monkeypatch.setattr(bands, "BAND_PIXELS", 40)
 
 
 def make_head(**options):
@@ -86,19 +87,19 @@ def test_label_sizes_and_layouts(size, align_corners, channels_last):
 
 @pytest.mark.parametrize("band", (1, 13, 26, 10**6))
 def test_any_band(band, monkeypatch):
-    monkeypatch.setattr(_step, "BAND_PIXELS", band)
+    monkeypatch.setattr(bands, "BAND_PIXELS", band)
     check(make_head().double(), *problem(dtype=torch.float64))
 
 
 def test_the_length_of_bands_is_an_option(monkeypatch):
-    seen, bands = [], _step.bands
-    monkeypatch.setattr(_step, "bands", lambda x, pixels: seen.append(list(bands(x, pixels))) or iter(seen[-1]))
+    seen = []
+    monkeypatch.setattr(op, "bands", lambda x, pixels: seen.append(list(bands.bands(x, pixels))) or iter(seen[-1]))
     check(make_head(band_pixels=26).double(), *problem(dtype=torch.float64))
     assert seen and all(band.last - band.first <= 26 for found in seen for band in found)
     shorter, longer = (make_head(band_pixels=pixels).step_bytes((2, CHANNELS, 9, 13), (2, 18, 26)) for pixels in (26, 234))
     assert shorter < longer
     on_gpu = [
-        _step.default_band(torch.empty(1, d, 1, 1, device="meta"), c) for d, c in ((256, 150), (256, 1000), (2048, 10**6))
+        bands.default_band(torch.empty(1, d, 1, 1, device="meta"), c) for d, c in ((256, 150), (256, 1000), (2048, 10**6))
     ]
     assert on_gpu == [131072, 2**30 // 34048, 33]
     with pytest.raises(ValueError, match=r"DNCHead: band_pixels must be None or a positive integer; got 0"):

@@ -1,4 +1,4 @@
-"""The gradients of a loss that `_step.py` makes in the forward pass, as autograd sees them; and those of its parts.
+"""The gradients of a loss that `ops/head` makes in the forward pass, as autograd sees them; and those of its parts.
 
 `loss` alone: backward multiplies what was made by the incoming gradient. A mixture with the parts of the loss: backward runs
 both passes again, with the incoming gradients as the weights of the parts.
@@ -6,38 +6,15 @@ both passes again, with the incoming gradients as the weights of the parts.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import Backend, chosen, use_backend
-from ..ops._common import NAMESPACE, scale_saved
-from ._step import first_pass, second_pass
-
-
-class Step(NamedTuple):
-    """What both passes work on, whatever the weights of the parts of the loss; tensors without a graph."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    eps: float
-    centroids: Tensor
-    labels: Tensor
-    ignored: int
-    confidence: bool
-    temperature: float
-    scale: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    norm_eps: float
-    class_weight: Tensor | None
-    label_smoothing: float
-    align_corners: bool
-    contrast_temperature: float
-    band_pixels: int
+from ..ops._common import scale_saved
+from ..ops._op import NAMESPACE
+from ..ops.head.calls import FirstPass, Second, Step
+from ..ops.head.op import first_pass, second_pass
 
 
 class Factors(NamedTuple):
@@ -48,34 +25,20 @@ class Factors(NamedTuple):
     distance: Tensor | None
 
 
-def run_first(
-    step: Step, factors: Factors, sampled: Tensor, gradient: bool, keep_embedding: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`first_pass` of a step."""
-    return first_pass(
-        step.x, step.weight, step.bias, step.eps, step.centroids, step.labels, step.ignored, sampled, step.confidence,
-        step.temperature, step.scale, step.norm_weight, step.norm_bias, step.norm_eps, step.class_weight,
-        step.label_smoothing, step.align_corners, factors.pull, factors.contrast, step.contrast_temperature, gradient,
-        keep_embedding, step.band_pixels,
-    )  # fmt: skip
-
-
 def run_second(
     step: Step,
     factors: Factors,
-    first: tuple[Tensor, ...],
+    first: FirstPass,
     target: Tensor | None,
     towards: Tensor | None,
     moving: Tensor | None,
-    gradient: bool,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """`second_pass` after the results `first` of the first.
+) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor]:
+    """`second_pass` after the first.
 
     Returns the gradients of x, weight, bias, scale, norm_weight and norm_bias, and sums and counts of `moving`.
 
     target [N]: ``c*K + k``, -1 for none; towards [N]: similarity to it.
     """
-    *_, statistics, grad, grad_rstd, grad_scale, grad_norm, e = first
     pull = None
     if target is not None and towards is not None and (factors.contrast is not None or factors.distance is not None):
         pull = torch.zeros_like(towards)
@@ -84,11 +47,24 @@ def run_second(
         if factors.distance is not None:
             pull -= 2 * factors.distance * (1 - towards)
         pull = torch.where(target >= 0, pull, 0)
-    grad_affine, sums, counts = second_pass(
-        grad, step.x, e, step.weight, step.bias, step.eps, statistics, grad_rstd, step.centroids, target, pull, moving,
-        gradient, step.band_pixels,
-    )  # fmt: skip
-    return (grad, *grad_affine, grad_scale, *grad_norm), sums, counts
+    call = Second(
+        x=step.x,
+        weight=step.weight,
+        bias=step.bias,
+        eps=step.eps,
+        centroids=step.centroids,
+        statistics=first.statistics,
+        grad=first.grad,
+        grad_rstd=first.grad_rstd,
+        embedding=first.embedding,
+        target=target,
+        pull=pull,
+        cluster=moving,
+        band_pixels=step.band_pixels,
+        backend=step.backend,
+    )
+    made = second_pass(call)
+    return (first.grad, *made.grad_affine, first.grad_scale, *first.grad_norm), made.sums, made.counts
 
 
 def to_target(own: Tensor, target: Tensor) -> Tensor:
@@ -107,7 +83,7 @@ class Again:
         weight = None if step.class_weight is None else step.class_weight.clone()
         self.step = step._replace(centroids=step.centroids.clone(), class_weight=weight)
         self.target, self.total_weight, self.count, self.unit = target, total_weight, count, unit
-        self.versions, self.backend = self._versions(), chosen()
+        self.versions = self._versions()
 
     def _versions(self) -> dict[str, int]:
         named = self.step._asdict().items()
@@ -133,10 +109,10 @@ class Again:
         factors = Factors(torch.zeros_like(size) if pull is None else pull, factor(ppc, self.count), factor(ppd, self.count))
         # the class of the pixels that have a target
         sampled = torch.div(self.target, self.step.centroids.shape[1], rounding_mode="floor")
-        with use_backend(cast(Backend, self.backend)) if self.backend != chosen() else nullcontext():
-            first = run_first(self.step, factors, sampled, True, False)
-            made, _, _ = run_second(self.step, factors, first, self.target, to_target(first[2], self.target), None, True)
-        return tuple(scale_saved(g, size / self.unit) for g in made)
+        first = first_pass(self.step, sampled, factors.pull, factors.contrast, True, False)
+        towards = to_target(first.own_similarity, self.target)
+        made, _, _ = run_second(self.step, factors, first, self.target, towards, None)
+        return tuple(scale_saved(g, size / self.unit) for g in made if g is not None)
 
 
 class Made(torch.autograd.Function):

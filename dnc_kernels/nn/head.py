@@ -10,8 +10,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import ops
+from ..backends import chosen
 from ..errors import check_value, map_size, whole_number
 from ..ops._common import compute_dtype, flat_pixels, without_ignored
+from ..ops.head.bands import BAND_PIXELS, default_band
+from ..ops.head.calls import Step
+from ..ops.head.op import first_pass
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._choices import (
     Assignment,
@@ -27,8 +31,7 @@ from ._choices import (
     check_word,
 )
 from ._labels import pixels_at, sample_of_each_class, sort_out_labels
-from ._made import Again, Factors, Made, MadeInParts, Step, run_first, run_second, to_target
-from ._step import BAND_PIXELS, default_band
+from ._made import Again, Factors, Made, MadeInParts, run_second, to_target
 from .subcentroids import Momentum
 
 
@@ -261,11 +264,26 @@ class DNCHead(CentroidModel):
         with torch.no_grad():
             fixed_scale, fixed_gains, fixed_shift = (None if t is None else t.detach() for t in (scale, gains, shift))
             step = Step(
-                x.detach(), weight.detach(), bias.detach(), self.feat_norm.eps, p, labels, ignored,
-                self.confidence == "length" and self.scores != "norm", temperature, fixed_scale, fixed_gains, fixed_shift,
-                self.mask_norm.eps if gains is not None else 0.0, self.class_weight, self.label_smoothing, self.align_corners,
-                self.ppc_temperature, self.band_pixels or default_band(x, self.num_classes),
-            )  # fmt: skip
+                x=x.detach(),
+                weight=weight.detach(),
+                bias=bias.detach(),
+                eps=self.feat_norm.eps,
+                centroids=p,
+                labels=labels,
+                ignored=ignored,
+                confidence=self.confidence == "length" and self.scores != "norm",
+                temperature=temperature,
+                scale=fixed_scale,
+                norm_weight=fixed_gains,
+                norm_bias=fixed_shift,
+                norm_eps=self.mask_norm.eps if gains is not None else 0.0,
+                class_weight=self.class_weight,
+                label_smoothing=self.label_smoothing,
+                align_corners=self.align_corners,
+                contrast_temperature=self.ppc_temperature,
+                band_pixels=self.band_pixels or default_band(x, self.num_classes),
+                backend=chosen(),
+            )
             total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, ignored, sampled, joint=update))
             # gradients are made of `unit` times the loss: in half precision they get the size of probabilities and unit vectors
             unit = torch.ones_like(count)
@@ -274,23 +292,24 @@ class DNCHead(CentroidModel):
             contrast, distance = (weight * unit / count if weight else None for weight in weights)
             factors = Factors(unit / total_weight, contrast, distance)
             needs_embedding = update and (self._start_pending or self.revive_after is not None)
-            first = run_first(step, factors, sampled, gradient, needs_embedding or (update and self.checkpoint == "scores"))
-            total, prediction, own, lse, *_, e = first
+            keep = needs_embedding or (update and self.checkpoint == "scores")
+            first = first_pass(step, sampled, factors.pull, factors.contrast, gradient, keep)
+            prediction, own, lse = first.prediction, first.own_similarity, first.lse
             finite = prediction >= 0
             _, correct, accuracy = self._judge(prediction, finite, small)
-            cross_entropy = total / total_weight
-            ppc = ppd = total.new_zeros(())
+            cross_entropy = first.total / total_weight
+            ppc = ppd = first.total.new_zeros(())
             target = towards = moving = None
             if update or any(weights):
                 target = self._cluster(own, torch.where(finite, sampled, -1), joint=update)
                 counted, towards = target >= 0, to_target(own, target)
-                if self.ppc_weight:
+                if lse is not None:
                     ppc = torch.where(counted, lse - towards / self.ppc_temperature, 0).sum() / count
                 if self.ppd_weight:
                     ppd = torch.where(counted, (1 - towards).square(), 0).sum() / count
                 if update:
                     moving = torch.where(correct, target, -1) if self.update_from == "correct" else target
-            made, sums, counts = run_second(step, factors, first, target, towards, moving, gradient)
+            made, sums, counts = run_second(step, factors, first, target, towards, moving)
             loss = self._weighted(cross_entropy, ppc, ppd)
             again = None
             if gradient and target is not None and any(weights) and not torch.compiler.is_compiling():
@@ -298,7 +317,9 @@ class DNCHead(CentroidModel):
             if update:
                 assert target is not None
                 tally = self._tally(small.reshape(-1), finite, wrong)
-                self._write_down(self._update(e if needs_embedding else None, target, correct, own, tally, sums=(sums, counts)))
+                self._write_down(
+                    self._update(first.embedding if needs_embedding else None, target, correct, own, tally, sums=(sums, counts))
+                )
         if gradient and torch.compiler.is_compiling():
             loss, cross_entropy, ppc, ppd = Made.apply(
                 weights, torch.stack([loss, cross_entropy, ppc, ppd]), unit, *made, *inputs

@@ -1,0 +1,138 @@
+"""Bands of rows, logits of a band and their gradients, and the memory that bands share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..similarity.class_norm import class_norm, class_norm_backward_
+
+#: Pixels of a band by default, about, on a CPU: embedding and scores stay in cache, and calls cost little beside the work.
+BAND_PIXELS = 2048
+#: On other devices, where a call costs more and there is more to keep busy. A step of 131072 pixels of 256 channels in bfloat16
+#: and 150 classes takes an H100 3.6 ms in one band of them, and 4.7 ms in four (docs/cuda.md).
+DEVICE_BAND_PIXELS = 131072
+#: And at most as many as take this much memory, about.
+DEVICE_BAND_BYTES = 2**30
+
+
+class Band(NamedTuple):
+    """Rows [top, bottom) of samples [begin, end): pixels [first, last) of all. More than one sample: all of their rows."""
+
+    begin: int
+    end: int
+    top: int
+    bottom: int
+    first: int
+    last: int
+
+    def of(self, maps: Tensor) -> Tensor:
+        """[samples,D,rows,w] of maps [B,D,h,w], a view."""
+        return maps[self.begin : self.end, :, self.top : self.bottom]
+
+
+def default_band(x: Tensor, classes: int) -> int:
+    """Pixels of a band where nobody chose: by what features [B,D,h,w] lie on, and what D channels and C classes take."""
+    if x.device.type == "cpu":
+        return BAND_PIXELS
+    return max(1, min(DEVICE_BAND_PIXELS, DEVICE_BAND_BYTES // (8 * x.shape[1] + 32 * classes)))
+
+
+def bands(x: Tensor, pixels: int) -> Iterator[Band]:
+    """The bands of features [B,D,h,w], in order, of about so many pixels."""
+    batch, _, height, width = x.shape
+    rows = min(height, max(1, pixels // max(width, 1)))
+    samples = max(1, pixels // max(height * width, 1)) if rows == height else 1
+    for begin in range(0, batch, samples):
+        end = min(begin + samples, batch)
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            first = (begin * height + top) * width
+            yield Band(begin, end, top, bottom, first, first + (end - begin) * (bottom - top) * width)
+
+
+# Logits of a band and their gradients. A logit is LayerNorm over the classes of the scores, or the score times the pixel's
+# length (optional), times `scale` (optional), over `temperature`.
+
+
+class Logits(NamedTuple):
+    """How scores become logits."""
+
+    temperature: float
+    scale: Tensor | None  # 0-d
+    norm_weight: Tensor | None  # [C]
+    norm_bias: Tensor | None
+    norm_eps: float
+
+    def factor(self, length: Tensor | None) -> Tensor | float:
+        """What a score is multiplied by without a norm."""
+        factor: Tensor | float = 1 / self.temperature
+        for part in (self.scale, length):
+            factor = factor if part is None else part * factor
+        return factor
+
+    def forward(self, scores: Tensor, length: Tensor | None, out: Tensor) -> Tensor:
+        """Logits [B,C,rows,w]; in `out` where that saves a copy."""
+        if self.norm_weight is None:
+            return torch.mul(scores, self.factor(length), out=out)
+        assert self.norm_bias is not None
+        return class_norm(scores, self.norm_weight, self.norm_bias, self.norm_eps, out)
+
+    def backward_(
+        self, grad: Tensor, scores: Tensor, length: Tensor | None, scratch: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Gradients of the scores, the length, the scale [] and the norm's weight and bias [2,C]; overwrites the first and last
+        argument.
+        """
+        to_scale, to_norm = grad.new_zeros(()), grad.new_zeros(2, grad.shape[1])
+        if self.norm_weight is None:
+            along = torch.mul(grad, scores, out=scratch).sum(1, keepdim=True)
+            if self.scale is not None:
+                to_scale = (along if length is None else along * length).sum() / self.temperature
+            to_length = None if length is None else along * self.factor(None)
+            return grad.mul_(self.factor(length)), to_length, to_scale, to_norm
+        assert self.norm_bias is not None
+        to_scores, to_norm = class_norm_backward_(grad, scores, self.norm_weight, self.norm_bias, self.norm_eps)
+        return to_scores, None, to_scale, to_norm
+
+
+class Workspace:
+    """Tensors of one band, used by all: memory that is given back and taken again costs a page fault each time.
+
+    Maps have one row more than the band: row 0 is the last row of the band above, whose logits are upsampled together with it.
+    """
+
+    def __init__(self, x: Tensor, classes: int, dtype: torch.dtype, keep_embedding: bool, band_pixels: int) -> None:
+        largest = next(bands(x, band_pixels), Band(0, 0, 0, 0, 0, 0))
+        samples, rows, width = largest.end - largest.begin, largest.bottom - largest.top, x.shape[3]
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        layout: Any = {"memory_format": torch.channels_last} if last else {}
+
+        def empty(channels: int, rows: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((samples, channels, rows, width), dtype=dtype, device=x.device, **layout)
+
+        self.embedding = None if keep_embedding else empty(x.shape[1], rows, x.dtype)
+        self.scores, self.logits, self.to_logits = (empty(classes, rows + 1, dtype) for _ in range(3))
+        self.winner, self.length = empty(classes, rows + 1, torch.uint8), empty(1, rows + 1, dtype)
+        self.pending_grad: Tensor | None = None
+
+    def embedding_of(self, band: Band, kept: Tensor | None) -> Tensor:
+        """Where the embedding of a band goes: into all of it where that is kept."""
+        if self.embedding is None:
+            assert kept is not None
+            return band.of(kept)
+        return self.embedding[: band.end - band.begin, :, : band.bottom - band.top]
+
+    def window(self, maps: Tensor, band: Band, *, with_row_above: bool) -> Tensor:
+        """The rows of a band in one of the maps."""
+        return maps[: band.end - band.begin, :, 1 - with_row_above : 1 + band.bottom - band.top]
+
+    def carry(self, band: Band, grad: Tensor | None) -> None:
+        """The band's last row becomes the row above; `grad` is what its logits have received so far."""
+        row = band.bottom - band.top
+        for maps in (self.scores, self.winner, self.length):
+            maps[:, :, 0] = maps[:, :, row]
+        self.pending_grad = None if grad is None else grad[:, :, -1:].clone()
