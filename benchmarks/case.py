@@ -91,6 +91,8 @@ class Case:
     allowed_extra_bytes: float | None = None
     goals: Mapping[str, float] = field(default_factory=dict)  # baseline, or "best" -> least ratio
     headline: bool = False  # one of the few whose compiled baselines a short run can afford
+    threads: int | None = None  # instead of the settings'
+    calls: int = 1  # of a timing, of which a row has the mean: for calls of microseconds
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -31,5 +31,6 @@ def source(family: str, root: Path = ROOT) -> str:
 
 
 def cuda_tests(family: str, root: Path = ROOT) -> list[Path]:
-    """Files with the tests of a family's CUDA C++ kernels."""
-    return sorted({p for s in _STEMS.get(family, (family,)) for p in (root / "tests").glob(f"test_{s}*_cuda.py")})
+    """Files with the tests of a family's CUDA C++ kernels, which are marked `cuda`; beside them stand some of Triton's."""
+    stems = _STEMS.get(family, (family,))
+    return sorted({p for s in stems for end in ("cuda", "gpu") for p in (root / "tests").glob(f"test_{s}*_{end}.py")})

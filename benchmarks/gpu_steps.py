@@ -33,7 +33,7 @@ TIMES: tuple[Chosen, ...] = (
 _OPS = (
     "centroid_cross_entropy", "nearest_centroid", "class_scores", "sinkhorn_assign", "momentum_update_",
     "upsample_cross_entropy", "normalize_embedding", "upsample_argmax", "subcentroid_cross_entropy",
-    "sinkhorn_plan", "cluster_sums", "apply_momentum_", "clustering_and_momentum",
+    "sinkhorn_plan", "cluster_sums", "apply_momentum_", "clustering_and_momentum", "centroid_distance",
 )  # fmt: skip
 ROWS: tuple[Chosen, ...] = tuple((op, "*") for op in _OPS)
 HEAD: tuple[Chosen, ...] = (("head_step", "*"), ("segmentation_step", "*"))

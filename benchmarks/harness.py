@@ -78,7 +78,7 @@ def run_case(case: Case, settings: Settings) -> Iterator[Row]:
     Raises:
         GpuLost: after a variant's row.
     """
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(case.threads or settings.threads)
     torch._dynamo.reset()  # or a second shape would compile the dynamic, slower code
     _freeze_modules()
     inputs = case.inputs()
@@ -115,20 +115,24 @@ def run_case(case: Case, settings: Settings) -> Iterator[Row]:
             continue
         yield row
         demand_gpu(settings, f"{case.op} {case.name} {v.name}")
-    timings = _interleave(calls | _probes(case, settings), reset, settings)
+    timings = _interleave(
+        {name: _repeated(call, case.calls) for name, call in calls.items()} | _probes(case, settings), reset, settings
+    )
     for name, call in calls.items():
         if settings.cuda and settings.memory:
             reset()
             rows[name] |= memory.on_cuda(call)
         if not attempt(rows[name], lambda _: call):  # noqa: B023  # called at once
             del timings[name]
-    times = {name: [t.ms for t in taken] for name, taken in timings.items()}
+    times = {name: [t.ms / (case.calls if name in calls else 1) for t in taken] for name, taken in timings.items()}
     summary = summarize(times, [v.name for v in case.variants if v.baseline])
     for v in case.variants:
         if v.name not in rows:
             continue
         if v.name in times:
             rows[v.name] |= summary[v.name] | _launches(timings[v.name]) | _rates(case, times, v.name, settings)
+            if not settings.cuda:  # the host is what works
+                rows[v.name]["host_us"] = 1e3 * rows[v.name]["p50_ms"]
             if settings.memory and not settings.cuda:
                 rows[v.name] |= memory.in_fresh_process(case, v, settings)
         _judge(rows[v.name], v, case)
@@ -161,6 +165,14 @@ def demand_gpu(settings: Settings, last: str) -> None:
             raise GpuLost(f"the GPU is lost to this process after {last}: {_first_line(error)}") from error
 
 
+def _repeated(call: Call, calls: int) -> Call:
+    def repeat() -> None:
+        for _ in range(calls):
+            call()
+
+    return call if calls == 1 else repeat
+
+
 def _launches(timings: Sequence[Timing]) -> Row:
     """Host time and share of calls that were launched whole before the device began. Host time of a call that was not would
     hold its waiting for the device.
@@ -175,7 +187,8 @@ def _row(case: Case, variant: Variant, settings: Settings) -> Row:
     return dict.fromkeys(COLUMNS) | {
         "op": case.op, "case": case.name, "variant": variant.name, "kind": "baseline" if variant.baseline else "kernel",
         "backend": variant.backend, "status": "ok", "data": case.data, "shape": dict(case.shape), "dtype": case.dtype,
-        "threads": settings.threads, "cache": "interleaved" if not settings.cuda else "cold" if settings.cold else "warm",
+        "threads": case.threads or settings.threads,
+        "cache": "interleaved" if not settings.cuda else "cold" if settings.cold else "warm",
         "allowed_peak_delta_mb": None if variant.baseline or not case.allowed_extra_bytes else case.allowed_extra_bytes / 1e6,
         "machine_load_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "unix_time_s": int(time.time()), **surroundings(settings.device),

@@ -12,6 +12,7 @@ import torch
 from . import (
     bench_embedding,
     bench_head,
+    bench_host,
     bench_momentum,
     bench_segmentation,
     bench_similarity,
@@ -23,7 +24,7 @@ from .harness import GpuLost, demand_gpu, failed, run_case
 
 BENCHES: dict[str, Any] = {
     "similarity": bench_similarity, "sinkhorn": bench_sinkhorn, "momentum": bench_momentum, "embedding": bench_embedding,
-    "upsample": bench_upsample, "head": bench_head, "segmentation": bench_segmentation,
+    "upsample": bench_upsample, "head": bench_head, "segmentation": bench_segmentation, "host": bench_host,
 }  # fmt: skip
 
 
