@@ -27,7 +27,7 @@ Shape = dict[str, int]
 
 
 def spread(x: Tensor, when: dict[str, int]) -> Tensor:
-    """X [N,D] as a shape class has it: as rows, or (even 0) as maps of 65 x 65, of which a thread loads number by number."""
+    """x [N,D] as a shape class has it: as rows, or (even 0) as maps of 65 x 65, of which a thread loads number by number."""
     if when.get("even", 1):
         return x
     maps, channels = len(x) // 65**2, x.shape[1]

@@ -28,7 +28,7 @@ PIXELS = 131072
 
 
 def inputs(device: torch.device, when: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """X [N,D] or [B,D,H,W] near its class, centroids [C,K,D], labels [N], one pixel in ten without."""
+    """x [N,D] or [B,D,H,W] near its class, centroids [C,K,D], labels [N], one pixel in ten without."""
     dtype = torch.bfloat16 if when["bits"] == 16 else torch.float32
     classes, k, channels = when["C"], when["K"], when["D"]
     pixels = max(8450, min(PIXELS, 2**33 // (classes * channels)))

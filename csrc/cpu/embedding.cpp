@@ -305,7 +305,7 @@ Status forward(const NormalizeEmbedding& a) {
   const bool x_in_place = same<S, T> && x.sd == 1, y_in_place = same<S, T> && y.sd == 1;
   T *mean = a.mean.as<T>(), *rstd = a.rstd.as<T>(), *inverse_norm = a.inverse_norm.as<T>();
   Scratch affine(2 * D * sizeof(T)), tiles(size_t(plan.threads) * 2 * P * D * sizeof(T));
-  if (!affine.data || !tiles.data) return {Code::out_of_memory, 0, 0, "out of memory"};
+  if (!affine.data || !tiles.data) return {Code::out_of_memory, 0, 0, "not enough memory"};
   fill_affine(affine.as<T>(), a.weight, a.bias, D);
   const T *w = affine.as<T>(), *b = w + D, eps = T(a.eps);
 #pragma omp parallel for num_threads(plan.threads) schedule(dynamic)
@@ -359,7 +359,7 @@ Status backward(const NormalizeEmbeddingBackward& a) {
   const int64_t lane_sums = affine_grad && !plan.rows ? 2 * D * L : 0, private_size = 3 * P * D + lane_sums;
   Scratch affine(2 * D * sizeof(T)), tiles(size_t(plan.threads) * private_size * sizeof(T));
   Scratch partial(affine_grad ? plan.chunks * 2 * D * sizeof(T) : 0), total(2 * D * sizeof(double));
-  if (!affine.data || !tiles.data || !partial.data || !total.data) return {Code::out_of_memory, 0, 0, "out of memory"};
+  if (!affine.data || !tiles.data || !partial.data || !total.data) return {Code::out_of_memory, 0, 0, "not enough memory"};
   fill_affine(affine.as<T>(), a.weight, a.bias, D);
   const T *w = affine.as<T>(), *b = w + D;
 #pragma omp parallel for num_threads(plan.threads) schedule(dynamic)

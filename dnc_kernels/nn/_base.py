@@ -1,4 +1,4 @@
-"""What the segmentation head and the classifier share: embedding, logits, the contrast losses, the books of a training step."""
+"""What the segmentation head and the classifier share: embedding, logits, contrast losses, statistics of a training step."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class CentroidModel(SubCentroids):
             weight_decay: of the parameters with two axes or more, such as a projection's.
 
         Returns:
-            One or two groups ``{"params": [...], "weight_decay": ...}``; none is empty. Sub-centroids are no parameters.
+            One or two groups ``{"params": [...], "weight_decay": ...}``; none is empty. Sub-centroids are not among them.
         """
         parameters = list(self.parameters())
         groups = [

@@ -350,7 +350,7 @@ def offset_of(n, at, MAP: tl.constexpr):
 
 @triton.jit
 def wide_unless(i, NARROW: tl.constexpr):
-    """I before it meets a stride: int64, unless the tensor is known to be small."""
+    """i before it meets a stride: int64, unless the tensor is known to be small."""
     if NARROW:
         wide = i
     else:
@@ -371,7 +371,7 @@ def map_kind(x: Tensor, pixels: Pixels) -> int:
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """Acc + a b: products of 16-bit numbers are exact, sums in float32."""
+    """acc + a b: products of 16-bit numbers are exact, sums in float32."""
     if _INTERPRETED:
         # the interpreter takes the bits of a bfloat16 for an integer
         a = a.to(tl.float32)

@@ -3,7 +3,7 @@
     xhat = (x - mean) * rstd,  z = xhat * weight + bias,  y = z * inverse_norm      over the D channels of a pixel
 
 Forward reads x and writes y and 3 statistics [N] fp32; backward reads x, grad_y and the statistics and writes grad_x. Nothing
-else moves: forward 2*N*D elements, backward 3*N*D, plus 12 bytes a pixel. About 12 and 30 operations an element.
+else moves: forward 2*N*D elements, backward 3*N*D, plus 12 bytes per pixel. About 12 and 30 operations per element.
 Floors for N=131072, D=256 in bf16 (memory at 3.0 TB/s; arithmetic at 128 lanes * 132 processors * 1.7 GHz = 28 T/s):
   forward   (2*2*N*D + 12*N) B / 3.0 TB/s = 45 us    12*N*D / 28 T/s = 14 us
   backward  (3*2*N*D + 12*N) B / 3.0 TB/s = 68 us    30*N*D / 28 T/s = 36 us

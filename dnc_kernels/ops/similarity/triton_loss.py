@@ -207,7 +207,7 @@ def pixel_losses(
 
 @triton.jit
 def logits_gradient(z, lse, c, C, label, weight, own_weight, weight_sum, smoothing, counted):
-    """Dz [BLOCK_N, BLOCK_C] of the pixel's loss; exactly 0 for pixels and classes that do not count."""
+    """dz [BLOCK_N, BLOCK_C] of the pixel's loss; exactly 0 for pixels and classes that do not count."""
     share = own_weight
     total = own_weight
     if smoothing is not None:
@@ -246,7 +246,7 @@ def score_gradients(
     r, winner, mean, rstd, along, slope, lse, label, own_weight, weight_sum, factor, classes, tau, smoothing, sums, slab,
     slab_rows, sizes, pid, SAVE: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Dr without factor (of the last tile, all are in the slab), its sum over the classes, and the scale's gradient."""
+    """dr without factor (of the last tile, all are in the slab), its sum over the classes, and the scale's gradient."""
     C = sizes.classes
     counted = label >= 0
     dr = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)

@@ -235,7 +235,7 @@ def add_class_tile(
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Acc + dS p of one class tile, a k at a time: dS has the gradient of a class at its winner, zeros elsewhere.
+    """acc + dS p of one class tile, a k at a time: dS has the gradient of a class at its winner, zeros elsewhere.
 
     g and winners stay in the registers that feed the product; no row of another k is moved.
     """
