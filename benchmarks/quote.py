@@ -125,6 +125,16 @@ def where_there_is(cell: Cell, otherwise: str = "none") -> Cell:
     return optional
 
 
+def host(*patterns: str) -> Cell:
+    """Host time of a variant; without patterns of ours."""
+    return lambda rows: f"{rows.pick(*patterns)['host_us']:.1f} us"
+
+
+def times_as_long(rows: Rows) -> str:
+    """What ours takes in units of the best baseline."""
+    return f"{1 / rows.pick()['ratio_to_best_baseline']:.1f}"
+
+
 def best(rows: Rows) -> str:
     """The best baseline, its time and memory."""
     row = rows.pick(rows.pick()["best_baseline"] or "none")
@@ -197,6 +207,18 @@ _GPU = [
 ]
 _SHAPES = ("c2_d64", "c2_d64_k1", "c2_d256", "c2_d256_k1", "c19_d64", "c19_d256", "c150_d64", "c150_d256")
 
+_HOST = [
+    *(
+        Line(f"`{op}`", op, "host")
+        for op in (
+            "normalize_embedding", "class_scores", "nearest_centroid", "centroid_distance", "centroid_cross_entropy",
+            "subcentroid_cross_entropy", "sinkhorn_assign", "sinkhorn_plan", "cluster_sums", "momentum_update_",
+            "upsample_cross_entropy", "upsample_argmax",
+        )
+    ),
+    *(Line(f"`{op}`, forward and backward", op, "host_train") for op in ("centroid_cross_entropy", "upsample_cross_entropy")),
+]  # fmt: skip
+
 TABLES: dict[str, Table] = {
     # what a user's own linear head costs, and what ours cost in its place
     "segmentation": Table(
@@ -236,6 +258,11 @@ TABLES: dict[str, Table] = {
         },
         [Line("[{B},{D},{h},{w}], {H}x{W}, {C}", "head_step", "8x512x512 C=150", "dnc_auto *", "bfloat16")],
         _H100,
+    ),
+    "host": Table(
+        "call",
+        {"ours": host(), "measured against": host("custom_op", "cross_entropy"), "times as long": times_as_long},
+        _HOST,
     ),
     "ops": Table("op and shape", {"ours": cost(), "best baseline": best, "ratio": ratio(), "to the others": others}, _SINGLE),
     "upsample": Table(
