@@ -564,7 +564,7 @@ def test_reference_leaves_out_of_range_clusters_out_while_compiling():
 def test_a_momentum_in_a_tensor_moves_as_its_number(force, monkeypatch):
     """As a schedule gives it; where it cannot be read without a wait, plain torch moves."""
     if force:
-        monkeypatch.setattr("dnc_kernels.ops.momentum.plain", lambda call: False)
+        monkeypatch.setattr("dnc_kernels.ops.momentum.readable", lambda t: False)
     p = torch.nn.functional.normalize(torch.randn(3, 2, 5), dim=2)
     sums, counts = torch.randn(6, 5), torch.tensor([1, 0, 2, 3, 0, 1])
     expected, moved = p.clone(), p.clone()

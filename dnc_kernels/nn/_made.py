@@ -89,7 +89,7 @@ class Again:
         named = self.step._asdict().items()
         return {name: t._version for name, t in named if isinstance(t, Tensor) and not t.is_inference()}
 
-    def gradients(self, cross_entropy: Tensor | None, ppc: Tensor | None, ppd: Tensor | None) -> tuple[Tensor, ...]:
+    def gradients(self, cross_entropy: Tensor | None, ppc: Tensor | None, ppd: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs of the step for incoming gradients [] of the means; None: of none."""
         for name, version in self._versions().items():
             if version != self.versions[name]:
@@ -112,7 +112,7 @@ class Again:
         first = first_pass(self.step, sampled, factors.pull, factors.contrast, True, False)
         towards = to_target(first.own_similarity, self.target)
         made, _, _ = run_second(self.step, factors, first, self.target, towards, None)
-        return tuple(scale_saved(g, size / self.unit) for g in made if g is not None)
+        return tuple(None if g is None else scale_saved(g, size / self.unit) for g in made)
 
 
 class Made(torch.autograd.Function):
@@ -211,7 +211,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
 
 
-def _needed(ctx: Any, made: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _needed(ctx: Any, made: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(made, ctx.needs_input_grad[-ctx.count :], strict=True))
 
 

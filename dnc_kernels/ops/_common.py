@@ -138,6 +138,21 @@ def check_label_range(op: str, labels: Tensor, bound: int, ignore_index: int = -
         check_value(False, op, "labels", f"in [0,{bound}), ignore_index or negative", got, fix)
 
 
+def weight_of_counted(
+    labels: Tensor, ignore_index: int, num_labels: int, class_weight: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[]: sum of the class weights (None: 1) of the pixels that count, in `dtype`; without a wait for the device."""
+    counted = (labels != ignore_index) & (labels >= 0) & (labels < num_labels)
+    if class_weight is None:
+        return counted.sum().to(dtype)
+    return torch.where(counted, class_weight.to(dtype)[torch.where(counted, labels, 0)], 0).sum()
+
+
+def readable(t: Tensor) -> bool:
+    """Whether numbers of `t` can be read without a wait for a device, and without cutting a trace in two."""
+    return type(t) is Tensor and t.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def first_of(labels: Tensor, bad: Tensor) -> str:
     """The first bad label and its place, for an error. Waits for the device."""
     index = int(bad.flatten().nonzero()[0])

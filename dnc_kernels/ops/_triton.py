@@ -66,7 +66,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
-class Launch(NamedTuple):
+class Plan(NamedTuple):
     """What a launch takes beside its tensors."""
 
     grid: tuple[int, ...]

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from ...backends import Backend, pick
 from ...errors import check_device, check_dtype, check_float, check_integer, check_value, renamed, whole_number
-from .._common import check_ignore_index, check_labels, check_pixels, compute_dtype, flat_labels, remembered, without_ignored
-from .._op import plain
+from .._common import (
+    check_ignore_index,
+    check_labels,
+    check_pixels,
+    compute_dtype,
+    flat_labels,
+    readable,
+    remembered,
+    without_ignored,
+)
 from . import op as ops
 from . import reference
 from .calls import ApplyCall, SumsCall, UpdateCall
@@ -76,7 +84,7 @@ def apply_momentum_(
     _check_in_place(op, centroids)
     if isinstance(momentum, Tensor):
         check_value(momentum.ndim == 0, op, "momentum", "a number or a tensor []", momentum)
-        if not (momentum.is_cpu and plain((momentum,))):
+        if not readable(momentum):
             _check_apply(centroids, sums, counts, 0.0)
             with torch.no_grad():
                 reference.move_(centroids, sums, counts, momentum)

@@ -71,10 +71,13 @@ def _scores_backward_out(call: ScoresBackwardCall, wanted: list[bool]) -> Scores
 class_scores_backward = Op("similarity", "class_scores_backward", _scores_backward_out)
 
 
+def with_centroids_kept(call: Any) -> Any:
+    """The call with the sub-centroids as they are: a momentum update may change such a buffer before backward."""
+    return call if call.centroids.requires_grad else call._replace(centroids=call.centroids.clone())
+
+
 def _save_scores(ctx: Any, out: ScoresOut, call: ScoresCall) -> None:
-    # a buffer that a momentum update may change before backward: keep what the scores were made with
-    kept = call if call.centroids.requires_grad else call._replace(centroids=call.centroids.clone())
-    save_call(ctx, kept, out.winner)
+    save_call(ctx, with_centroids_kept(call), out.winner)
 
 
 def _scores_backward(ctx: Any, grad_scores: Tensor | None, grad_own: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

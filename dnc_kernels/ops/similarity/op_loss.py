@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import compute_dtype, flat_pixels, pixel_count, scale_saved
+from .._common import compute_dtype, flat_pixels, pixel_count, readable, scale_saved, weight_of_counted
 from .._op import Op, needed, save_call, saved_call
 from . import reference
 from .calls import LEARNT, ContrastCall, ContrastOut, LossCall, LossOut
+from .op import with_centroids_kept
 
 # centroid_cross_entropy. `wanted`: the gradients, in the order of LEARNT, that are made in the forward pass for an incoming
 # gradient of 1.
@@ -46,7 +47,7 @@ def _save_loss(ctx: Any, out: LossOut, call: LossCall, wanted: list[bool]) -> No
     if ctx.early:
         ctx.save_for_backward(*out[3:])
     else:
-        save_call(ctx, call if call.centroids.requires_grad else call._replace(centroids=call.centroids.clone()))
+        save_call(ctx, with_centroids_kept(call))
 
 
 def _differentiate_loss(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,19 +84,15 @@ def _mean(
     total: Tensor, labels: Tensor, ignore_index: int, num_labels: int, backend: str, class_weight: Tensor | None = None
 ) -> Tensor:
     """`total` over the class weights of the pixels that count; NaN with zero gradients without any."""
-    kept = labels >= 0
-    if backend != "cpu":  # which has refused the others
-        kept &= labels < num_labels
-    if ignore_index >= 0:
-        kept &= labels != ignore_index
-    traced = torch.compiler.is_compiling() or type(total) is not Tensor or torch._C._get_tracing_state() is not None
-    if class_weight is None and total.is_cpu and not traced:  # a CPU has no wait
+    if class_weight is None and readable(total):
+        kept = labels >= 0
+        if backend != "cpu":  # which has refused the others
+            kept &= labels < num_labels
+        if ignore_index >= 0:
+            kept &= labels != ignore_index
         count = int(kept.sum())
         return total / count if count else 0 * total + torch.nan
-    if class_weight is None:
-        weight = kept.sum().to(total.dtype)
-    else:
-        weight = torch.where(kept, class_weight.to(total.dtype)[torch.where(kept, labels, 0)], 0).sum()
+    weight = weight_of_counted(labels, ignore_index, num_labels, class_weight, total.dtype)
     return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1), torch.nan)
 
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import pixel_count
+from .._common import pixel_count, weight_of_counted
 from .._triton import (
-    Launch,
     Pixels,
+    Plan,
     cdiv,
     dot_precision,
     launch,
@@ -26,7 +26,7 @@ from .._triton import (
 )
 from . import triton_scores
 from .calls import LossCall, LossOut, ScoresBackwardCall, ScoresBackwardOut, ScoresCall, ScoresOut
-from .triton_blocks import Packing, configured, packing_of
+from .triton_blocks import Packing, blocks_of, packing_of
 from .triton_contrast import scores_and_contrast, subcentroid_cross_entropy
 from .triton_loss import Classes, Results, Sizes, Slab, Sums, centroid_loss_kernel
 from .triton_nearest import centroid_distance, nearest_centroid
@@ -39,10 +39,10 @@ GRADIENT_BAND, GRADIENT_NUMBERS = 16384, 2**25
 
 
 @planned
-def _squares_plan(x: Tensor) -> Launch:
+def _squares_plan(x: Tensor) -> Plan:
     n, at = pixel_count(x), pixels_of(x)
     blocks = {"BLOCK_N": 32, "BLOCK_D": 128} if at.stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 32}
-    return Launch((cdiv(n, blocks["BLOCK_N"]),), (at, n, x.shape[1]), {"X_MAP": map_kind(x, at), **blocks, "num_warps": 4})
+    return Plan((cdiv(n, blocks["BLOCK_N"]),), (at, n, x.shape[1]), {"X_MAP": map_kind(x, at), **blocks, "num_warps": 4})
 
 
 def _squares(x: Tensor, metric: str) -> Tensor | None:
@@ -58,9 +58,9 @@ def _squares(x: Tensor, metric: str) -> Tensor | None:
 @planned
 def _scores_plan(
     x: Tensor, centroids: Tensor, scores: Tensor, metric: str, precision: str, processors: int
-) -> tuple[Packing, Launch]:
+) -> tuple[Packing, Plan]:
     n, (classes, k, channels), at, scores_at = pixel_count(x), centroids.shape, pixels_of(x), pixels_of(scores)
-    blocks, options = configured("class_scores", x, centroids)
+    blocks, options = blocks_of("class_scores", x, centroids)
     packing, depth = packing_of(blocks, centroids)
     tiles, groups = packing.slots.class_tiles, packing.slots.k_tiles
     programs = cdiv(n, blocks["BLOCK_N"])
@@ -73,7 +73,7 @@ def _scores_plan(
         "BLOCK_OWN": tile_of(k, None, 1), **options,
     }  # fmt: skip
     arguments = (at, scores_at, n, classes, k, channels, depth, tiles, groups, span)
-    return packing, Launch((programs, cdiv(tiles, span)), arguments, constants)
+    return packing, Plan((programs, cdiv(tiles, span)), arguments, constants)
 
 
 def class_scores(call: ScoresCall, out: ScoresOut) -> None:
@@ -96,15 +96,15 @@ def class_scores(call: ScoresCall, out: ScoresOut) -> None:
 @planned
 def _scores_gradient_plan(
     x: Tensor, centroids: Tensor, scores: Tensor, winner: Tensor, grad_x: Tensor, accumulate: bool, precision: str
-) -> tuple[Packing, Launch]:
+) -> tuple[Packing, Plan]:
     (classes, k, channels), tensors = centroids.shape, (scores, winner, grad_x)
     scores_at, winner_at, grad_at = at = tuple(map(pixels_of, tensors))
-    blocks, options = configured("scores_gradient", x, centroids)
+    blocks, options = blocks_of("scores_gradient", x, centroids)
     packing, depth = packing_of(blocks, centroids)
     slots = packing.slots.k_tiles * blocks.pop("BLOCK_K")
     maps = dict(zip(("SCORES_MAP", "WINNER_MAP", "GRAD_MAP"), map(map_kind, tensors, at), strict=True))
     n = pixel_count(x)
-    return packing, Launch(
+    return packing, Plan(
         (cdiv(n, blocks["BLOCK_N"]), cdiv(channels, blocks["BLOCK_D"])),
         (scores_at, winner_at, grad_at, n, classes, k, channels, slots, depth, packing.slots.class_tiles),
         {"ACCUMULATE": accumulate, **maps, "PRECISION": precision, **blocks, **options},
@@ -148,10 +148,10 @@ def _strip(at: Pixels) -> dict[str, int]:
 
 
 @planned
-def _own_gradient_plan(grad_x: Tensor, centroids: Tensor, accumulate: bool) -> Launch:
+def _own_gradient_plan(grad_x: Tensor, centroids: Tensor, accumulate: bool) -> Plan:
     n, (classes, k, channels), at = pixel_count(grad_x), centroids.shape, pixels_of(grad_x)
     blocks = _strip(at)
-    return Launch(
+    return Plan(
         (cdiv(n, blocks["BLOCK_N"]), cdiv(channels, blocks["BLOCK_D"])), (at, n, classes, k, channels),
         {"ACCUMULATE": accumulate, "GRAD_MAP": map_kind(grad_x, at), **blocks, "num_warps": 4},
     )  # fmt: skip
@@ -171,10 +171,10 @@ def _add_own_gradient(
 
 
 @planned
-def _metric_plan(x: Tensor, grad_x: Tensor, metric: str) -> Launch:
+def _metric_plan(x: Tensor, grad_x: Tensor, metric: str) -> Plan:
     n, at, grad_at = pixel_count(x), pixels_of(x), pixels_of(grad_x)
     blocks = _strip(at)
-    return Launch(
+    return Plan(
         (cdiv(n, blocks["BLOCK_N"]),), (at, grad_at, n, x.shape[1]),
         {"METRIC": metric, "X_MAP": map_kind(x, at), "GRAD_MAP": map_kind(grad_x, grad_at), **blocks, "num_warps": 4},
     )  # fmt: skip
@@ -204,7 +204,7 @@ def _sums_plan(
     x: Tensor, centroids: Tensor, scores: Tensor | None, winner: Tensor | None, precision: str, processors: int
 ) -> _Sums:
     (classes, k, channels), tensors = centroids.shape, (x, scores, winner)
-    blocks, options = configured("centroid_gradient", x, centroids)
+    blocks, options = blocks_of("centroid_gradient", x, centroids)
     tiles, groups, depth = cdiv(classes, blocks["BLOCK_C"]), cdiv(k, blocks["BLOCK_K"]), cdiv(channels, blocks["BLOCK_D"])
     at = tuple(None if t is None else pixels_of(t) for t in tensors)
     maps = (0 if t is None or a is None else map_kind(t, a) for t, a in zip(tensors, at, strict=True))
@@ -271,11 +271,7 @@ def _gradient_factor(call: LossCall) -> Tensor | None:
 
 def _weight_of(call: LossCall) -> Tensor:
     """[]: sum of the class weights of the pixels that count, in float32."""
-    labels, class_weight = call.labels, call.class_weight
-    counted = (labels != call.ignore_index) & (labels >= 0) & (labels < call.centroids.shape[0])
-    if class_weight is None:
-        return counted.sum().to(torch.float32)
-    return torch.where(counted, class_weight[torch.where(counted, labels, 0)], 0).sum()
+    return weight_of_counted(call.labels, call.ignore_index, call.centroids.shape[0], call.class_weight, torch.float32)
 
 
 class _Loss(NamedTuple):
@@ -292,7 +288,7 @@ class _Loss(NamedTuple):
 def _loss_plan(x: Tensor, centroids: Tensor, grad_x: Tensor | None, metric: str, save: bool, precision: str) -> _Loss:
     (classes, k, channels), at = centroids.shape, pixels_of(x)
     grad_at = None if grad_x is None else pixels_of(grad_x)
-    blocks, options = configured("centroid_loss", x, centroids, grad=grad_x is not None)
+    blocks, options = blocks_of("centroid_loss", x, centroids, grad=grad_x is not None)
     packing, depth = packing_of(blocks, centroids)
     tiles, groups = packing.slots.class_tiles, packing.slots.k_tiles
     per_processor = options.pop("PROGRAMS", 1)

@@ -82,7 +82,7 @@ _NEED = {
 }
 
 
-def configured(kernel: str, x: Tensor, centroids: Tensor, **state: int) -> tuple[dict[str, int], dict[str, int]]:
+def blocks_of(kernel: str, x: Tensor, centroids: Tensor, **state: int) -> tuple[dict[str, int], dict[str, int]]:
     """Block sizes and launch options. `x`: pixels that a kernel reads, or writes where it reads none. `state`: for its need."""
     classes, k, channels = centroids.shape
     shape = {"C": classes, "K": k, "D": channels, "bits": bits_of(x)}

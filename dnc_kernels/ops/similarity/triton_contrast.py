@@ -33,7 +33,7 @@ from torch import Tensor
 from .._common import pixel_count
 from .._triton import (
     SCRATCH,
-    Launch,
+    Plan,
     cdiv,
     configuration,
     dot,
@@ -158,10 +158,10 @@ def _shared_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     return 2 * rows * shape["D"] + SCRATCH
 
 
-class _Plan(NamedTuple):
+class _Contrast(NamedTuple):
     """How a sweep is launched; None for what comes of scores, where there are none."""
 
-    launch: Launch
+    launch: Plan
     block_m: int
     block_d: int
     slots: Slots | None
@@ -170,7 +170,7 @@ class _Plan(NamedTuple):
 @planned
 def _plan(
     x: Tensor, centroids: Tensor, grad_x: Tensor | None, scores: Tensor | None, winner: Tensor | None, precision: str
-) -> _Plan:
+) -> _Contrast:
     n, (classes, k, channels), at = pixel_count(x), centroids.shape, pixels_of(x)
     block_d = tile_of(channels)
     use = configuration(
@@ -192,7 +192,7 @@ def _plan(
         "EVEN_M": classes % order.width == 0 and k % order.copies == 0, "PRECISION": precision, "BLOCK_D": block_d, **use,
     }  # fmt: skip
     arguments = (*addresses, n, channels, classes, k, order.tiles, order.k_tiles)
-    return _Plan(Launch((cdiv(n, use["BLOCK_N"]),), arguments, options), block_m, block_d, slots)
+    return _Contrast(Plan((cdiv(n, use["BLOCK_N"]),), arguments, options), block_m, block_d, slots)
 
 
 def subcentroid_cross_entropy(call: ContrastCall, out: ContrastOut) -> None:

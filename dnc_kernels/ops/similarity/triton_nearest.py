@@ -33,7 +33,7 @@ from .. import _triton
 from .._common import pixel_count
 from .._triton import (
     SCRATCH,
-    Launch,
+    Plan,
     cdiv,
     configuration,
     dot,
@@ -177,7 +177,7 @@ def _distance_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
 class _Nearest(NamedTuple):
     """How the nearest sub-centroid is found."""
 
-    launch: Launch
+    launch: Plan
     block_m: int  # rows of a part of the sweep
     block_d: int
     parts: int
@@ -202,7 +202,7 @@ def _nearest_plan(x: Tensor, centroids: Tensor, metric: str, precision: str, pro
         "BLOCK_D": block_d, **use,
     }  # fmt: skip
     arguments = (at, n, channels, classes * k, k, m_tiles, n_tiles, padded)
-    return _Nearest(Launch((n_tiles * parts,), arguments, options), block_m * m_tiles, block_d, parts)
+    return _Nearest(Plan((n_tiles * parts,), arguments, options), block_m * m_tiles, block_d, parts)
 
 
 def nearest_centroid(call: NearestCall, out: NearestOut) -> None:
@@ -259,7 +259,7 @@ def _centroid_distance_kernel(
 
 
 @planned
-def _distance_plan(x: Tensor, centroids: Tensor, metric: str, precision: str) -> tuple[int, int, Launch]:
+def _distance_plan(x: Tensor, centroids: Tensor, metric: str, precision: str) -> tuple[int, int, Plan]:
     """Rows and channels of a step, and the launch."""
     n, (classes, k, channels), at = pixel_count(x), centroids.shape, pixels_of(x)
     shape = {"N": n, "D": channels, "M": classes * k, "bits": 8 * x.element_size(), "even": vectors(x, at)}
@@ -270,7 +270,7 @@ def _distance_plan(x: Tensor, centroids: Tensor, metric: str, precision: str) ->
         "X_MAP": map_rank(at), "METRIC": metric, "PRECISION": precision, "EVEN": padded == channels, "BLOCK_D": block_d, **use
     }  # fmt: skip
     arguments = (at, n, channels, classes * k, m_tiles, padded)
-    return block_m, block_d, Launch((cdiv(n, use["BLOCK_N"]) * m_tiles,), arguments, options)
+    return block_m, block_d, Plan((cdiv(n, use["BLOCK_N"]) * m_tiles,), arguments, options)
 
 
 def centroid_distance(call: DistanceCall, out: Tensor) -> None:
