@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from _checkpoint import CheckpointError, found, load
-from _data import Batches, DataError, DigitScenes, FolderScenes, Source, find_pairs, fingerprint, split_pairs, tiles
-from _networks import NAMES, make_backbone
-from _pictures import draw_predictions
-from _training import Training, evaluate, train
+from dnc_kernels.runs.checkpoint import CheckpointError, found, load
+from dnc_kernels.runs.data import Batches, DataError, DigitScenes, FolderScenes, Source, find_pairs, fingerprint, split_pairs, tiles
+from dnc_kernels.runs.networks import NAMES, make_backbone
+from dnc_kernels.runs.pictures import draw_predictions
+from dnc_kernels.runs.training import Training, evaluate, train
 from rich.console import Console
 
 from dnc_kernels.demo.progress import make_progress

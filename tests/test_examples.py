@@ -17,15 +17,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("PIL")
 
-import _checkpoint as checkpoint
-import _data as data
-import _networks as networks
-import _training as training
 import train as script
 from PIL import Image
 
 from dnc_kernels.integrations import _optional
 from dnc_kernels.nn import DNCHead
+from dnc_kernels.runs import checkpoint, data, networks, training
 
 SIZE = (48, 40)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dnc_kernels.integrations import SegformerFeatures, TimmFeatures, TorchvisionFeatures, UperNetFeatures
+from ..integrations import SegformerFeatures, TimmFeatures, TorchvisionFeatures, UperNetFeatures
 
 NAMES = ("segformer", "upernet-swin", "fcn-resnet50", "deeplabv3-resnet50", "timm:NAME")
 

@@ -12,12 +12,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from _checkpoint import CheckpointError, random_state, replacing, save, set_random_state
-from _data import Batches, DataError, network_input
+from .checkpoint import CheckpointError, random_state, replacing, save, set_random_state
+from .data import Batches, DataError, network_input
 from torch import Tensor
 
-from dnc_kernels.demo.training import class_iou
-from dnc_kernels.integrations import DNCSegmenter
+from ..demo.training import class_iou
+from ..integrations import DNCSegmenter
 
 POWER = 0.9  # of the polynomial decay, as in the training recipes of DeepLab, UPerNet and SegFormer
 WARM_UP = 0.1  # of all steps, a linear rise of the learning rate

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _data import network_input
+from .data import network_input
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dnc_kernels.demo.pictures import COLOURS, DPI
-from dnc_kernels.integrations import DNCSegmenter
+from ..demo.pictures import COLOURS, DPI
+from ..integrations import DNCSegmenter
 
 
 @torch.no_grad()
