@@ -167,6 +167,7 @@ def run_case(case: Case, data: Callable[[int], tuple[torch.Tensor, torch.Tensor]
         means /= WORLD
     record |= {f"after {name}": p.detach().clone() for name, p in net.named_parameters()}
     counts = {"counts": net.head.last_counts, "classes": net.head.class_counts, "updates": net.head.num_updates}
+    counts["wins"] = net.head.wins
     return {"losses": means, **record, **{name: count.clone() for name, count in counts.items()}}
 
 
@@ -198,6 +199,7 @@ def run_averages_by_hand(case: Case) -> dict[str, torch.Tensor]:
 
 def summary(history, head):
     tensors = {"loss": history, "counts": head.last_counts, "classes": head.class_counts, "updates": head.num_updates}
+    tensors["wins"] = head.wins
     tensors |= {name: value.detach().clone() for name, value in head.state_dict().items()}
     return {name: value.clone() for name, value in tensors.items()}
 
@@ -301,7 +303,7 @@ def ranks(tmp_path_factory):
 def test_ranks_agree_bit_for_bit(ranks, name):
     a, b = (r[name] for r in ranks)
     # averaged sub-centroids were counted and normalised by each rank for itself
-    own = {"x", "loss"} | ({"counts", "classes"} if "average" in name else set())
+    own = {"x", "loss"} | ({"counts", "classes", "wins"} if "average" in name else set())
     assert all(torch.equal(a[key], b[key]) for key in a if key not in own)
 
 
@@ -320,7 +322,7 @@ def test_two_processes_equal_one_with_all_the_data(ranks, name, kind, options):
     assert_golden(actual["loss"], expected["loss"], "loss")
     for key in ("counts", "classes", "updates"):
         assert torch.equal(actual[key], expected[key])
-    for key in ("prototypes", "feat_norm.weight", "feat_norm.bias"):
+    for key in ("prototypes", "wins", "feat_norm.weight", "feat_norm.bias"):
         assert_golden(actual[key], expected[key], "value")
 
 

@@ -259,6 +259,28 @@ def test_only_correct_pixels_move_sub_centroids_unless_all_are_asked_for(update_
     assert int(module.last_counts.sum()) == (7 if update_from == "correct" else 20)
 
 
+def test_wins_count_the_nearest_own_sub_centroid_of_every_labelled_pixel():
+    module = nn.SubCentroids(3, 2, 8, momentum=1.0)
+    x, labels = unit(40, 8), torch.arange(40) % 3 - 1  # -1, 0 and 1; class 2 has none
+    x[0, 0] = x[1, 0] = x[2, 0] = float("nan")
+    own = own_similarity(module, x, labels)
+    kept = torch.arange(40) > 2
+    nearest = torch.where(kept & (labels >= 0), labels * 2 + own.argmax(1), 6)
+    once = torch.bincount(nearest, minlength=7)[:6].view(3, 2).float()
+    # neither what the transport says nor what is right decides a win
+    cluster = torch.where(kept & (labels >= 0), labels * 2, -1)
+    module.update_(x, cluster, correct=torch.zeros(40, dtype=torch.bool), own_similarity=own)
+    assert torch.equal(module.wins, once) and once[:2].all()
+    module.update_(x, torch.where(labels == 0, cluster, -1), own_similarity=own)
+    assert_close(module.wins[0], once[0].double() * 1.99, "direction", terms=2)
+    assert torch.equal(module.wins[1:], once[1:])  # a class that is not seen forgets nothing
+    module.update_(x, cluster)  # similarities unknown
+    assert torch.equal(module.wins[1:], once[1:])
+    assert "wins" not in module.state_dict() and copy.deepcopy(module).half().wins.dtype == torch.float32
+    module.initialize_from_(x[3:], labels[3:])
+    assert not module.wins.any()
+
+
 def test_absent_sub_centroids_keep_every_bit():
     module = nn.SubCentroids(3, 2, 8, momentum=0.5)
     before = module.prototypes.clone()

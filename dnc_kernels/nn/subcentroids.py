@@ -23,6 +23,9 @@ from .recipes import options_of
 #: tensor on the sub-centroids' device: stay in torch ops there and CUDA needs no sync).
 Momentum = float | tuple[float, float, int] | Callable[[Tensor], Tensor | float]
 
+#: What `SubCentroids.wins` keeps of a class in an update that has pixels of it: the last hundred or so count.
+WINS_DECAY = 0.99
+
 
 class SubCentroids(nn.Module):
     """K unit-length sub-centroids of each of C classes, moved by clustered pixels and never by gradients (DNC, section 3.2).
@@ -59,12 +62,16 @@ class SubCentroids(nn.Module):
         last_counts: [C,K] int64, pixels that moved each sub-centroid in the last update (of all ranks). Not in the state dict.
         idle_updates: [C,K] int64, updates since each got a pixel, among those in which its class did. In the state dict with
             `revive_after`.
+        wins: [C,K] float32, decayed counts of the pixels whose nearest own sub-centroid each was, right or wrong, before it
+            moved: an update in which a class has pixels multiplies the class's row by 0.99 and adds them (of all ranks, unless
+            sync is ``average`` or ``none``). Zero again where sub-centroids start from data. Not in the state dict.
     """
 
     prototypes: Tensor
     num_updates: Tensor
     last_counts: Tensor
     idle_updates: Tensor
+    wins: Tensor
 
     def __init__(
         self,
@@ -117,6 +124,7 @@ class SubCentroids(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), **count), persistent=needs_count)  # type: ignore[arg-type]
         self.register_buffer("last_counts", torch.zeros(size, **count), persistent=False)  # type: ignore[arg-type]
         self.register_buffer("idle_updates", torch.zeros(size, **count), persistent=bool(revive_after))  # type: ignore[arg-type]
+        self.register_buffer("wins", torch.zeros(size, device=device, dtype=torch.float32), persistent=False)
         # sums and counts of the updates since the last move, and how many: no buffers, which DistributedDataParallel would
         # overwrite with rank 0's; counted on the host, where the decision to move is made
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -128,7 +136,7 @@ class SubCentroids(nn.Module):
     @torch.no_grad()
     def reset_prototypes(self) -> None:
         """Start over: sub-centroids as `init` says, counters at zero."""
-        for counter in (self.num_updates, self.last_counts, self.idle_updates):
+        for counter in (self.num_updates, self.last_counts, self.idle_updates, self.wins):
             counter.zero_()
         self._pending, self._pending_updates = None, 0
         self._start_pending, self._updates_before_start = self.init == "data", self.init_step
@@ -205,7 +213,7 @@ class SubCentroids(nn.Module):
                 any negative id leaves a pixel out.
             correct: bool, in the shape of `labels`; with ``update_from="correct"`` only these pixels move sub-centroids.
                 None: all do.
-            own_similarity: [N,K] or [B,K,H,W] as for `cluster`; needed for revival alone.
+            own_similarity: [N,K] or [B,K,H,W] as for `cluster`; needed for revival and `wins`.
 
         Raises:
             ValueError, TypeError: wrong shape, dtype or device; on CPU a label at or beyond C*K, which is left out on a GPU and
@@ -266,10 +274,13 @@ class SubCentroids(nn.Module):
                 cluster = torch.where(correct, cluster, -1)
             sums = ops.cluster_sums(x.detach(), cluster, rows)
         totals, counts = sums
+        won = self._won(own_similarity, group)
         if not gathered and self.sync != "average" and _sync.ranks(self.sync) > 1:
-            packed = counts if tally is None else torch.cat([counts, tally])
+            packed = torch.cat([counts, won] if tally is None else [counts, won, tally])
             totals, packed = _sync.sum_over_ranks(totals, packed)
-            counts, tally = packed[:rows], None if tally is None else packed[rows:]
+            counts, won, tally = packed[:rows], packed[rows : 2 * rows], None if tally is None else packed[2 * rows :]
+        if not started:  # else they are those of sub-centroids that are no more
+            self._count_wins(won)
         if self.accumulation_steps > 1:
             if started:  # these pixels were clustered by sub-centroids that are no more
                 totals, counts = torch.zeros_like(totals), torch.zeros_like(counts)
@@ -284,6 +295,20 @@ class SubCentroids(nn.Module):
             assert x is not None
             self._revive(x.detach(), group, own_similarity, self.revive_after, gathered)
         return tally
+
+    def _won(self, own_similarity: Tensor | None, group: Tensor) -> Tensor:
+        """[M] int64: pixels of classes `group` [N] (negative: left out) that are nearest to each own sub-centroid."""
+        rows = self.num_classes * self.num_subcentroids
+        won = torch.zeros(rows + 1, dtype=torch.int64, device=group.device)
+        if own_similarity is not None:
+            similarity, nearest = own_similarity.detach().max(1)
+            counted = (group >= 0) & similarity.isfinite()
+            won.index_add_(0, torch.where(counted, group * self.num_subcentroids + nearest, rows), torch.ones_like(group))
+        return won[:rows]
+
+    def _count_wins(self, won: Tensor) -> None:
+        won = won.view_as(self.wins)
+        self.wins.mul_(torch.where(won.any(1, keepdim=True), WINS_DECAY, 1.0)).add_(won)
 
     def _finish_update(self, sums: Tensor, counts: Tensor, started: bool) -> None:
         self.last_counts.copy_(counts.view_as(self.last_counts))
@@ -370,6 +395,7 @@ class SubCentroids(nn.Module):
             start = torch.where(key.isfinite()[:, None, None], rows, self.prototypes)
             counts = torch.where(key.isfinite(), -key, 0).to(torch.int64)
         self.prototypes.copy_(start)
+        self.wins.zero_()
         self._start_pending = False
         return counts
 
@@ -396,10 +422,11 @@ class SubCentroids(nn.Module):
         return options_of(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubCentroids:
-        master = self.prototypes
+        masters = {"prototypes": self.prototypes, "wins": self.wins}
         super()._apply(fn, recurse)
-        if self.prototypes.dtype in (torch.float16, torch.bfloat16):
-            self.prototypes = master.to(self.prototypes.device)
+        for name, master in masters.items():
+            if (moved := getattr(self, name)).dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, master.to(moved.device))
         return self
 
     def _load_from_state_dict(
