@@ -331,24 +331,38 @@ def test_warm_up_counts_but_moves_nothing():
     assert int(module.num_updates) == 3
 
 
-def test_unused_sub_centroid_is_revived_at_the_least_similar_pixel_of_its_class():
+def test_sub_centroid_that_wins_nothing_is_revived_though_transport_gives_it_pixels():
     module = nn.SubCentroids(2, 2, 8, momentum=1.0, revive_after=2)
-    x, labels = unit(10, 8), torch.zeros(10, dtype=torch.int64)
+    labels = torch.zeros(10, dtype=torch.int64)
+    module.prototypes[0, 1] = -module.prototypes[0, 0]
+    x = F.normalize(module.prototypes[0, 0] + 0.1 * unit(10, 8), dim=1)
     own = own_similarity(module, x, labels)
+    assert (own.argmax(1) == 0).all()
     for _ in range(2):
         assert int(module.idle_updates[0, 1]) < 2
         before = module.prototypes.clone()
-        module.update_(x, torch.zeros(10, dtype=torch.int64), own_similarity=own)
+        module.update_(x, torch.arange(10) % 2, own_similarity=own)  # balanced, as transport is
     worst = own.amax(1).argmin()
     assert_close(module.prototypes[0, 1], x[worst].double(), "direction", terms=8)
     assert torch.equal(module.prototypes[1], before[1])  # an absent class is not idle
     assert module.idle_updates.tolist() == [[0, 0], [0, 0]]
+    assert module.wins[0, 1] == module.wins[0].sum() / 3  # not dead again before it could win
+
+
+def test_sub_centroid_that_wins_its_share_is_left_alone_though_transport_gives_it_nothing():
+    module = nn.SubCentroids(1, 2, 8, momentum=1.0, revive_after=1)
+    x, labels = F.normalize(module.prototypes[0].repeat(3, 1) + 0.1 * unit(6, 8), dim=1), torch.zeros(6, dtype=torch.int64)
+    before = module.prototypes.clone()
+    module.update_(x, labels, own_similarity=own_similarity(module, x, labels))
+    assert_close(module.prototypes, before.double(), "direction", terms=8)
 
 
 def test_revival_reads_its_pixel_from_a_feature_map():
-    x = F.normalize(torch.randn(2, 8, 3, 5), dim=1)
-    rows = x.permute(0, 2, 3, 1).reshape(-1, 8)
     maps, pixels = (nn.SubCentroids(1, 2, 8, momentum=1.0, revive_after=1, generator=generator()) for _ in range(2))
+    for module in (maps, pixels):
+        module.prototypes[0, 1] = -module.prototypes[0, 0]
+    x = F.normalize(maps.prototypes[0, 0].view(8, 1, 1) + 0.1 * torch.randn(2, 8, 3, 5), dim=1)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 8)
     labels = torch.zeros(30, dtype=torch.int64)
     own = own_similarity(pixels, rows, labels)
     maps.update_(x, labels, own_similarity=own)
@@ -379,7 +393,7 @@ def test_state_dict_holds_the_released_name_alone():
         ({"momentum": (0.9, 0.99, 5)}, ["num_updates"]),
         ({"warmup_steps": 3}, ["num_updates"]),
         ({"init": "data", "init_step": 1}, ["num_updates"]),
-        ({"revive_after": 2}, ["idle_updates"]),
+        ({"revive_after": 2}, ["idle_updates", "wins"]),
     ],
 )
 def test_resuming_is_exact(options, extra):

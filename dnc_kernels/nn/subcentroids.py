@@ -25,6 +25,8 @@ Momentum = float | tuple[float, float, int] | Callable[[Tensor], Tensor | float]
 
 #: What `SubCentroids.wins` keeps of a class in an update that has pixels of it: the last hundred or so count.
 WINS_DECAY = 0.99
+#: A sub-centroid with a smaller share of the wins of its class is dead: it stands for nothing.
+DEAD_SHARE = 0.01
 
 
 class SubCentroids(nn.Module):
@@ -47,8 +49,9 @@ class SubCentroids(nn.Module):
             `init_step`, random until then.
         init_step: the update that ``init="data"`` replaces; 0 is the first.
         warmup_steps: updates that are counted but move nothing.
-        revive_after: give a sub-centroid that got no pixel in this many updates in which its class did the pixel of its class
-            that is least like any of its sub-centroids; at most one per class and update. None or 0: never.
+        revive_after: give a sub-centroid that had less than 1 % of the `wins` of its class throughout this many updates of the
+            class the pixel of its class that is least like any of its sub-centroids; at most one per class and update. None or
+            0: never.
         accumulation_steps: calls of `update_` whose sums add up before the sub-centroids move once; `num_updates` counts moves.
         generator: source of every draw (start, Gumbel noise); None: torch's global one. Copied and pickled with the module.
         device, dtype: of the sub-centroids; float32 (default) or float64.
@@ -60,11 +63,12 @@ class SubCentroids(nn.Module):
         num_updates: int64, updates done. In the state dict only where a ramp, a warm-up, a data start or revival needs it to
             resume.
         last_counts: [C,K] int64, pixels that moved each sub-centroid in the last update (of all ranks). Not in the state dict.
-        idle_updates: [C,K] int64, updates since each got a pixel, among those in which its class did. In the state dict with
-            `revive_after`.
+        idle_updates: [C,K] int64, updates since each had 1 % of the wins of its class, among those in which its class had
+            pixels. In the state dict with `revive_after`.
         wins: [C,K] float32, decayed counts of the pixels whose nearest own sub-centroid each was, right or wrong, before it
             moved: an update in which a class has pixels multiplies the class's row by 0.99 and adds them (of all ranks, unless
-            sync is ``average`` or ``none``). Zero again where sub-centroids start from data. Not in the state dict.
+            sync is ``average`` or ``none``). Zero again where sub-centroids start from data. In the state dict with
+            `revive_after`.
     """
 
     prototypes: Tensor
@@ -124,7 +128,8 @@ class SubCentroids(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), **count), persistent=needs_count)  # type: ignore[arg-type]
         self.register_buffer("last_counts", torch.zeros(size, **count), persistent=False)  # type: ignore[arg-type]
         self.register_buffer("idle_updates", torch.zeros(size, **count), persistent=bool(revive_after))  # type: ignore[arg-type]
-        self.register_buffer("wins", torch.zeros(size, device=device, dtype=torch.float32), persistent=False)
+        wins = torch.zeros(size, device=device, dtype=torch.float32)
+        self.register_buffer("wins", wins, persistent=bool(revive_after))
         # sums and counts of the updates since the last move, and how many: no buffers, which DistributedDataParallel would
         # overwrite with rank 0's; counted on the host, where the decision to move is made
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -213,7 +218,7 @@ class SubCentroids(nn.Module):
                 any negative id leaves a pixel out.
             correct: bool, in the shape of `labels`; with ``update_from="correct"`` only these pixels move sub-centroids.
                 None: all do.
-            own_similarity: [N,K] or [B,K,H,W] as for `cluster`; needed for revival and `wins`.
+            own_similarity: [N,K] or [B,K,H,W] as for `cluster`; needed for `wins` and revival.
 
         Raises:
             ValueError, TypeError: wrong shape, dtype or device; on CPU a label at or beyond C*K, which is left out on a GPU and
@@ -316,9 +321,9 @@ class SubCentroids(nn.Module):
             if self.warmup_steps:
                 counts = torch.where(self.num_updates < self.warmup_steps, 0, counts)
             self._move(sums, counts)
-        got = self.last_counts > 0
-        idle = self.idle_updates + got.any(1, keepdim=True)
-        self.idle_updates.copy_(torch.where(got, 0, idle))
+        alive = self.wins >= DEAD_SHARE * self.wins.sum(1, keepdim=True)
+        idle = self.idle_updates + (self.last_counts > 0).any(1, keepdim=True)
+        self.idle_updates.copy_(torch.where(alive, 0, idle))
         self.num_updates.add_(1)
 
     def _move(self, sums: Tensor, counts: Tensor) -> None:
@@ -355,6 +360,8 @@ class SubCentroids(nn.Module):
         each = torch.arange(self.num_classes, device=which.device)
         self.prototypes[each, which] = torch.where(due[:, None], pixels, self.prototypes[each, which])
         self.idle_updates[each, which] = torch.where(due, 0, longest)
+        # as many as any other has, or it would be dead before it could win
+        self.wins[each, which] = torch.where(due, self.wins.mean(1), self.wins[each, which])
 
     @torch.no_grad()
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:
@@ -451,7 +458,7 @@ class SubCentroids(nn.Module):
             self._start_pending = self.init == "data" and done is not None and done <= self.init_step
             self._updates_before_start = 0 if done is None else max(0, self.init_step - done)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        for counter in ("num_updates", "idle_updates"):  # a released checkpoint has none
+        for counter in ("num_updates", "idle_updates", "wins"):  # a released checkpoint has none
             if f"{prefix}{counter}" in missing_keys:
                 missing_keys.remove(f"{prefix}{counter}")
 
