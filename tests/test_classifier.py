@@ -449,3 +449,19 @@ def test_forward_with_labels_is_the_loss():
     assert int(model.num_updates) == 1
     with pytest.raises(ValueError, match=r"DNCClassifier\.forward: update must be None without labels"):
         model(x, update=False)
+
+
+def test_samples_of_several_losses_move_the_sub_centroids_once():
+    options = {"momentum": 0.5, "memory_size": 0, "update_from": "all", "ppc_weight": 0, "ppd_weight": 0}
+    model, twin = make(accumulation_steps=2, **options), make(**options)
+    (x, labels), start = batch(), model.prototypes.clone()
+    e = model.embed(x).detach()
+    total = torch.zeros(len(start) * start.shape[1], x.shape[1])
+    for _ in range(2):
+        assert torch.equal(model.prototypes, start) and int(model.num_updates) == 0
+        own = ops.class_scores(e, start, labels, ignore_index=-1).own_similarity
+        total += ops.cluster_sums(e, twin.cluster(own, labels), len(total)).sums
+        model.loss(x, labels)
+    ops.apply_momentum_(twin.prototypes, total, (total != 0).any(1).to(torch.int64), momentum=0.5)
+    assert int(model.num_updates) == 1 and not torch.equal(model.prototypes, start)
+    assert_close(model.prototypes, twin.prototypes.double(), "direction", terms=x.shape[1])

@@ -87,7 +87,7 @@ INTEGERS = {
     ],
     "DNCClassifier": [
         "in_features", "num_classes", "num_subcentroids", "memory_size", "iterations", "ignore_index", "init_step",
-        "warmup_steps", "revive_after",
+        "warmup_steps", "revive_after", "accumulation_steps",
     ],
     "SubCentroids": [
         "num_classes", "num_subcentroids", "channels", "iterations", "init_step", "warmup_steps", "revive_after",

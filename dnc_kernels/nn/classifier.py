@@ -59,6 +59,8 @@ class DNCClassifier(CentroidModel):
         revive_after: move a sub-centroid without a sample in this many updates (`SubCentroids`); 0: never. Default: None.
         class_weight: [C] weights of the cross-entropy; None: all are 1.
         label_smoothing: of the cross-entropy, in [0,1]. Default: 0.0.
+        accumulation_steps: losses whose sums of samples add up before the sub-centroids move once: those of a training step whose
+            gradients add up; or many batches, as the released code moves once in 300 to 1000.
         recipe: name in `RECIPES`; None: ``default``.
         generator: source of every draw; None: torch's global one.
         device, dtype: of parameters; None: torch's defaults. Sub-centroids stay in float32 at least.
@@ -97,6 +99,7 @@ class DNCClassifier(CentroidModel):
         revive_after: int | None = None,
         class_weight: Tensor | list[float] | None = None,
         label_smoothing: float | None = None,
+        accumulation_steps: int = 1,
         recipe: Recipe | None = None,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
@@ -107,8 +110,8 @@ class DNCClassifier(CentroidModel):
         memory_size = whole_number(op, "memory_size", memory_size, 0)
         super().__init__(
             in_features, num_classes, num_subcentroids,
-            recipe=recipe, ignore_index=ignore_index, class_weight=class_weight, sync=sync, generator=generator,
-            device=device, dtype=dtype,
+            recipe=recipe, ignore_index=ignore_index, class_weight=class_weight, sync=sync,
+            accumulation_steps=accumulation_steps, generator=generator, device=device, dtype=dtype,
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,

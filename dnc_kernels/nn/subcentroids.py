@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,31 @@ from .recipes import options_of
 #: A number; or (start, end, steps), a cosine ramp over the updates; or a function of the number of updates done (a 0-d float
 #: tensor on the sub-centroids' device: stay in torch ops there and CUDA needs no sync).
 Momentum = float | tuple[float, float, int] | Callable[[Tensor], Tensor | float]
+
+@dataclass(frozen=True)
+class Recent:
+    """Momentum that averages over the recent part of the updates so far, however many there will be.
+
+    After n updates it is ``1 - 1 / (fraction * n + 1 / (1 - start))``: the average reaches back over `fraction` of them and
+    1 / (1 - start) more. It needs no length of the training, forgets where the sub-centroids started, and steadies them as the
+    network settles: for SGD such averages are known as polynomial-decay averaging (Shamir and Zhang, ICML 2013).
+
+    Args:
+        fraction: of the updates so far, in (0,1].
+        start: momentum of the first update, in [0,1).
+    """
+
+    fraction: float = 0.25
+    start: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_value(0 < self.fraction <= 1, "Recent", "fraction", "in (0,1]", self.fraction)
+        check_value(0 <= self.start < 1, "Recent", "start", "in [0,1)", self.start)
+
+    def __call__(self, updates: Tensor) -> Tensor:
+        """Momentum after so many updates, a 0-d float tensor as `updates` is."""
+        return 1 - 1 / (self.fraction * updates + 1 / (1 - self.start))
+
 
 #: What `SubCentroids.wins` keeps of a class in an update that has pixels of it: the last hundred or so count.
 WINS_DECAY = 0.99
