@@ -88,8 +88,8 @@ def _exemplar(axis: Axes, evidence: Evidence, anchors: Anchors, *, won: bool, ri
     colour = _tone(right) if won else PALE
     if anchor.crop is None:
         _show(axis, np.full((8, 8, 3), 240, np.uint8), colour, 1.0)
-        style = {"fontsize": 5, "color": "#555555"}
-        axis.text(0.5, 0.5, "no training\nsample", ha="center", va="center", transform=axis.transAxes, **style)
+        where = {"ha": "center", "va": "center", "transform": axis.transAxes}
+        axis.text(0.5, 0.5, "no training\nsample", where, fontsize=5, color="#555555")
     else:
         _show(axis, anchor.crop.permute(1, 2, 0).numpy(), colour, 2.0 if won else 1.0)
         if anchors.segmentation:

@@ -70,7 +70,7 @@ def rule(anchors: Anchors, label: int | str, rivals: int = 3) -> Rule:
     """
     op, classes = "rule", anchors.classes
     if isinstance(label, str):
-        check_value(label in classes, op, "label", "the name of a class", label)
+        check_value(label in classes, op, "label", "the name of a class", repr(label))
         label = classes.index(label)
     check_value(0 <= label < len(classes), op, "label", f"in [0,{len(classes)})", label)
     rivals = min(whole_number(op, "rivals", rivals, 0), len(classes) - 1)
