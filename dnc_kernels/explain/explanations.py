@@ -78,10 +78,10 @@ def explain_images(
     top: int = 4,
     regions: int = 4,
 ) -> list[Explanation]:
-    """Explain the class of each picture, or in segmentation of the largest regions of each (DNC, figure 4).
+    """Explain the class of each picture, or in segmentation of regions of each (DNC, figure 4).
 
-    A region is a connected part of the predicted map. It is explained by the pixel whose embedding is most like the mean of the
-    region's; its true class is the most frequent one in it.
+    A region is a connected part of the predicted map. First come the largest of each class, by size, then the second. It is
+    explained by the pixel whose embedding is most like the mean of the region's; its true class is the most frequent in it.
 
     Args:
         model: with `anchors` applied, as `anchor` leaves it.
@@ -135,7 +135,9 @@ def _image(head: DNCClassifier, anchors: Anchors, query: _Query, features: Tenso
 
 
 def _regions(head: DNCHead, anchors: Anchors, query: _Query, features: Tensor, top: int, most: int) -> Iterator[Explanation]:
-    """Explanations of the largest regions in which a pixel of the feature map has the region's class."""
+    """Explanations of regions in which a pixel of the feature map has the region's class: the largest of each class, by size,
+    then the second of each.
+    """
     height, width = query.picture.shape[1:]
     embedding, logits, prototypes = head.embed(features)[0], head(features)[0], head.snapshot()
     small = logits.argmax(0).cpu().numpy()
@@ -144,15 +146,15 @@ def _regions(head: DNCHead, anchors: Anchors, query: _Query, features: Tensor, t
         np.array([centre(i, size, length, head.align_corners) for i in range(size)])
         for size, length in zip(small.shape, (height, width), strict=True)
     )
-    masks: list[tuple[int, int, NDArray[np.bool_]]] = []
+    masks: list[tuple[int, int, int, NDArray[np.bool_]]] = []
     for label in np.unique(predicted).tolist():
         numbered, _ = ndimage.label(predicted == label)
         areas = np.bincount(numbered.ravel())[1:]
         # more of a class than are shown at all: small ones may hold no feature
         largest = areas.argsort(kind="stable")[::-1][: 2 * most].tolist()
-        masks += [(int(areas[number]), label, numbered == number + 1) for number in largest]
+        masks += [(rank, -int(areas[i]), label, numbered == i + 1) for rank, i in enumerate(largest)]
     shown = 0
-    for _, label, mask in sorted(masks, key=lambda one: -one[0]):
+    for _, _, label, mask in sorted(masks, key=lambda one: one[:3]):
         if shown == most:
             return
         inside = mask[rows[:, None], columns] & (small == label)

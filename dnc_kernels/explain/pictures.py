@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ RIGHT, WRONG, NEUTRAL, PALE = "#1a7f37", "#c62828", "#3a6ea5", "#9aa0a6"
 COLUMNS = 3  # of queries side by side
 WIDTH, EXEMPLAR = 4.4, 0.66  # inches: of a query with what belongs to it; of an exemplar with the gap to the next
 _DIM = 0.35  # brightness of what lies outside a region
+_PLAIN: dict[str, Any] = {"parse_math": False}  # a $ in a name is a $
 
 
 def draw(path: Path | str, explanations: Sequence[Explanation], anchors: Anchors, title: str = "") -> Path:
@@ -41,7 +43,7 @@ def draw(path: Path | str, explanations: Sequence[Explanation], anchors: Anchors
     figure = Figure(figsize=(across * WIDTH, rows * tall + above), facecolor="white")
     whole = figure.get_figheight()
     if title:
-        figure.text(0.5, 1 - 0.25 / whole, title, ha="center", va="center", fontsize=12, fontweight="bold")
+        figure.text(0.5, 1 - 0.25 / whole, title, ha="center", va="center", fontsize=12, fontweight="bold", **_PLAIN)
     for number, one in enumerate(explanations):
         row, column = divmod(number, across)
         left, top = column * WIDTH + 0.15, whole - above - row * tall
@@ -68,7 +70,8 @@ def shown(one: Explanation) -> NDArray[np.uint8]:
     picture = one.picture.permute(1, 2, 0).numpy()
     if one.region is None:
         return picture
-    border = one.region & ~ndimage.binary_erosion(one.region, border_value=1)
+    thick = max(1, max(one.region.shape) // 160)  # still there when the picture is scaled down
+    border = one.region & ~ndimage.binary_erosion(one.region, iterations=thick, border_value=1)
     dim = np.where(one.region[..., None], picture, (picture * _DIM).astype(np.uint8))
     return np.where(border[..., None], np.uint8(255), dim)
 
@@ -78,9 +81,9 @@ def _query(axis: Axes, one: Explanation, anchors: Anchors) -> None:
     _show(axis, shown(one), colour, 2.4)
     if one.region is not None:
         _ring(axis, one.row, one.column)
-    axis.set_title(_short(anchors.classes[one.label], 22), fontsize=10, color=colour, fontweight="bold", pad=4)
+    axis.set_title(_short(anchors.classes[one.label], 22), fontsize=10, color=colour, fontweight="bold", pad=4, **_PLAIN)
     said = "" if one.truth is None else "right\n" if one.right else f"wrong: it is {_short(anchors.classes[one.truth], 14)}\n"
-    axis.set_xlabel(said + _short(one.id, 26), fontsize=7.5, color="#444444", labelpad=3)
+    axis.set_xlabel(said + _short(one.id, 26), fontsize=7.5, color="#444444", labelpad=3, **_PLAIN)
 
 
 def _exemplar(axis: Axes, evidence: Evidence, anchors: Anchors, *, won: bool, right: bool | None) -> None:
@@ -94,11 +97,14 @@ def _exemplar(axis: Axes, evidence: Evidence, anchors: Anchors, *, won: bool, ri
         _show(axis, anchor.crop.permute(1, 2, 0).numpy(), colour, 2.0 if won else 1.0)
         if anchors.segmentation:
             _ring(axis, anchor.at[0] * anchor.crop.shape[1] - 0.5, anchor.at[1] * anchor.crop.shape[2] - 0.5)
-    text = axis.text
-    text(1.15, 0.68, percent(evidence.probability), fontsize=10, fontweight="bold" if won else "normal", va="center",
-         transform=axis.transAxes, color="#111111")  # fmt: skip
-    text(2.15, 0.68, _short(anchors.classes[evidence.label], 11), fontsize=9, va="center", transform=axis.transAxes)
-    text(1.15, 0.26, f"cosine {evidence.similarity:.2f}", fontsize=7.5, color="#555555", va="center", transform=axis.transAxes)
+    bold = "bold" if won else "normal"
+    for x, y, text, size, colour in (
+        (1.15, 0.68, percent(evidence.probability), 10, "#111111"),
+        (2.25, 0.68, _short(anchors.classes[evidence.label], 11), 9, "#111111"),
+        (1.15, 0.26, f"cosine {evidence.similarity:.2f}", 7.5, "#555555"),
+    ):
+        axis.text(x, y, text, fontsize=size, color=colour, fontweight=bold if size == 10 else "normal", va="center",
+                  transform=axis.transAxes, **_PLAIN)  # fmt: skip
 
 
 def _arrow(figure: Figure, query: Axes, axis: Axes, evidence: Evidence, place: int, right: bool | None) -> None:
