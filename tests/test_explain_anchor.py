@@ -84,6 +84,12 @@ def test_shares_dead_and_usage_count_the_nearest_own_sub_centroid():
     assert anchors.usage == pytest.approx(float(entropy), abs=1e-6)
 
 
+def test_above_ten_a_dead_sub_centroid_has_less_than_a_tenth_of_an_even_share():
+    model, train, _ = of_images(per_class=30, classes=1, k=20)
+    anchors = anchor(model, train, prepare=prepare)
+    assert anchors.dead_below == pytest.approx(0.005) and anchors.dead == float((anchors.share == 0).double().mean()) > 0
+
+
 def test_a_class_with_too_few_samples_keeps_its_other_sub_centroids():
     model, train, _ = of_images()
     train.labels[train.labels == 1] = torch.tensor([1, 1, -100, -100, -1, -100, -100])  # two are left

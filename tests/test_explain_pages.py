@@ -395,8 +395,11 @@ def test_a_refit_comes_before_anchoring_and_its_figures_are_told(fake_run, tmp_p
     assert cli.main(["--checkpoint", str(tmp_path), "--out", str(tmp_path), "--queries", "0", "--refit"]) == 0
     out = capsys.readouterr().out
     assert calls == [(run.train, run.model.backbone)]
-    assert re.search(r"% as trained, \d+\.\d% refitted, \d+\.\d% with training samples", out) and "dead" not in out
-    assert "As trained, before its sub-centroids were refitted" in check((tmp_path / "index.html").read_text()).text
+    assert (
+        re.search(r"% as trained, \d+\.\d% refitted, \d+\.\d% with training samples as sub-centroids .* in all", out)
+        and "dead" not in out
+    )
+    assert "Refitting the sub-centroids before that gained" in check((tmp_path / "index.html").read_text()).text
 
 
 def test_a_segmentation_in_one_call(tmp_path):

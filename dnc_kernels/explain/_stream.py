@@ -68,15 +68,15 @@ def head_of(op: str, model: Model) -> tuple[DNCHead | DNCClassifier, bool]:
 def evaluating(model: Model) -> Iterator[None]:
     """Backbone and head in eval mode and without gradients, afterwards as they were."""
     parts = [part for part in (model.backbone, model.head) if isinstance(part, nn.Module)]
-    before = [(module, module.training) for part in parts for module in part.modules()]
+    modules = [module for part in parts for module in part.modules() if module.training]
     try:
-        for part in parts:
-            part.eval()
+        for module in modules:
+            module.training = False  # the flag alone: a module's train() may do more, such as warn
         with torch.no_grad():
             yield
     finally:
-        for module, training in before:  # a module before those in it
-            module.train(training)
+        for module in modules:
+            module.training = True
 
 
 def features_of(op: str, model: Model, images: Tensor, prepare: Prepare | None) -> Tensor:

@@ -23,8 +23,6 @@ from ..runs.checkpoint import replacing
 
 TENSORS, INDEX = "anchors.safetensors", "anchors.json"
 FORMAT, VERSION = "dnc_kernels anchors", 1
-#: A sub-centroid that wins a smaller share of its class's training samples is dead.
-DEAD = 0.01
 
 
 class AnchorsError(ValueError):
@@ -137,10 +135,15 @@ class Anchors:
         return torch.tensor([[anchor.share for anchor in row] for row in self.rows], dtype=torch.float64)
 
     @property
+    def dead_below(self) -> float:
+        """The share of its class's samples below which a sub-centroid is dead: 1%, or above K = 10 a tenth of an even share."""
+        return min(0.01, 0.1 / self.embedding.shape[1])
+
+    @property
     def dead(self) -> float:
-        """Share of the sub-centroids, of classes with samples, that won less than 1% of their class before anchoring."""
+        """Share of the sub-centroids, of classes with samples, that were dead before anchoring (`dead_below`)."""
         share = self.share[torch.tensor(self.counts) > 0]
-        return float((share < DEAD).double().mean()) if len(share) else 0.0
+        return float((share < self.dead_below).double().mean()) if len(share) else 0.0
 
     @property
     def usage(self) -> float:

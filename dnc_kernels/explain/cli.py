@@ -46,15 +46,18 @@ def summary(done: Explained) -> list[str]:
     if before is not None and after is not None:
         first = "" if done.trained is None else f"{percent(done.trained.value)} as trained, "
         which = "refitted" if done.trained is not None else "before anchoring"
+        change = 100 * (after.value - (before if done.trained is None else done.trained).value)
         lines.append(
             f"{before.name}: {first}{percent(before.value)} {which}, {percent(after.value)} with training samples as "
-            f"sub-centroids ({100 * (after.value - before.value):+.1f} points)"
+            f"sub-centroids ({change:+.1f} points{'' if done.trained is None else ' in all'})"
         )
     real = int((anchors.sample >= 0).sum())
     lines.append(f"sub-centroids: {real} of {anchors.sample.numel()} are training samples now")
     if anchors.dead >= DEAD_WARNING:
         fix = "" if done.trained is not None else "; --refit fits them to the data first"
-        lines.append(f"warning: {percent(anchors.dead)} of them were dead before, each won under 1% of its class{fix}")
+        lines.append(
+            f"warning: {percent(anchors.dead)} of them were dead before, each won under {100 * anchors.dead_below:g}% of its class{fix}"
+        )
     return [*lines, f"written: {', '.join(str(file) for file in done.files)}"]
 
 
