@@ -273,6 +273,7 @@ def test_pages_without_figures_queries_or_some_samples(tmp_path):
     train.labels[train.labels == 1] = -1
     anchors = anchor(model, train, prepare=prepare)
     page = check(write_gallery(tmp_path / "page.html", anchors).read_text())
+    assert f"apart from {K} of classes with too few of them" in page.text
     assert "no training sample" in page.text and f"{K} sub-centroids stayed" in page.text and not page.of("article")
 
 

@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--refit", action="store_true", help="fit the sub-centroids to the training data first: where they are dead")
     add("--queries", type=int, default=12, metavar="N", help="pictures of the test data to explain (default 12)")
     add("--top", type=int, default=4, metavar="N", help="classes that each explanation shows (default 4)")
-    add("--seed", type=int, default=0, help="of the draw of the queries (default 0)")
+    add("--seed", type=int, default=0, help="of the draw of the queries, and of the refit (default 0)")
     add("--device", default="cpu", metavar="cpu|cuda", help="where to compute (default cpu)")
     o = parser.parse_args(argv)
     for option, value, least in (("--queries", o.queries, 0), ("--top", o.top, 1), ("--seed", o.seed, 0)):

@@ -70,7 +70,7 @@ def explain_run(
         queries: pictures of the test data to explain. In image classification as many wrong as right ones, as far as there are,
             drawn evenly over the classes; in segmentation half are those with the largest share of wrong pixels.
         top: classes of each explanation.
-        seed: of the draw.
+        seed: of the draw, and of what the refit draws.
         device: to compute on.
         say: told what is going on, a line at a time.
     """
@@ -87,7 +87,9 @@ def explain_run(
         say("measuring the trained classifier")
         trained = measure(model, run.test, prepare=prepare)
         say("refitting the sub-centroids to the training data")
-        model.head.refit_(run.train, backbone=model.backbone, prepare=prepare)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model.head.refit_(run.train, backbone=model.backbone, prepare=prepare)
     say(f"anchoring to {len(run.train)} training samples, measuring on {len(run.test)}")
     anchors = anchor(model, run.train, prepare=prepare, classes=run.classes, evaluate=run.test)
     say(f"explaining {min(queries, len(run.test))} queries")
