@@ -55,9 +55,8 @@ def summary(done: Explained) -> list[str]:
     lines.append(f"sub-centroids: {real} of {anchors.sample.numel()} are training samples now")
     if anchors.dead >= DEAD_WARNING:
         fix = "" if done.trained is not None else "; --refit fits them to the data first"
-        lines.append(
-            f"warning: {percent(anchors.dead)} of them were dead before, each won under {100 * anchors.dead_below:g}% of its class{fix}"
-        )
+        won = f"each won under {100 * anchors.dead_below:g}% of its class"
+        lines.append(f"warning: {percent(anchors.dead)} of them were dead before, {won}{fix}")
     return [*lines, f"written: {', '.join(str(file) for file in done.files)}"]
 
 
