@@ -359,6 +359,22 @@ def test_nearest_samples_of_one_call_with_numbers_of_its_own():
     assert torch.equal(labels[whole.sample[valid]], classes[valid])
 
 
+@pytest.mark.parametrize("nearest_only", [True, False])
+def test_nearest_samples_count_whom_each_sub_centroid_wins(nearest_only):
+    model = make()
+    x, labels = batch()
+    e = model.embed(x).detach()
+    e[3], labels[5] = torch.nan, -1
+    accumulator = nn.NearestSamples(model, 1, nearest_only=nearest_only)
+    for part in (slice(0, 7), slice(7, None)):
+        accumulator.add(e[part], labels[part])
+    expected = torch.zeros(C, K, dtype=torch.int64)
+    for i in range(len(e)):
+        if i != 3 and labels[i] >= 0:
+            expected[labels[i], (model.prototypes[labels[i]] @ e[i]).argmax()] += 1
+    assert torch.equal(accumulator.wins, expected)
+
+
 def test_nearest_samples_do_not_follow_later_training():
     model = make()
     x, labels = batch()

@@ -24,8 +24,8 @@ FOLLOWED = (*PAGES, ROOT / "CONTRIBUTING.md")
 FOLDERS = ("benchmarks", "cmake", "csrc", "dnc_kernels", "docs", "examples", "tests")
 #: Modules that no block may count on: without them it is skipped.
 EXTRAS = {
-    "PIL", "faiss", "matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "safetensors", "sklearn", "timm", "torchvision",
-    "transformers", "triton",
+    "PIL", "faiss", "jinja2", "matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "safetensors", "scipy", "sklearn", "timm",
+    "torchvision", "transformers", "triton",
 }  # fmt: skip
 
 

@@ -38,6 +38,10 @@ class NearestSamples:
         nearest_only: see above.
         ignore_index: label to leave out, apart from any negative id; None: that of the head, if it has one.
 
+    Attributes:
+        wins: [C,K] int64, of each sub-centroid the samples (pixels) of its class that are nearer to it than to any other of the
+            class, over all batches: 0 is a sub-centroid that does nothing.
+
     Memory: 3 * C*K*count numbers, and for a batch [N,K] similarities and a few of their size.
     """
 
@@ -52,7 +56,7 @@ class NearestSamples:
         count = whole_number("NearestSamples", "count", count)
         if ignore_index is not None:
             ignore_index = whole_number("NearestSamples", "ignore_index", ignore_index, None)
-        self.prototypes = sub_centroids.prototypes.detach().clone()
+        self.prototypes = sub_centroids.snapshot().detach().clone()
         self.count, self.nearest_only = count, nearest_only
         self.ignore_index = getattr(sub_centroids, "ignore_index", None) if ignore_index is None else ignore_index
         self.label_mode = getattr(sub_centroids, "label_mode", "nearest-exact")
@@ -61,6 +65,7 @@ class NearestSamples:
         self._similarity = torch.full((classes, k, count), -torch.inf, dtype=self.prototypes.dtype, device=device)
         self._sample = torch.full((classes, k, count), -1, dtype=torch.int64, device=device)
         self._pixel = self._sample.clone()
+        self.wins = torch.zeros((classes, k), dtype=torch.int64, device=device)
         self._seen = 0
 
     @torch.no_grad()
@@ -112,10 +117,10 @@ class NearestSamples:
             check_value(False, op, "embedding", "of unit length", f"a similarity of {float(most):.3g}", fix)
         keep = (labels >= 0) & own.isfinite().all(1)
         value = torch.where(keep[:, None], own.to(self._similarity.dtype), -torch.inf)
+        nearest, group = value.argmax(1), torch.where(keep, labels, 0)
+        self.wins.view(-1).index_add_(0, group * k + nearest, keep.to(torch.int64))
         if self.nearest_only:
-            nearest = torch.nn.functional.one_hot(value.argmax(1), k).bool()
-            value = torch.where(nearest, value, -torch.inf)
-        group = torch.where(keep, labels, 0)
+            value = torch.where(torch.nn.functional.one_hot(nearest, k).bool(), value, -torch.inf)
         per_image = pixels // batch
         where = torch.arange(pixels, device=value.device)
         if per_image > 1:
