@@ -199,7 +199,7 @@ def test_old_keywords_of_the_layers():
 
 
 def test_words_are_those_of_the_recipes():
-    assert set(get_args(_choices.Recipe)) == set(nn.RECIPES)
+    assert set(get_args(_choices.Recipe)) == {"default", *nn.RECIPES}
     for recipe in nn.RECIPES.values():
         for name in recipe.keys() & _choices.CHOICES.keys():
             assert recipe[name] in _choices.CHOICES[name]
@@ -212,7 +212,8 @@ def test_every_word_is_typed_and_accepted(layer):
         if name in hints:
             assert str not in get_args(hints[name].annotation) and hints[name].annotation not in ("str", "str | None")
             for word in words:
-                assert getattr(HEADS[layer](**{name: word}), name) == word
+                expected = getattr(nn, layer).default_recipe if word == "default" else word
+                assert getattr(HEADS[layer](**{name: word}), name) == expected
 
 
 def test_mypy_knows_the_words(tmp_path):
@@ -252,7 +253,7 @@ def documented(layer):
 def test_docstring_names_every_argument_and_every_default(layer):
     parameters, texts = inspect.signature(getattr(nn, layer)).parameters, documented(layer)
     assert list(texts) == list(parameters)
-    default, released = nn.RECIPES["default"], nn.RECIPES["released"]
+    default, released = nn.RECIPES[getattr(nn, layer).default_recipe], nn.RECIPES["released"]
     for name, parameter in parameters.items():
         if parameter.default is not None:
             continue
@@ -271,7 +272,7 @@ def test_docstring_names_every_argument_and_every_default(layer):
 
 def test_repr_shows_sizes_recipe_and_what_differs():
     assert repr(nn.DNCHead(64, 19)).startswith(
-        "DNCHead(\n  in_channels=64, num_classes=19, num_subcentroids=10, recipe='default'\n  (feat_norm)"
+        "DNCHead(\n  in_channels=64, num_classes=19, num_subcentroids=10, recipe='segmentation'\n  (feat_norm)"
     )
     weight = [1.0] * 19
     head = nn.DNCHead(
@@ -283,7 +284,7 @@ def test_repr_shows_sizes_recipe_and_what_differs():
         "confidence='length', class_weight=tensor[19], checkpoint='none', recipe='released'"
     )
     assert nn.DNCClassifier(8, 5, memory_size=0, init="random").extra_repr() == (
-        "in_features=8, num_classes=5, num_subcentroids=4, memory_size=0, init='random', recipe='default'"
+        "in_features=8, num_classes=5, num_subcentroids=4, memory_size=0, init='random', recipe='classification'"
     )
     assert nn.SubCentroids(3, 2, 8, epsilon=0.1).extra_repr() == "num_classes=3, num_subcentroids=2, channels=8, epsilon=0.1"
     assert "momentum=ramp" in nn.SubCentroids(3, 2, 8, momentum=ramp).extra_repr()
@@ -298,7 +299,7 @@ def test_repr_of_a_subclass_with_a_constructor_of_its_own():
         def __init__(self, **options):
             super().__init__(8, 5, 2, **options)
 
-    assert Own(sync="none").extra_repr() == "in_channels=8, num_classes=5, num_subcentroids=2, sync='none', recipe='default'"
+    assert Own(sync="none").extra_repr() == "in_channels=8, num_classes=5, num_subcentroids=2, sync='none', recipe='segmentation'"
 
 
 # groups

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..nn import RECIPES
+from ..nn import RECIPES, DNCHead
 from . import pictures, report
 from .explanations import explain
 from .network import SmallBackbone
@@ -102,7 +102,7 @@ def parse(argv: list[str] | None) -> Options:
     add("--size", metavar="HxW", help=f"size of the scenes in pixels (default {default.height}x{default.width})")
     add("--device", default="cpu", metavar="cpu|cuda", help="where to train (default cpu)")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
-    add("--recipe", default="default", help=f"recipe of the DNC head: {', '.join(RECIPES)} (default: default)")
+    add("--recipe", default="default", help=f"recipe of the DNC head: {', '.join(RECIPES)} (default: {DNCHead.default_recipe})")
     add("--subcentroids", type=int, metavar="K", help=f"sub-centroids per class (default {default.subcentroids})")
     add("--heads", default=",".join(HEADS), help=f"heads to train, separated by commas (default {','.join(HEADS)})")
     add("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="where figures and pictures go (default demo-out)")
@@ -126,7 +126,7 @@ def parse(argv: list[str] | None) -> Options:
     heads = list(dict.fromkeys(given.heads.split(",")))
     if not set(heads) <= set(HEADS):
         parser.error(f"--heads must be {' or '.join(HEADS)}, or both with a comma between; got {given.heads!r}")
-    if settings.recipe not in RECIPES:
+    if settings.recipe not in ("default", *RECIPES):
         parser.error(f"--recipe must be one of {', '.join(RECIPES)}; got {settings.recipe!r}")
     # Under ten steps the schedule would have no step to warm up in.
     for option, value, least in (

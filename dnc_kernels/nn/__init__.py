@@ -2,6 +2,7 @@
 
 from ._base import DNCLoss
 from ._labels import resize_labels
+from ._momentum import Recent
 from .classifier import DNCClassifier
 from .explain import Nearest, NearestSamples, nearest_samples
 from .head import DNCHead
@@ -20,6 +21,7 @@ __all__ = [
     "Memory",
     "Nearest",
     "NearestSamples",
+    "Recent",
     "SubCentroids",
     "load_released_state_dict",
     "nearest_samples",

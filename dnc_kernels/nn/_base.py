@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,7 @@ class CentroidModel(SubCentroids):
     anything.
     """
 
+    default_recipe: ClassVar[Recipe]
     class_weight: Tensor | None
     class_counts: Tensor
     nonfinite_pixels: Tensor
@@ -68,6 +69,7 @@ class CentroidModel(SubCentroids):
         **fixed: Any,
     ) -> None:
         op = type(self).__name__
+        recipe = self.default_recipe if recipe in (None, "default") else recipe
         chosen = recipe_options(op, recipe, **options)
         own = {key: chosen.pop(key) for key in (*_OWN_OPTIONS,)}
         super().__init__(num_classes, num_subcentroids, channels, **chosen, **fixed, sync=sync, device=device, dtype=dtype)
@@ -80,7 +82,7 @@ class CentroidModel(SubCentroids):
         for name in ("ppc_weight", "ppd_weight"):
             check_value(0 <= own[name] < math.inf, op, name, "non-negative and finite", own[name])
         check_value(0 <= own["label_smoothing"] <= 1, op, "label_smoothing", "in [0,1]", own["label_smoothing"])
-        self.ignore_index, self.recipe = ignore_index, recipe or "default"
+        self.ignore_index, self.recipe = ignore_index, recipe
         self.scores, self.temperature, self.scale = own["scores"], own["temperature"], own["scale"]
         self.ppc_weight, self.ppd_weight, self.ppc_temperature = own["ppc_weight"], own["ppd_weight"], own["ppc_temperature"]
         self.label_smoothing, self.confidence = own["label_smoothing"], own["confidence"]

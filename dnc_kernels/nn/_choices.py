@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from ..ops._common import check_choice
 
-Recipe = Literal["released", "default"]
+Recipe = Literal["default", "classification", "segmentation", "slow", "released"]
 Scores = Literal["norm", "temperature", "scale"]
 Confidence = Literal["none", "length"]
 LabelMode = Literal["nearest", "nearest-exact"]

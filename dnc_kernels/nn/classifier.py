@@ -14,8 +14,8 @@ from . import _sync
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._choices import Assignment, Confidence, Init, Recipe, Scores, Sync, UpdateFrom
 from ._labels import sort_out_labels
+from ._momentum import Momentum
 from .memory import FeatureMemory
-from .subcentroids import Momentum
 
 
 class DNCClassifier(CentroidModel):
@@ -34,13 +34,14 @@ class DNCClassifier(CentroidModel):
         num_subcentroids: K, at most 256.
         memory_size: features kept of each class; 0: no memory.
         momentum: share of the old sub-centroid that an update keeps; a number, a ramp or a function (`SubCentroids`).
-            Default: 0.999.
+            Default: Recent(fraction=0.25, start=0.99) (released: 0.999).
         epsilon: entropy of the optimal transport. Default: 0.05.
         iterations: of the optimal transport. Default: 3.
         assignment: ``argmax`` of the transport plan, or ``gumbel`` (`SubCentroids`). Default: ``argmax``.
         ignore_index: label to leave out, outside [0,C). Any negative label is left out too.
         ppc_weight: weight of the sample-to-sub-centroid contrast; 0: not computed, reported as 0. Default: 0.01.
-        ppd_weight: weight of the sample-to-sub-centroid distance; 0: not computed, reported as 0. Default: 0.001.
+        ppd_weight: weight of the sample-to-sub-centroid distance; 0: not computed, reported as 0. Default: 1.0
+            (released: 0.001).
         sync: data parallel, see `SubCentroids`. With ``auto`` and ``sums`` the embedded batches of all ranks are gathered:
             clustering, update and memory are those of one process with all the data (one host sync per step, for the batch
             sizes).
@@ -61,7 +62,7 @@ class DNCClassifier(CentroidModel):
         label_smoothing: of the cross-entropy, in [0,1]. Default: 0.0.
         accumulation_steps: losses whose sums of samples add up before the sub-centroids move once: those of a training step whose
             gradients add up; or many batches, as the released code moves once in 300 to 1000.
-        recipe: name in `RECIPES`; None: ``default``.
+        recipe: name in `RECIPES`; None: ``default``, which is ``classification``.
         generator: source of every draw; None: torch's global one.
         device, dtype: of parameters; None: torch's defaults. Sub-centroids stay in float32 at least.
 
@@ -70,6 +71,7 @@ class DNCClassifier(CentroidModel):
         prototypes, feat_norm, mask_norm, class_counts, nonfinite_pixels, bad_labels: see `DNCHead`.
     """
 
+    default_recipe = "classification"
     memory: FeatureMemory | None
 
     def __init__(

@@ -32,7 +32,7 @@ from ._choices import (
 )
 from ._labels import pixels_at, sample_of_each_class, sort_out_labels
 from ._made import Again, Factors, Made, MadeInParts, run_second, to_target
-from .subcentroids import Momentum
+from ._momentum import Momentum
 
 
 class DNCHead(CentroidModel):
@@ -47,7 +47,7 @@ class DNCHead(CentroidModel):
         num_subcentroids: K, at most 256.
         embed_channels: project the features to this many channels first, with a 1x1 convolution; None: no projection.
         momentum: share of the old sub-centroid that an update keeps; a number, a ramp or a function (`SubCentroids`).
-            Default: 0.999.
+            Default: Recent(fraction=1.0, start=0.99) (released: 0.999).
         epsilon: entropy of the optimal transport. Default: 0.05.
         iterations: of the optimal transport. Default: 3.
         assignment: ``argmax`` of the transport plan, or ``gumbel`` (`SubCentroids`). Default: ``argmax``.
@@ -87,7 +87,7 @@ class DNCHead(CentroidModel):
             update; None: all. The cross-entropy sees all pixels.
         accumulation_steps: losses of a training step whose gradients add up: their sums of pixels add up too, and the
             sub-centroids move once, at the last.
-        recipe: name in `RECIPES`; None: ``default``.
+        recipe: name in `RECIPES`; None: ``default``, which is ``segmentation``.
         generator: source of every draw; None: torch's global one.
         device, dtype: of parameters; None: torch's defaults. Sub-centroids stay in float32 at least.
 
@@ -98,6 +98,8 @@ class DNCHead(CentroidModel):
         nonfinite_pixels, bad_labels: int64, pixels with a NaN or Inf feature, and labels out of range, met in training so far.
             Not in the state dict; reading them costs a sync on CUDA.
     """
+
+    default_recipe = "segmentation"
 
     def __init__(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,36 +17,8 @@ from ..ops._op import NAMESPACE
 from . import _starts, _sync
 from ._choices import Assignment, Init, Sync, UpdateFrom, check_word
 from ._labels import left_out_below_zero
+from ._momentum import Momentum, check_momentum
 from .recipes import options_of
-
-#: A number; or (start, end, steps), a cosine ramp over the updates; or a function of the number of updates done (a 0-d float
-#: tensor on the sub-centroids' device: stay in torch ops there and CUDA needs no sync).
-Momentum = float | tuple[float, float, int] | Callable[[Tensor], Tensor | float]
-
-@dataclass(frozen=True)
-class Recent:
-    """Momentum that averages over the recent part of the updates so far, however many there will be.
-
-    After n updates it is ``1 - 1 / (fraction * n + 1 / (1 - start))``: the average reaches back over `fraction` of them and
-    1 / (1 - start) more. It needs no length of the training, forgets where the sub-centroids started, and steadies them as the
-    network settles: for SGD such averages are known as polynomial-decay averaging (Shamir and Zhang, ICML 2013).
-
-    Args:
-        fraction: of the updates so far, in (0,1].
-        start: momentum of the first update, in [0,1).
-    """
-
-    fraction: float = 0.25
-    start: float = 0.99
-
-    def __post_init__(self) -> None:
-        check_value(0 < self.fraction <= 1, "Recent", "fraction", "in (0,1]", self.fraction)
-        check_value(0 <= self.start < 1, "Recent", "start", "in [0,1)", self.start)
-
-    def __call__(self, updates: Tensor) -> Tensor:
-        """Momentum after so many updates, a 0-d float tensor as `updates` is."""
-        return 1 - 1 / (self.fraction * updates + 1 / (1 - self.start))
-
 
 #: What `SubCentroids.wins` keeps of a class in an update that has pixels of it: the last hundred or so count.
 WINS_DECAY = 0.99
@@ -130,7 +101,7 @@ class SubCentroids(nn.Module):
         num_subcentroids = whole_number(op, "num_subcentroids", num_subcentroids)
         channels = whole_number(op, "channels", channels)
         check_value(num_subcentroids <= 256, op, "num_subcentroids", "at most 256", num_subcentroids)
-        _check_momentum(op, momentum)
+        check_momentum(op, momentum)
         check_value(0 < epsilon < math.inf, op, "epsilon", "positive and finite", epsilon)
         iterations = whole_number(op, "iterations", iterations, 0)
         for name, word in (("assignment", assignment), ("update_from", update_from), ("sync", sync), ("init", init)):
@@ -503,15 +474,6 @@ def _(rows: Tensor) -> Tensor:
 def _unit_rows(rows: Tensor, length: Tensor) -> Tensor:
     """Rows over their length; a row that is of unit length already keeps every bit, so that resuming is exact."""
     return torch.where((length - 1).abs() <= 1e-6, rows, rows / length)
-
-
-def _check_momentum(op: str, momentum: Momentum) -> None:
-    if isinstance(momentum, tuple):
-        expected = "(start, end, steps) with start and end in [0,1] and steps > 0"
-        ok = len(momentum) == 3 and 0 <= momentum[0] <= 1 and 0 <= momentum[1] <= 1 and momentum[2] > 0
-        check_value(ok, op, "momentum", expected, momentum)
-    elif not callable(momentum):
-        check_value(0 <= momentum <= 1, op, "momentum", "in [0,1], a ramp (start, end, steps) or a function", momentum)
 
 
 def _check_pixels_of(op: str, argument: str, values: Tensor, x: Tensor, name: str = "x") -> None:

@@ -1,0 +1,48 @@
+"""How much of the old sub-centroid an update keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import check_value
+
+#: A number; or (start, end, steps), a cosine ramp over the updates; or a function of the number of updates done (a 0-d float
+#: tensor on the sub-centroids' device: stay in torch ops there and CUDA needs no sync).
+Momentum = float | tuple[float, float, int] | Callable[[Tensor], Tensor | float]
+
+
+@dataclass(frozen=True)
+class Recent:
+    """Momentum that averages over the recent part of the updates so far, however many there will be.
+
+    After n updates it is ``1 - 1 / (fraction * n + 1 / (1 - start))``: the average reaches back over `fraction` of them and
+    1 / (1 - start) more. It needs no length of the training, forgets where the sub-centroids started, and steadies them as the
+    network settles: for SGD such averages are known as polynomial-decay averaging (Shamir and Zhang, ICML 2013).
+
+    Args:
+        fraction: of the updates so far, in (0,1].
+        start: momentum of the first update, in [0,1).
+    """
+
+    fraction: float = 0.25
+    start: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_value(0 < self.fraction <= 1, "Recent", "fraction", "in (0,1]", self.fraction)
+        check_value(0 <= self.start < 1, "Recent", "start", "in [0,1)", self.start)
+
+    def __call__(self, updates: Tensor) -> Tensor:
+        """Momentum after so many updates, a 0-d float tensor as `updates` is."""
+        return 1 - 1 / (self.fraction * updates + 1 / (1 - self.start))
+
+
+def check_momentum(op: str, momentum: Momentum) -> None:
+    if isinstance(momentum, tuple):
+        expected = "(start, end, steps) with start and end in [0,1] and steps > 0"
+        ok = len(momentum) == 3 and 0 <= momentum[0] <= 1 and 0 <= momentum[1] <= 1 and momentum[2] > 0
+        check_value(ok, op, "momentum", expected, momentum)
+    elif not callable(momentum):
+        check_value(0 <= momentum <= 1, op, "momentum", "in [0,1], a ramp (start, end, steps) or a function", momentum)
