@@ -102,7 +102,7 @@ def make_classifier(about: Mapping[str, Any]) -> DNCImageClassifier | SoftmaxIma
 
     Args:
         about: `network` (of `CLASSIFIER_NAMES`), `size`, `classes` (names), `head` (``dnc`` or ``softmax``), `subcentroids`,
-            `memory`, `head_recipe`, `momentum`, `label_smoothing`; None for the default of the head.
+            `memory`, `head_recipe` and `momentum` (None: the recipe's).
 
     Raises:
         ValueError: there is no network of that name.
@@ -119,10 +119,9 @@ def make_classifier(about: Mapping[str, Any]) -> DNCImageClassifier | SoftmaxIma
         network = four_convolutions(int(width))
     elif kind not in [known.partition(":")[0] for known in NETWORK_NAMES]:
         raise ValueError(f"--network must be one of {', '.join(CLASSIFIER_NAMES)}; got {name!r}")
-    smoothing = about["label_smoothing"]
     if about["head"] == "softmax":
-        return softmax_classifier(network, classes, image_size=size, label_smoothing=smoothing or 0.0)
+        return softmax_classifier(network, classes, image_size=size)
     return image_classifier(
         network, classes, about["subcentroids"], image_size=size, memory_size=about["memory"], recipe=about["head_recipe"],
-        momentum=about["momentum"], label_smoothing=smoothing,
+        momentum=about["momentum"],
     )  # fmt: skip

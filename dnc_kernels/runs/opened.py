@@ -15,9 +15,9 @@ from ..demo.scenes import CLASS_NAMES
 from ..integrations import DNCImageClassifier, DNCSegmenter
 from .checkpoint import CheckpointError, found, load
 from .data import Size, Source, load_scenes, named_tiles, network_input
-from .images import Images, load_dataset
+from .images import load_dataset
 from .networks import make_backbone, make_classifier, make_segmenter
-from .views import Views, in_order
+from .views import InOrder, Views
 
 BATCH = 32
 
@@ -46,18 +46,6 @@ class Opened:
     """Images [B,3,H,W] uint8 to the input of `model.backbone`, on the model's device."""
     ignore_index: int
     """Label to leave out; so is any other negative one."""
-
-
-@dataclass(frozen=True)
-class _ClassSamples:
-    images: Images
-    views: Views
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        return in_order(self.images, self.views, BATCH)
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,7 @@ def _open_classification(
     views = Views(about["size"], about["augment"])
     model = make_classifier(about)
     assert isinstance(model, DNCImageClassifier)
-    train, test = (_ClassSamples(images, views) for images in (dataset.train, dataset.test))
+    train, test = (InOrder(images, views, BATCH) for images in (dataset.train, dataset.test))
     return Opened(
         _restored(model, content, device), about["classes"], train, test, partial(network_input, device=device),
         model.head.ignore_index,

@@ -102,6 +102,10 @@ TRAINING_RECIPES: dict[str, TrainingRecipe] = {
         "folder", "torchvision:swin_t", 224, "resized-crop", 300, 1024,
         Learning("adamw", 1e-3, 0.05, "cosine", warm_up=20 / 300, clip=5.0),
     ),
+    "folder-resnet18": TrainingRecipe(
+        "a folder of photographs with ResNet-18", "folder", "torchvision:resnet18", 160, "resized-crop", 30, 64,
+        Learning("adamw", 1e-3, 0.05, "one-cycle", warm_up=0.2),
+    ),
     "fashion-small": TrainingRecipe(
         "Fashion-MNIST with a small ResNet, for a CPU", "fashion-mnist", "small", 28, "crop-flip", 15, 128,
         Learning("adamw", 1e-2, 0.05, "one-cycle", warm_up=0.2),

@@ -47,8 +47,10 @@ def ranks() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it did; gives this one's device: of several GPUs each takes its own."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    """Joins the processes that torchrun started, if it did and they have not met yet; gives this one's device: of several GPUs
+    each takes its own.
+    """
+    if dist.is_initialized() or "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield device
         return
     if device.type == "cuda":
@@ -84,7 +86,6 @@ class Training:
         amp: dtype that most of the forward pass runs in; None: that of the weights.
         ema: share of the old average that a step keeps in a moving average of the weights, which then is what is evaluated;
             None: no average.
-        unused: some parameters get no gradient (`DistributedDataParallel`'s ``find_unused_parameters``).
     """
 
     network: nn.Module
@@ -95,7 +96,6 @@ class Training:
     about: dict[str, Any]
     amp: torch.dtype | None = None
     ema: float | None = None
-    unused: bool = False
 
     def __post_init__(self) -> None:
         self.optimizer = self.learning.optimizer_of(self.network)
@@ -107,7 +107,7 @@ class Training:
             self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self.called: nn.Module = self.network
         if ranks() > 1:
-            self.called = DistributedDataParallel(self.network, find_unused_parameters=self.unused)
+            self.called = DistributedDataParallel(self.network)
         self.step = 0
         self.saved_at = -1
         self.seconds: list[float] = []
@@ -160,7 +160,8 @@ class Training:
             self.optimizer.load_state_dict(content["optimizer"])
             self.schedule.load_state_dict(content["schedule"])
             if self.average is not None:
-                self.average.module.load_state_dict(content["average"])
+                for name, value in self.average.module.state_dict().items():
+                    value.copy_(content["average"][name])  # loading would make averaged sub-centroids unit length again
                 self.average.n_averaged.fill_(content["step"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(content["scaler"])

@@ -132,12 +132,30 @@ class _Steps(torch.utils.data.Dataset[Any]):
             return error
 
 
-def in_order(
-    images: Images, views: Views, batch: int, rank: int = 0, ranks: int = 1
-) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Images [B,3,h,w] uint8 as for testing, labels [B] int64 and ids, in order; of several ranks every `ranks`-th batch."""
-    for start in range(rank * batch, len(images), ranks * batch):
-        numbers = range(start, min(start + batch, len(images)))
-        samples = [images.read(number) for number in numbers]
-        pictures = torch.stack([views.test(as_tensor(picture)) for picture, _ in samples])
-        yield pictures, torch.tensor([label for _, label in samples]), [images.ids[number] for number in numbers]
+@dataclass(frozen=True)
+class InOrder:
+    """Batches of images as for testing, in order, again and again: images [B,3,h,w] uint8, labels [B] int64, ids.
+
+    Args:
+        images: all of them.
+        views: how they are seen.
+        batch: images per batch.
+        rank, ranks: of several ranks each has every `ranks`-th batch.
+    """
+
+    images: Images
+    views: Views
+    batch: int
+    rank: int = 0
+    ranks: int = 1
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        for start in range(self.rank * self.batch, len(self.images), self.ranks * self.batch):
+            numbers = range(start, min(start + self.batch, len(self.images)))
+            samples = [self.images.read(number) for number in numbers]
+            pictures = torch.stack([self.views.test(as_tensor(picture)) for picture, _ in samples])
+            yield pictures, torch.tensor([label for _, label in samples]), [self.images.ids[number] for number in numbers]
