@@ -88,7 +88,7 @@ def run(o: argparse.Namespace, device: torch.device) -> int:
         return 128 + last.signalled if last.signalled else 0
     print_results(console, [d.result for d in done.values() if d.result is not None])
     if "dnc" in done:
-        console.print(f"Sub-centroids: {verdict_on_subcentroids(done['dnc'].model, plan)}", highlight=False, soft_wrap=True)
+        console.print(verdict_on_subcentroids(done["dnc"].model, plan), highlight=False, soft_wrap=True)
     console.print(f"Written: {o.out}", highlight=False, soft_wrap=True)
     return 0
 

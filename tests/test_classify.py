@@ -1,12 +1,12 @@
+import contextlib
 import gzip
 import json
 import os
 import pickle
 import re
 import signal
-import subprocess
+import socket
 import sys
-import textwrap
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 
 pytest.importorskip("sklearn")
@@ -35,7 +36,6 @@ if _optional.find_spec("torchvision") is None:
     pytest.skip("torchvision is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(script.__file__).parents[1]
 
 
 class TinyBackbone(nn.Module):
@@ -60,17 +60,19 @@ def tiny_classifier(about, dropout=0.2):
     return DNCImageClassifier(backbone, head)
 
 
+def few_images(*_):
+    rng = np.random.default_rng(0)
+    pictures, labels = rng.integers(0, 256, (70, 8, 8), dtype=np.uint8), np.arange(70) % 10
+    pictures[:, :4] //= 10 - labels[:, None, None].astype(np.uint8)
+    whole = images.ArrayImages(pictures, labels, list(images.DIGITS), [f"image/{i}" for i in range(70)])
+    return images.Dataset(whole.some(np.arange(40)), whole.some(np.arange(40, 70)))
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    """Runs of a tiny network on the first digits."""
+    """Runs of a tiny network on few images."""
     monkeypatch.setattr(classification, "make_classifier", tiny_classifier)
-    load = script.load_dataset
-
-    def few(*args):
-        found = load(*args)
-        return images.Dataset(found.train.some(np.arange(40)), found.test.some(np.arange(30)))
-
-    monkeypatch.setattr(script, "load_dataset", few)
+    monkeypatch.setattr(script, "load_dataset", few_images)
 
 
 def common(out, *more):
@@ -380,11 +382,12 @@ def file_damaged(folder):
     return r"train/cat/more/1.png: expected an image that can be read; got .*; replace the file or take it away"
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("spoil", [folder_missing, classes_differ, class_empty, file_damaged], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("spoil", "workers"),
+    [(folder_missing, "0"), (classes_differ, "0"), (class_empty, "0"), (file_damaged, "0"), (file_damaged, "1")],
+    ids=lambda v: getattr(v, "__name__", f"{v} workers"),
+)
 def test_folder_that_cannot_be_used_is_refused_in_one_line(folder, tmp_path, tiny, capsys, monkeypatch, spoil, workers):
-    if workers == "1" and spoil is not file_damaged:
-        pytest.skip("is found before there are workers")
     monkeypatch.setattr(script, "load_dataset", images.load_dataset)
     expected = spoil(folder)
     options = ["--data", str(folder), "--size", "16", "--workers", workers]
@@ -627,14 +630,16 @@ def test_moving_average_is_what_is_measured(tmp_path, tiny):
 
 @pytest.mark.parametrize("more", [("--amp", "fp16"), ("--compile", "eager")])
 def test_other_ways_to_compute_learn_too(tmp_path, tiny, more):
-    assert script.main(common(tmp_path / "plain", "--head-recipe", "released")) == 0
-    assert script.main(common(tmp_path / "out", "--head-recipe", "released", *more)) == 0
+    assert script.main(common(tmp_path / "plain")) == 0
+    assert script.main(common(tmp_path / "out", *more)) == 0
     plain, other = (
         [row["cross_entropy"] for row in rows(out) if "loss" in row] for out in (tmp_path / "plain", tmp_path / "out")
     )
-    assert np.allclose(plain, other, rtol=2e-2) and (more[0] == "--compile" or plain != other)
+    # the scaler of float16 begins too high, and skips steps until its scale fits
+    assert np.allclose(plain[:1], other[:1], rtol=1e-2) if "fp16" in more else np.allclose(plain, other, rtol=1e-4)
     content = checkpoint.load(checkpoint.found(tmp_path / "out")[-1])
-    assert not any("_orig_mod" in name for name in content["model"]) and ("scaler" in content) == ("fp16" in more)
+    assert not any("_orig_mod" in name for name in content["model"])
+    assert ("fp16" not in more) or (plain != other and content["scaler"]["scale"] < 2**16)
 
 
 def test_curves_for_tensorboard_are_the_rows_of_the_log(tmp_path, tiny, monkeypatch):
@@ -744,50 +749,36 @@ def test_opened_run_has_the_model_and_the_data_in_order(tmp_path, folder, ema):
 
 # ---- data parallel
 
-WORKER = """
-import sys
-from pathlib import Path
-import numpy as np
-from torch import distributed as dist
-sys.path[:0] = {path}
-import classify as script
-from dnc_kernels.runs import classification, images
-from test_classify import tiny_classifier
-classification.make_classifier = lambda about: tiny_classifier(about, 0)
-load = script.load_dataset
-def few(*args):
-    found = load(*args)
-    return images.Dataset(found.train.some(np.arange(40)), found.test.some(np.arange(30)))
-script.load_dataset = few
-leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # the processes meet once, for three runs
-for out, *more in (["straight"], ["parts", "--stop-after", "3"], ["parts", "--resume"]):
-    status = script.main({options} + ["--out", str(Path({folder!r}) / out), *more])
-    assert status == 0, status
-leave()
-"""
+
+def worker(rank, port, folder, options):
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # as torchrun says it
+    os.environ.update({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    torch.set_num_threads(1)
+    classification.make_classifier = lambda about: tiny_classifier(about, 0)
+    script.load_dataset = few_images
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # the processes meet once, for three runs
+    with (folder / f"out-{rank}").open("w") as out, contextlib.redirect_stdout(out):
+        for name, *more in (["straight"], ["parts", "--stop-after", "3"], ["parts", "--resume"]):
+            assert script.main([*options, "--out", str(folder / name), *more]) == 0
+    leave()
 
 
 def test_two_processes_train_as_one_does_and_resume_bit_equal(tmp_path, monkeypatch):
-    options = [*common("-")[:-2], "--augment", "crop-flip", "--evaluate-every", "3"]
-    worker = tmp_path / "worker.py"
-    paths = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
-    worker.write_text(textwrap.dedent(WORKER).format(path=paths, options=options, folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("held-out accuracy") == 4  # of rank 0 alone: steps 3 and 6, straight and in parts
+    options = [*common("-")[:-2], "--evaluate-every", "3"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # a fork need not import torch again; where there is a GPU, autograd does not work in one
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(worker, (port, tmp_path, options), nprocs=2, start_method=method)
+    shown = [(tmp_path / f"out-{rank}").read_text() for rank in range(2)]
+    assert shown[0].count("held-out accuracy") == 4 and shown[1] == ""  # steps 3 and 6, straight and in parts
     straight, parts = (checkpoint.load(checkpoint.found(tmp_path / out)[-1]) for out in ("straight", "parts"))
     assert equal(straight, parts) and len(straight["random"]) == 2
     assert (tmp_path / "straight/log.jsonl").read_bytes() == (tmp_path / "parts/log.jsonl").read_bytes()
 
     monkeypatch.setattr(classification, "make_classifier", lambda about: tiny_classifier(about, 0))
-    load = script.load_dataset
-
-    def few(*args):
-        found = load(*args)
-        return images.Dataset(found.train.some(np.arange(40)), found.test.some(np.arange(30)))
-
-    monkeypatch.setattr(script, "load_dataset", few)
+    monkeypatch.setattr(script, "load_dataset", few_images)
     assert script.main([*options, "--out", str(tmp_path / "alone")]) == 0
     alone = checkpoint.load(checkpoint.found(tmp_path / "alone")[-1])
     for name, value in alone["model"].items():
@@ -837,12 +828,10 @@ def test_batch_that_processes_cannot_share_is_refused(capsys, monkeypatch):
     assert "--batch must be a multiple of the number of processes, 3; got 64" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["resnet18", "four:", "four:x", "timm:nothing"])
+@pytest.mark.parametrize("name", ["resnet18", "four:", "four:x"])
 def test_unknown_network_is_named(tmp_path, capsys, name):
     assert script.main(["--network", name, "--out", str(tmp_path / "out")]) == 2
-    assert re.search(
-        r"(must be one of timm:NAME, .*four:D; got|a number of channels|must be a model of timm)", one_line_error(capsys)
-    )
+    assert re.search(r"(must be one of timm:NAME, .*four:D; got|a number of channels)", one_line_error(capsys))
 
 
 def test_options_override_their_recipe_alone():
@@ -884,11 +873,7 @@ def test_help_names_every_recipe_and_shows_examples(capsys):
         assert words in shown
 
 
-def test_script_runs_as_a_program_and_learns_the_digits(tmp_path):
-    command = [sys.executable, "examples/classify.py", "--epochs", "2", "--threads", "1", "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "four:48, recipe digits: 45 steps of 64 on 1437 images of 10 classes, measured on 360" in done.stdout
+def test_script_learns_the_digits(tmp_path, capsys):
+    assert script.main(["--epochs", "2", "--threads", "1", "--out", str(tmp_path / "out")]) == 0
+    assert "four:48, recipe digits: 45 steps of 64 on 1437 images of 10 classes, measured on 360" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/metrics.json").read_text())["accuracy"] > 0.9

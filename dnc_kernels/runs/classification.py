@@ -298,7 +298,13 @@ def _curves(out: Path | None, done: int) -> Iterator[Callable[[dict[str, Any]], 
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(out / "tensorboard", purge_step=done + 1) as writer:
-        yield lambda row: [writer.add_scalar(name, value, row["step"]) for name, value in row.items() if name != "step"]
+
+        def note(row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if name != "step":
+                    writer.add_scalar(name, value, row["step"])
+
+        yield note
 
 
 def verdict_on_subcentroids(model: DNCImageClassifier, plan: Plan) -> str:
@@ -306,8 +312,9 @@ def verdict_on_subcentroids(model: DNCImageClassifier, plan: Plan) -> str:
 
     Of several ranks each reads a part; a collective call.
     """
+    diagnose: Any = getattr(model.head, "diagnose", None)
+    if diagnose is None:
+        return ""
     device = next(model.parameters()).device
     batches = InOrder(plan.dataset.train, plan.views, EVALUATION_BATCH, rank(), ranks())
-    if not hasattr(model.head, "diagnose"):
-        return "-"
-    return model.head.diagnose(batches, backbone=model.backbone, prepare=partial(network_input, device=device)).verdict
+    return diagnose(batches, backbone=model.backbone, prepare=partial(network_input, device=device)).verdict

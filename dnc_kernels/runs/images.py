@@ -289,7 +289,9 @@ class _Dtype:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         order: Any = state[1]
-        self.value = self.value.newbyteorder(order.decode() if isinstance(order, bytes) else order)
+        if isinstance(order, bytes):
+            order = order.decode()
+        self.value = self.value.newbyteorder(order)
 
 
 class _Array:

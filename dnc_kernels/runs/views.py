@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -33,28 +34,40 @@ class Views:
 
     size: int
     augment: Augment = "none"
-    test: View = field(init=False, repr=False, compare=False)
-    """Without chance. After ``resized-crop`` the short side is resized to 8/7 of `size` and the middle is cut out; otherwise
-    the short side becomes `size`."""
-    train: View = field(init=False, repr=False, compare=False)
-    """Draws from torch's global generator."""
 
-    def __post_init__(self) -> None:
-        size, v2 = self.size, require("torchvision.transforms.v2", "images of a training run")
-        short = round(size * 8 / 7) if self.augment == "resized-crop" else size
-        fitted = [v2.Resize(short, antialias=True), v2.CenterCrop(size)]
-        chance = {
-            "none": [],
-            "crop-flip": [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()],
-            "resized-crop": [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()],
-        }[self.augment]
-        object.__setattr__(self, "test", _if_needed(size, v2.Compose(fitted)))
-        first = [] if self.augment == "resized-crop" else [self.test]
-        object.__setattr__(self, "train", v2.Compose([*first, *chance]) if chance else self.test)
+    def test(self, picture: Tensor) -> Tensor:
+        """View of a picture [3,H,W] without chance.
+
+        After ``resized-crop`` the short side is resized to 8/7 of `size` and the middle is cut out; otherwise the short side
+        becomes `size`. A picture of that size stays as it is.
+        """
+        return picture if tuple(picture.shape[1:]) == (self.size, self.size) else self._fit(picture)
+
+    def train(self, picture: Tensor) -> Tensor:
+        """View of a picture [3,H,W] that draws from torch's global generator."""
+        if self.augment == "none":
+            return self.test(picture)
+        return self._change(picture if self.augment == "resized-crop" else self.test(picture))
+
+    @cached_property
+    def _fit(self) -> View:
+        v2 = _transforms()
+        short = round(self.size * 8 / 7) if self.augment == "resized-crop" else self.size
+        return v2.Compose([v2.Resize(short, antialias=True), v2.CenterCrop(self.size)])
+
+    @cached_property
+    def _change(self) -> View:
+        v2, size = _transforms(), self.size
+        crop = (
+            v2.RandomCrop(size, padding=size // 8)
+            if self.augment == "crop-flip"
+            else v2.RandomResizedCrop(size, antialias=True)
+        )
+        return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-def _if_needed(size: int, fit: View) -> View:
-    return lambda picture: picture if tuple(picture.shape[1:]) == (size, size) else fit(picture)
+def _transforms() -> Any:
+    return require("torchvision.transforms.v2", "augmenting or resizing images")
 
 
 def as_tensor(picture: Picture) -> Tensor:
