@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from dnc_kernels.runs.checkpoint import CheckpointError, found, load
-from dnc_kernels.runs.data import Batches, DataError, DigitScenes, FolderScenes, Source, find_pairs, fingerprint, split_pairs, tiles
-from dnc_kernels.runs.networks import NAMES, make_backbone
-from dnc_kernels.runs.pictures import draw_predictions
-from dnc_kernels.runs.training import Training, evaluate, train
 from rich.console import Console
 
 from dnc_kernels.demo.progress import make_progress
 from dnc_kernels.demo.scenes import NUM_CLASSES
-from dnc_kernels.integrations import DNCSegmenter
-from dnc_kernels.nn import RECIPES, DNCHead
+from dnc_kernels.nn import RECIPES
+from dnc_kernels.runs.checkpoint import CheckpointError, found
+from dnc_kernels.runs.data import Batches, DataError, FolderScenes, Scenes, find_pairs, load_scenes, tiles
+from dnc_kernels.runs.networks import NAMES, make_backbone, make_segmenter
+from dnc_kernels.runs.opened import scene_classes
+from dnc_kernels.runs.pictures import draw_predictions
+from dnc_kernels.runs.schedules import Learning
+from dnc_kernels.runs.training import Training, evaluate, resume_or_begin, train
 
-TRAIN_SCENES, TEST_SCENES, TEST_SEED = 256, 32, 1000
 EPILOG = """examples:
   train.py --network segformer --tiny                 digits on textured ground, half a minute on two cores
   train.py --network timm:convnext_atto --steps 1000 --out run
@@ -31,6 +31,7 @@ EPILOG = """examples:
   train.py --images photos --masks masks --num-classes 19 --size 512x512 --device cuda
 
 Needs the extras demo and networks. Nothing is downloaded: weights begin at random. More in docs/networks.md."""
+WARM_UP = 0.1  # of all steps, a rise of the learning rate
 SHOWN = 6  # images in predictions.png
 
 
@@ -54,88 +55,85 @@ def run(o: argparse.Namespace) -> int:
         torch.set_num_threads(o.threads)
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(o.seed)  # networks draw from all three
-    train_on, test_on, described, files = data(o, console)
+    scenes = data(o, console)
     try:
         backbone = make_backbone(o.network, o.size, tiny=o.tiny)
     except (ValueError, RuntimeError, ModuleNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    head = DNCHead(
-        backbone.channels, o.num_classes, o.subcentroids,
-        embed_channels=o.embed_channels, ignore_index=o.ignore_index, recipe=o.recipe,
-    )  # fmt: skip
-    network = DNCSegmenter(backbone, head).to(o.device)
-    training = Training(network, o.steps, o.lr, o.weight_decay, identity(o, files), o.out)
-    resume(training, o, console)
+    about = about_run(o, scenes)
+    network = make_segmenter(backbone, about).to(o.device)
+    learning = Learning("adamw", o.lr, o.weight_decay, "poly", warm_up=WARM_UP)
+    training = Training(network, o.steps, learning, identity(o, scenes), o.out, about)
+    if resumed := resume_or_begin(training, o.resume):
+        console.print(f"Resumed {resumed} after step {training.step}", highlight=False, soft_wrap=True)
     parameters = sum(p.numel() for p in network.parameters())
     console.print(
-        f"{o.network}: {parameters / 1e6:.1f} M parameters, {backbone.channels} channels before the head, on {described}",
+        f"{o.network}: {parameters / 1e6:.1f} M parameters, {backbone.channels} channels before the head, "
+        f"on {described(scenes)}",
         highlight=False,
     )
 
-    batches = Batches(train_on, o.batch, o.size, o.seed, o.flip, o.ignore_index)
+    batches = Batches(scenes.train, o.batch, o.size, o.seed, o.flip, o.ignore_index)
     stop_at = None if o.stop_after is None else training.step + o.stop_after
     with make_progress(console, o.steps) as progress:
         signalled = train(
             training, batches,
-            lambda: evaluate(network, tiles(test_on, o.batch, o.size, o.ignore_index), o.num_classes, o.ignore_index),
+            lambda: {"miou": evaluate(
+                network, tiles(scenes.test, o.batch, o.size, o.ignore_index), o.num_classes, o.ignore_index
+            )},
             progress.begin("dnc", o.seed, done=training.step),
             evaluate_every=o.evaluate_every, checkpoint_every=o.checkpoint_every, stop_at=stop_at,
         )  # fmt: skip
     if training.step < o.steps:
         console.print(f"Stopped after step {training.step}. To go on: the same command with --resume", highlight=False)
         return 128 + signalled if signalled else 0
-    shown = next(tiles(test_on, SHOWN, o.size, o.ignore_index))
+    shown = next(tiles(scenes.test, SHOWN, o.size, o.ignore_index))
     picture = draw_predictions(o.out / "predictions.png", network, *shown, o.num_classes)
     console.print(f"Written: {picture}, {training.log}, {found(o.out)[-1]}", highlight=False, soft_wrap=True)
     return 0
 
 
-def data(o: argparse.Namespace, console: Console) -> tuple[Source, Source, str, str]:
-    """What to train on, what to measure on, a description, and the fingerprint of the files."""
-    if o.images is None:
-        made = (DigitScenes(TRAIN_SCENES, seed=o.seed, split="train", size=o.size),
-                DigitScenes(TEST_SCENES, seed=TEST_SEED, split="test", size=o.size))  # fmt: skip
-        return *made, f"{TRAIN_SCENES} scenes of digits, measured on {TEST_SCENES} others", "digit scenes"
-    pairs, spare = find_pairs(o.images, o.masks)
-    if spare:
-        console.print(f"{spare} masks without an image are left out", highlight=False)
-    train_pairs, test_pairs = split_pairs(pairs, o.held_out, o.seed)
-    whole, *parts = (FolderScenes(some, o.num_classes, o.ignore_index) for some in (pairs, train_pairs, test_pairs))
-    if o.check_data:
+def data(o: argparse.Namespace, console: Console) -> Scenes:
+    """What to train on and what to measure on."""
+    if o.images is not None and o.check_data:
+        whole = FolderScenes(find_pairs(o.images, o.masks)[0], o.num_classes, o.ignore_index)
         for index in range(len(whole)):
             whole.read(index)
-    same = "the same" if train_pairs is test_pairs else f"{len(test_pairs)} held out"
-    return parts[0], parts[1], f"{len(train_pairs)} images, measured on {same}", fingerprint(pairs)
+    scenes = load_scenes(
+        o.images, o.masks, num_classes=o.num_classes, ignore_index=o.ignore_index, held_out=o.held_out, seed=o.seed, size=o.size
+    )
+    if scenes.spare:
+        console.print(f"{scenes.spare} masks without an image are left out", highlight=False)
+    return scenes
 
 
-def identity(o: argparse.Namespace, files: str) -> dict[str, Any]:
+def described(scenes: Scenes) -> str:
+    """What a run trains on, for a person."""
+    if not scenes.pairs:
+        return f"{len(scenes.train)} scenes of digits, measured on {len(scenes.test)} others"
+    same = len(scenes.train) == scenes.pairs
+    return f"{len(scenes.train)} images, measured on {'the same' if same else f'{len(scenes.test)} held out'}"
+
+
+def identity(o: argparse.Namespace, scenes: Scenes) -> dict[str, Any]:
     """Options that a run must have in common with the checkpoint that it goes on from."""
     names = (
         "network", "tiny", "size", "batch", "steps", "seed", "lr", "weight_decay", "subcentroids", "embed_channels", "recipe",
         "num_classes", "ignore_index", "flip", "held_out",
     )  # fmt: skip
     values = {f"--{name.replace('_', '-')}": getattr(o, name) for name in names}
-    return {**values, "--size": "x".join(map(str, o.size)), "image files": files}
+    return {**values, "--size": "x".join(map(str, o.size)), "image files": scenes.fingerprint}
 
 
-def resume(training: Training, o: argparse.Namespace, console: Console) -> None:
-    """Go on from a checkpoint if asked to; refuse to overwrite a run if not."""
-    o.out.mkdir(parents=True, exist_ok=True)
-    there = found(o.out)
-    if o.resume is None:
-        if there:
-            raise CheckpointError(
-                f"{o.out}: expected a folder without a run; got {there[-1].name}; add --resume to go on with it, or choose "
-                "another --out"
-            )
-        training.log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        return
-    path = there[-1] if o.resume == "" and there else Path(o.resume)
-    if not there and o.resume == "":
-        raise CheckpointError(f"{o.out}: expected a checkpoint to resume; got none; leave --resume out to begin")
-    training.restore(load(path), path)
-    console.print(f"Resumed {path} after step {training.step}", highlight=False, soft_wrap=True)
+def about_run(o: argparse.Namespace, scenes: Scenes) -> dict[str, Any]:
+    """What `runs.opened.open_run` needs to build network and data again."""
+    names = ("network", "tiny", "seed", "subcentroids", "embed_channels", "recipe", "num_classes", "ignore_index", "held_out")
+    folders = {name: getattr(o, name) and str(getattr(o, name).resolve()) for name in ("images", "masks")}
+    return {
+        "task": "segmentation", **{name: getattr(o, name) for name in names}, **folders, "size": list(o.size),
+        "classes": scene_classes(o.num_classes, o.images is None), "files": scenes.fingerprint,
+    }  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -45,8 +45,8 @@ class TinyBackbone(torch.nn.Module):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(script, "make_backbone", lambda *_, **__: TinyBackbone())
-    monkeypatch.setattr(script, "TRAIN_SCENES", 10)
-    monkeypatch.setattr(script, "TEST_SCENES", 4)
+    monkeypatch.setattr(data, "TRAIN_SCENES", 10)
+    monkeypatch.setattr(data, "TEST_SCENES", 4)
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_every_epoch_has_every_pair_once_and_a_batch_follows_from_seed_and_step(
     resumed = [*make(0).steps(1, 2), *make(0).steps(3, 6)]
     assert all(torch.equal(a, b) for one, two in zip(straight, resumed, strict=True) for a, b in zip(one, two, strict=True))
     assert not torch.equal(straight[0][0], next(make(1).steps(1, 1))[0])
-    assert sorted(data._order(8, 0, 5).tolist()) == list(range(8))
+    assert sorted(data.order_of(8, 0, 5).tolist()) == list(range(8))
 
 
 def test_tiles_show_every_pixel_once(folder):
@@ -286,7 +286,7 @@ def test_crash_between_write_and_rename_leaves_the_old_file_whole(tmp_path, monk
         return checkpoint.save(tmp_path, step, content(step))
 
     def content(step):
-        return {"run": {}, "step": step, "model": {}, "optimizer": {}, "schedule": {}, "random": torch.ones(9)}
+        return {"run": {}, "step": step, "about": {}, "model": {}, "optimizer": {}, "schedule": {}, "random": torch.ones(9)}
 
     save(1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -16,16 +16,16 @@ from .training import HeadName, Report
 TITLES: dict[HeadName, str] = {"dnc": "DNC head", "softmax": "softmax head"}
 
 
-def make_progress(console: Console, steps: int) -> TrainingProgress:
-    """A bar if the console is a terminal, else lines."""
-    return _Bars(console, steps) if console.is_terminal else _Lines(console, steps)
+def make_progress(console: Console, steps: int, measure: str = "mIoU") -> TrainingProgress:
+    """A bar if the console is a terminal, else lines. `measure` is what is measured on the held-out images."""
+    return (_Bars if console.is_terminal else _Lines)(console, steps, measure)
 
 
 class TrainingProgress(ABC):
     """Shows runs of `steps` steps each; a context manager."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console, steps: int, measure: str) -> None:
+        self.console, self.steps, self.measure = console, steps, measure
 
     @abstractmethod
     def begin(self, head: HeadName, seed: int, done: int = 0) -> Report:
@@ -39,13 +39,13 @@ class TrainingProgress(ABC):
 
 
 class _Bars(TrainingProgress):
-    def __init__(self, console: Console, steps: int) -> None:
-        super().__init__(console, steps)
+    def __init__(self, console: Console, steps: int, measure: str) -> None:
+        super().__init__(console, steps, measure)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"), TextColumn("accuracy {task.fields[accuracy]:.3f}"),
-            TextColumn("held-out mIoU {task.fields[miou]}"), _Rate(), TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
+            TextColumn(f"held-out {measure} {{task.fields[measured]}}"), _Rate(),
+            TimeRemainingColumn(elapsed_when_finished=True), console=console,
         )  # fmt: skip
 
     def begin(self, head: HeadName, seed: int, done: int = 0) -> Report:
@@ -55,13 +55,13 @@ class _Bars(TrainingProgress):
             completed=done,
             loss=float("nan"),
             accuracy=float("nan"),
-            miou="-",
+            measured="-",
         )
 
-        def report(step: int, loss: float, accuracy: float, miou: float | None) -> None:
+        def report(step: int, loss: float, accuracy: float, measured: float | None) -> None:
             self.progress.update(task, completed=step, loss=loss, accuracy=accuracy)
-            if miou is not None:
-                self.progress.update(task, miou=f"{miou:.3f}")
+            if measured is not None:
+                self.progress.update(task, measured=f"{measured:.3f}")
 
         return report
 
@@ -82,21 +82,21 @@ class _Rate(ProgressColumn):
 
 
 class _Lines(TrainingProgress):
-    """Prints a line whenever the held-out scenes were measured."""
+    """Prints a line whenever the held-out images were measured."""
 
     def begin(self, head: HeadName, seed: int, done: int = 0) -> Report:
         first = time.perf_counter()
 
-        def report(step: int, loss: float, accuracy: float, miou: float | None) -> None:
+        def report(step: int, loss: float, accuracy: float, measured: float | None) -> None:
             nonlocal first
             if step == done + 1:
                 first = time.perf_counter()  # starting the process is no part of the rate
-            if miou is None:
+            if measured is None:
                 return
             rate = (step - done - 1) / max(time.perf_counter() - first, 1e-9)
             self.console.print(
                 f"{TITLES[head]:12}  seed {seed}  step {step:{len(str(self.steps))}}/{self.steps}  loss {loss:.3f}"
-                f"  accuracy {accuracy:.3f}  held-out mIoU {miou:.3f}  {rate:.1f} steps/s"
+                f"  accuracy {accuracy:.3f}  held-out {self.measure} {measured:.3f}  {rate:.1f} steps/s"
                 f"  {(self.steps - step) / max(rate, 1e-9):.0f} s left",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip

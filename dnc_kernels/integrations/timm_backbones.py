@@ -14,6 +14,21 @@ from ._optional import require
 _FINEST_STRIDE = 4  # where segmentation heads work; the stride-2 maps of a ResNet would quadruple the pixels
 
 
+def check_timm_name(op: str, argument: str, name: str) -> None:
+    """Raise ValueError, which names the closest, unless timm has a model `name`."""
+    timm = require("timm", op)
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models())
+        raise ValueError(message(op, argument, "a model of timm", name, f"close: {', '.join(close)}" if close else ""))
+
+
+def fixed_size(timm: Any, name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """The option of ``timm.create_model`` that a network built for one size of images needs; none for the others."""
+    published = timm.get_pretrained_cfg(name)
+    fixed = image_size is not None and published is not None and published.fixed_input_size
+    return {"img_size": image_size} if fixed else {}
+
+
 class TimmFeatures(nn.Module):
     """Features [B,channels,h,w] of images: the feature maps of a timm backbone, joined at the size of the finest.
 
@@ -54,14 +69,8 @@ class TimmFeatures(nn.Module):
             ValueError: timm has no backbone of that name.
         """
         timm = require("timm", "TimmFeatures")
-        if not timm.is_model(name):
-            close = get_close_matches(name, timm.list_models())
-            raise ValueError(
-                message("TimmFeatures", "name", "a model of timm", name, f"close: {', '.join(close)}" if close else "")
-            )
-        published = timm.get_pretrained_cfg(name)
-        if image_size is not None and published is not None and published.fixed_input_size:
-            options = {"img_size": image_size, **options}
+        check_timm_name("TimmFeatures", "name", name)
+        options = {**fixed_size(timm, name, image_size), **options}
         return cls(timm.create_model(name, pretrained=False, features_only=True, **options), channels)
 
     def forward(self, images: Tensor) -> Tensor:

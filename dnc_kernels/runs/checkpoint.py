@@ -76,7 +76,10 @@ def load(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not {"run", "step", "model", "optimizer", "schedule", "random"} <= content.keys():
+        if (
+            not isinstance(content, dict)
+            or not {"run", "about", "step", "model", "optimizer", "schedule", "random"} <= content.keys()
+        ):
             raise zipfile.BadZipFile("it is another kind of file")
         return content
     except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:

@@ -22,6 +22,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")  # without loss: a class id must come back as it was
 IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 MASK_MODES = ("P", "L", "1", "I", "I;16", "I;16L", "I;16B")
+TRAIN_SCENES, TEST_SCENES, TEST_SEED = 256, 32, 1000
 # What networks with published weights expect of an image in 0..1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,6 +44,10 @@ class Source(Protocol):
         """Image and mask with this number."""
         ...
 
+    def name(self, index: int) -> str:
+        """Where they come from: the image's path below its folder, or ``train/12``."""
+        ...
+
 
 class DigitScenes:
     """Scenes of scikit-learn's handwritten digits, drawn once.
@@ -55,7 +60,7 @@ class DigitScenes:
     def __init__(self, count: int, *, seed: int, split: scenes.Split, size: Size) -> None:
         images, labels = scenes.make_scenes(count, seed=seed, split=split, config=scenes.SceneConfig(*size))
         self.images = (images.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
-        self.labels = labels.astype(np.uint8)
+        self.labels, self.split = labels.astype(np.uint8), split
 
     def __len__(self) -> int:
         return len(self.images)
@@ -63,6 +68,10 @@ class DigitScenes:
     def read(self, index: int) -> tuple[Picture, Mask]:
         """Image and mask of a scene."""
         return self.images[index], self.labels[index].astype(np.int64)
+
+    def name(self, index: int) -> str:
+        """Split and number of a scene."""
+        return f"{self.split}/{index}"
 
 
 @dataclass(frozen=True)
@@ -96,9 +105,9 @@ class FolderScenes:
             DataError: a file cannot be read, or the mask holds an id that is no class.
         """
         pair = self.pairs[index]
-        image = np.asarray(_opened(pair.image, lambda opened: opened.convert("RGB")))
+        image = np.asarray(opened(pair.image, lambda file: file.convert("RGB")))
         # not converted: the pixels of a palette image are its indices
-        mask = np.asarray(_opened(pair.mask, lambda opened: opened.copy())).astype(np.int64)
+        mask = np.asarray(opened(pair.mask, lambda file: file.copy())).astype(np.int64)
         known = (mask >= 0) & (mask < self.num_classes) | (mask == self.ignore_index)
         if not known.all():
             unknown = np.unique(mask[~known]).tolist()
@@ -108,6 +117,48 @@ class FolderScenes:
                 "a pixel out; set --num-classes or --ignore-index, or map the ids"
             )
         return image, mask
+
+    def name(self, index: int) -> str:
+        """Path of an image below its folder."""
+        pair = self.pairs[index]
+        return pair.name + pair.image.suffix
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What a segmentation run trains on and is measured on."""
+
+    train: Source
+    test: Source
+    pairs: int
+    """Pairs of a user's folder, of which `train` and `test` are parts or the whole; 0: drawn scenes."""
+    spare: int
+    """Masks without an image."""
+    fingerprint: str
+    """Of the files, by which a resumed run sees whether its data changed."""
+
+
+def load_scenes(
+    images: Path | None, masks: Path | None, *, num_classes: int, ignore_index: int, held_out: float, seed: int, size: Size
+) -> Scenes:
+    """A user's images and masks, or scenes of digits where `images` is None.
+
+    Args:
+        images: folder, see `find_pairs`.
+        masks: folder.
+        num_classes: of the masks.
+        ignore_index: of the masks.
+        held_out: share of the pairs to measure on, see `split_pairs`.
+        seed: of that draw, and of the training scenes.
+        size: of the scenes.
+    """
+    if images is None or masks is None:
+        made = (DigitScenes(TRAIN_SCENES, seed=seed, split="train", size=size),
+                DigitScenes(TEST_SCENES, seed=TEST_SEED, split="test", size=size))  # fmt: skip
+        return Scenes(*made, 0, 0, "digit scenes")
+    pairs, spare = find_pairs(images, masks)
+    train, test = (FolderScenes(some, num_classes, ignore_index) for some in split_pairs(pairs, held_out, seed))
+    return Scenes(train, test, len(pairs), spare, fingerprint(pairs))
 
 
 def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
@@ -137,10 +188,10 @@ def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
 
 
 def _check_pair(pair: Pair) -> None:
-    mode, size = _opened(pair.image, lambda opened: (opened.mode, opened.size))
+    mode, size = opened(pair.image, lambda file: (file.mode, file.size))
     if mode not in IMAGE_MODES:
         raise DataError(f"{pair.image}: expected an 8-bit image; got mode {mode}; save it with 8 bits per channel")
-    mask_mode, mask_size = _opened(pair.mask, lambda opened: (opened.mode, opened.size))
+    mask_mode, mask_size = opened(pair.mask, lambda file: (file.mode, file.size))
     if mask_mode not in MASK_MODES:
         raise DataError(
             f"{pair.mask}: expected a mask of class ids, with a palette or one channel; got mode {mask_mode}; save the ids "
@@ -167,11 +218,15 @@ def _files(folder: Path, suffixes: tuple[str, ...], kind: str) -> dict[str, Path
     return found
 
 
-def _opened(path: Path, use: Any) -> Any:
-    """What `use` makes of an opened image."""
+def opened(path: Path, use: Any) -> Any:
+    """What `use` makes of an opened image.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
     try:
-        with Image.open(path) as opened:
-            return use(opened)
+        with Image.open(path) as file:
+            return use(file)
     # Pillow's decoders raise all of these for files that are damaged
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: expected an image that can be read; got {error}; replace the file or take it away") from None
@@ -228,7 +283,7 @@ class Batches:
     def sample(self, number: int) -> tuple[Picture, Mask]:
         """Crop of the `number`-th sample of training, from 0. The order is one random permutation after another."""
         epoch, position = divmod(number, len(self.source))
-        index = int(_order(len(self.source), self.seed, epoch)[position])
+        index = int(order_of(len(self.source), self.seed, epoch)[position])
         image, mask = self.source.read(index)
         rng = np.random.default_rng([self.seed, 1, number])
         space = [max(0, length - wanted) for length, wanted in zip(mask.shape, self.size, strict=True)]
@@ -238,7 +293,8 @@ class Batches:
 
 
 @lru_cache(maxsize=2)  # the epochs of a batch that spans two
-def _order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def order_of(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which an epoch, from 0, sees `length` samples."""
     return np.random.default_rng([seed, 0, epoch]).permutation(length)
 
 
@@ -255,17 +311,24 @@ def cut(image: Picture, mask: Mask, top: int, left: int, size: Size, ignore_inde
 
 def tiles(source: Source, batch: int, size: Size, ignore_index: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of windows that cover every pixel of a source once, all of one size: some networks take no other."""
-    pending = []
+    return ((images, labels) for images, labels, _ in named_tiles(source, batch, size, ignore_index))
+
+
+def named_tiles(source: Source, batch: int, size: Size, ignore_index: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """What `tiles` gives, and the name of each: that of its image, with ``@top,left`` where the image has several."""
+    pending: list[tuple[Picture, Mask]] = []
+    names: list[str] = []
     for index in range(len(source)):
         image, mask = source.read(index)
-        for top in range(0, mask.shape[0], size[0]):
-            for left in range(0, mask.shape[1], size[1]):
-                pending.append(cut(image, mask, top, left, size, ignore_index))
-                if len(pending) == batch:
-                    yield _stacked(pending)
-                    pending = []
+        corners = [(top, left) for top in range(0, mask.shape[0], size[0]) for left in range(0, mask.shape[1], size[1])]
+        for top, left in corners:
+            pending.append(cut(image, mask, top, left, size, ignore_index))
+            names.append(source.name(index) + (f"@{top},{left}" if len(corners) > 1 else ""))
+            if len(pending) == batch:
+                yield *_stacked(pending), names
+                pending, names = [], []
     if pending:
-        yield _stacked(pending)
+        yield *_stacked(pending), names
 
 
 def _stacked(samples: list[tuple[Picture, Mask]]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from .data import network_input
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..demo.pictures import COLOURS, DPI
 from ..integrations import DNCSegmenter
+from .data import network_input
 
 
 @torch.no_grad()
