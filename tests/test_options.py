@@ -299,7 +299,9 @@ def test_repr_of_a_subclass_with_a_constructor_of_its_own():
         def __init__(self, **options):
             super().__init__(8, 5, 2, **options)
 
-    assert Own(sync="none").extra_repr() == "in_channels=8, num_classes=5, num_subcentroids=2, sync='none', recipe='segmentation'"
+    assert (
+        Own(sync="none").extra_repr() == "in_channels=8, num_classes=5, num_subcentroids=2, sync='none', recipe='segmentation'"
+    )
 
 
 # groups

@@ -83,15 +83,23 @@ class Run:
 
 
 class SegmentationNetwork(torch.nn.Module):
-    """The backbone and a head. The random weights of the backbone do not depend on the head."""
+    """The backbone and a head. The random weights of the backbone do not depend on the head.
 
-    def __init__(self, head: HeadName, settings: Settings) -> None:
+    Args:
+        head: which head.
+        settings: of the run.
+        options: of a DNC head, beside its recipe.
+    """
+
+    def __init__(self, head: HeadName, settings: Settings, **options: Any) -> None:
         super().__init__()
         self.backbone = SmallBackbone()
         width = self.backbone.out_channels
         self.head: DNCHead | SoftmaxHead
         if head == "dnc":
-            self.head = DNCHead(width, NUM_CLASSES, settings.subcentroids, embed_channels=width, recipe=settings.recipe)
+            self.head = DNCHead(
+                width, NUM_CLASSES, settings.subcentroids, embed_channels=width, recipe=settings.recipe, **options
+            )
         else:
             self.head = SoftmaxHead(width, NUM_CLASSES)
 
@@ -100,10 +108,14 @@ class SegmentationNetwork(torch.nn.Module):
         convert_conv2d_weight_memory_format(self.to(device), torch.channels_last)
         return self
 
+    def prepare(self, images: Tensor) -> Tensor:
+        """The backbone's input, of images [B,3,H,W] uint8, wherever they are."""
+        device = next(self.parameters()).device
+        return (images.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
+
     def features(self, images: Tensor) -> Tensor:
         """Features of images [B,3,H,W] uint8, wherever they are."""
-        device = next(self.parameters()).device
-        return self.backbone((images.to(device).float() / 255).contiguous(memory_format=torch.channels_last))
+        return self.backbone(self.prepare(images))
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ def train(head: HeadName, seed: int, scenes: Scenes, settings: Settings, report:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.learning_rate, total_steps=settings.steps, pct_start=settings.warm_up
     )
-    order = _order(len(scenes.images), settings.steps * settings.batch, seed)
+    sequence = order(len(scenes.images), settings.steps * settings.batch, seed)
     evaluate_at = {round(settings.steps * i / settings.evaluations) for i in range(1, settings.evaluations + 1)}
     memory = PeakMemory(device)
     network.train()
@@ -175,7 +187,7 @@ def train(head: HeadName, seed: int, scenes: Scenes, settings: Settings, report:
     peak = None
     for step in range(1, settings.steps + 1):
         start = _now(device)
-        picked = order[(step - 1) * settings.batch : step * settings.batch]
+        picked = sequence[(step - 1) * settings.batch : step * settings.batch]
         labels = scenes.labels[picked].to(device).long()
         result = network.head.loss(network.features(scenes.images[picked]), labels)
         optimiser.zero_grad(set_to_none=True)
@@ -264,7 +276,7 @@ def _resident(field: Literal["VmHWM", "VmRSS"]) -> float | None:
     return None if found is None else int(found[1]) * 1024 / 1e6
 
 
-def _order(scenes: int, count: int, seed: int) -> Tensor:
+def order(scenes: int, count: int, seed: int) -> Tensor:
     """The first `count` scene numbers of one random permutation after another."""
     generator = torch.Generator().manual_seed(seed)
     passes = -(-count // scenes)

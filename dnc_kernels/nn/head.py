@@ -47,12 +47,13 @@ class DNCHead(CentroidModel):
         num_subcentroids: K, at most 256.
         embed_channels: project the features to this many channels first, with a 1x1 convolution; None: no projection.
         momentum: share of the old sub-centroid that an update keeps; a number, a ramp or a function (`SubCentroids`).
-            Default: Recent(fraction=1.0, start=0.99) (released: 0.999).
+            Default: Recent(fraction=0.5, start=0.99) (released: 0.999).
         epsilon: entropy of the optimal transport. Default: 0.05.
         iterations: of the optimal transport. Default: 3.
         assignment: ``argmax`` of the transport plan, or ``gumbel`` (`SubCentroids`). Default: ``argmax``.
         ignore_index: label to leave out, outside [0,C). Any negative label is left out too.
-        ppc_weight: weight of the pixel-to-sub-centroid contrast; 0: not computed, reported as 0. Default: 0.01.
+        ppc_weight: weight of the pixel-to-sub-centroid contrast; 0: not computed, reported as 0. Default: 0.1
+            (released: 0.01).
         ppd_weight: weight of the pixel-to-sub-centroid distance; 0: not computed, reported as 0. Default: 0.001.
         align_corners: of the bilinear upsampling of logits.
         sync: data parallel, see `SubCentroids`.
@@ -67,7 +68,7 @@ class DNCHead(CentroidModel):
         label_mode: which label a feature gets, as in `F.interpolate`: ``nearest`` (the first pixel of its cell) or
             ``nearest-exact`` (the middle one, where upsampling without align_corners puts the feature).
             Default: ``nearest-exact`` (released: ``nearest``).
-        ppc_temperature: divides the similarities of the contrast loss. Default: 1.0.
+        ppc_temperature: divides the similarities of the contrast loss. Default: 0.1 (released: 1.0).
         update_from: ``correct``: only correctly classified pixels move sub-centroids; ``all``: every labelled pixel.
             Default: ``correct``.
         init: where sub-centroids start: ``random``, ``orthogonal`` or ``data`` (`SubCentroids`).

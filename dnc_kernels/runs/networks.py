@@ -79,14 +79,14 @@ def _convolution(before: int, after: int, stride: int = 1) -> list[nn.Module]:
 
 
 def four_convolutions(channels: int) -> nn.Module:
-    """Four 3x3 convolutions with batch norm and ReLU, the second and the fourth of stride 2: features [B,channels]."""
-    half = channels // 2
-    pairs = ((3, half, 1), (half, half, 2), (half, channels, 1), (channels, channels, 2))
+    """Four 3x3 convolutions with batch norm and ReLU, the second and the third of stride 2: features [B,channels]."""
+    widths = (channels // 6, channels // 3, channels * 2 // 3, channels)
+    pairs = zip((3, *widths), widths, (1, 2, 2, 1), strict=False)
     return _Pooled(channels, *(layer for pair in pairs for layer in _convolution(*pair)))
 
 
 def small_resnet() -> nn.Module:
-    """Three residual blocks of torchvision on a 3x3 stem, 0.3 M weights: features [B,128] of images of about 28x28."""
+    """Three residual blocks of torchvision on a 3x3 stem, 0.2 M weights: features [B,96] of images of about 28x28."""
     resnet = require("torchvision.models.resnet", "--network small")
 
     def block(before: int, after: int, stride: int) -> nn.Module:
@@ -94,7 +94,7 @@ def small_resnet() -> nn.Module:
         shortcut = None if same else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
         return resnet.BasicBlock(before, after, stride, shortcut)
 
-    return _Pooled(128, *_convolution(3, 32), block(32, 32, 1), block(32, 64, 2), block(64, 128, 2))
+    return _Pooled(96, *_convolution(3, 24), block(24, 24, 2), block(24, 48, 2), block(48, 96, 2))
 
 
 def make_classifier(about: Mapping[str, Any]) -> DNCImageClassifier | SoftmaxImageClassifier:
