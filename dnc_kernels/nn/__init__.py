@@ -2,12 +2,16 @@
 
 from ._base import DNCLoss
 from ._labels import resize_labels
+from ._usage import DeadSubCentroidsWarning
 from .classifier import DNCClassifier
+from .diagnosis import Diagnosis
 from .explain import Nearest, NearestSamples, nearest_samples
 from .head import DNCHead
 from .loading import Loaded, load_released_state_dict
 from .memory import FeatureMemory, Memory
+from .monitor import Monitor
 from .recipes import RECIPES
+from .refit import Refit
 from .subcentroids import SubCentroids
 
 __all__ = [
@@ -15,11 +19,15 @@ __all__ = [
     "DNCClassifier",
     "DNCHead",
     "DNCLoss",
+    "DeadSubCentroidsWarning",
+    "Diagnosis",
     "FeatureMemory",
     "Loaded",
     "Memory",
+    "Monitor",
     "Nearest",
     "NearestSamples",
+    "Refit",
     "SubCentroids",
     "load_released_state_dict",
     "nearest_samples",
