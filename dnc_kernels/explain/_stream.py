@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import check_dtype, check_integer, check_value, describe, label_fix
 from ..nn import DNCClassifier, DNCHead
+from ..nn._batches import evaluated
 from ..nn._labels import sort_out_labels
 from ..ops._common import without_ignored
 
@@ -67,16 +68,8 @@ def head_of(op: str, model: Model) -> tuple[DNCHead | DNCClassifier, bool]:
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
     """Backbone and head in eval mode and without gradients, afterwards as they were."""
-    parts = [part for part in (model.backbone, model.head) if isinstance(part, nn.Module)]
-    modules = [module for part in parts for module in part.modules() if module.training]
-    try:
-        for module in modules:
-            module.training = False  # the flag alone: a module's train() may do more, such as warn
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modules:
-            module.training = True
+    with evaluated(model.backbone, model.head), torch.no_grad():
+        yield
 
 
 def features_of(op: str, model: Model, images: Tensor, prepare: Prepare | None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..errors import check_value
 from ..nn import SubCentroids
+from ..nn._usage import dead_below, usage
 from ..runs.checkpoint import replacing
 
 TENSORS, INDEX = "anchors.safetensors", "anchors.json"
@@ -137,7 +137,7 @@ class Anchors:
     @property
     def dead_below(self) -> float:
         """The share of its class's samples below which a sub-centroid is dead: 1%, or above K = 10 a tenth of an even share."""
-        return min(0.01, 0.1 / self.embedding.shape[1])
+        return dead_below(self.embedding.shape[1])
 
     @property
     def dead(self) -> float:
@@ -151,9 +151,7 @@ class Anchors:
         entropy over log K. 1: evenly; 0: one does it all.
         """
         share = self.share[torch.tensor(self.counts) > 0]
-        if not len(share) or share.shape[1] == 1:
-            return 1.0
-        return float(torch.special.entr(share).sum(1).mean() / math.log(share.shape[1]))
+        return float(usage(share).mean()) if len(share) else 1.0
 
     @property
     def cost(self) -> float | None:

@@ -3,12 +3,16 @@
 from ._base import DNCLoss
 from ._labels import resize_labels
 from ._momentum import Recent
+from ._usage import DeadSubCentroidsWarning
 from .classifier import DNCClassifier
+from .diagnosis import Diagnosis
 from .explain import Nearest, NearestSamples, nearest_samples
 from .head import DNCHead
 from .loading import Loaded, load_released_state_dict
 from .memory import FeatureMemory, Memory
+from .monitor import Monitor
 from .recipes import RECIPES
+from .refit import Refit
 from .subcentroids import SubCentroids
 
 __all__ = [
@@ -16,12 +20,16 @@ __all__ = [
     "DNCClassifier",
     "DNCHead",
     "DNCLoss",
+    "DeadSubCentroidsWarning",
+    "Diagnosis",
     "FeatureMemory",
     "Loaded",
     "Memory",
+    "Monitor",
     "Nearest",
     "NearestSamples",
     "Recent",
+    "Refit",
     "SubCentroids",
     "load_released_state_dict",
     "nearest_samples",

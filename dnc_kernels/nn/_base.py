@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import check_device, check_dtype, check_integer, check_value, holds_a_loss, label_fix
+from ..errors import check_dtype, check_value, holds_a_loss
 from ..ops._common import check_ignore_index, flat_pixels, full_precision
 from . import _sync
 from ._choices import Recipe, Sync, check_word
+from ._labels import check_labels
 from .recipes import recipe_options
 from .subcentroids import SubCentroids
 
@@ -236,17 +237,6 @@ _OWN_OPTIONS = (
     "ppd_weight",
     "label_smoothing",
 )
-
-
-def check_labels(op: str, labels: Tensor, features: Tensor) -> None:
-    """Check that labels are integers [N] for features [N,D] or [B,H,W] for [B,D,h,w], on their device."""
-    check_integer(op, "labels", labels)
-    batch, ndim = features.shape[0], 3 if features.ndim == 4 else 1
-    if labels.ndim != ndim or labels.shape[0] != batch:
-        # the message is made on failure alone: torch.compile cannot format a symbolic size
-        expected = f"[{batch}{',H,W' if ndim == 3 else ''}] to match features"
-        check_value(False, op, "labels", expected, labels, label_fix(labels))
-    check_device(op, "labels", labels, features, "features")
 
 
 def check_features(op: str, features: Tensor, ndim: int, channels: int) -> None:

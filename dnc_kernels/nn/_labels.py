@@ -8,13 +8,24 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from ..errors import check_integer, check_value, map_size
+from ..errors import check_device, check_integer, check_value, label_fix, map_size
 from ..ops._common import first_of
 from ._choices import LabelMode, check_word
 from ._starts import uniform
 
 #: Check label values on CUDA too, at the price of a host sync.
 DEBUG = os.environ.get("DNC_KERNELS_DEBUG", "") == "1"
+
+
+def check_labels(op: str, labels: Tensor, features: Tensor) -> None:
+    """Check that labels are integers [N] for features [N,D] or [B,H,W] for [B,D,h,w], on their device."""
+    check_integer(op, "labels", labels)
+    batch, ndim = features.shape[0], 3 if features.ndim == 4 else 1
+    if labels.ndim != ndim or labels.shape[0] != batch:
+        # the message is made on failure alone: torch.compile cannot format a symbolic size
+        expected = f"[{batch}{',H,W' if ndim == 3 else ''}] to match features"
+        check_value(False, op, "labels", expected, labels, label_fix(labels))
+    check_device(op, "labels", labels, features, "features")
 
 
 def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, int, Tensor]:

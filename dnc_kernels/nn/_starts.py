@@ -7,19 +7,25 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .. import ops
-from ..ops._common import flat_pixels
+from ..ops._common import flat_pixels, full_precision
 
 
 def uniform(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
     """Uniform numbers in (0,1), fp32, drawn where the generator lives so that a CPU generator serves every device."""
-    drawn = torch.rand(shape, device=device) if generator is None else _seeded(shape, generator).to(device)
+    if generator is None:
+        drawn = torch.rand(shape, device=device)
+    else:  # outside of a graph without what would import the compiler
+        draw = _seeded if torch.compiler.is_compiling() else _drawn
+        drawn = draw(shape, generator).to(device)
     return drawn.clamp(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float32).eps)
 
 
-@torch._disable_dynamo  # as in `_sync`
-def _seeded(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    # torch.compile cannot trace a generator
+def _drawn(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return torch.rand(shape, generator=generator, device=generator.device)
+
+
+#: torch.compile cannot trace a generator.
+_seeded = torch._disable_dynamo(_drawn)  # as in `_sync`
 
 
 def gumbel(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
@@ -89,22 +95,77 @@ def data_start(
     if len(pixels) == 0:
         return start.clone(), counts
     pixels = torch.where(usable[:, None], pixels, 0)
-    centroids, chosen = start.clone(), torch.zeros(classes, k, dtype=torch.bool, device=x.device)
-    distance = pixels.new_ones(len(pixels))  # 1 - cosine to the nearest chosen: half the squared distance
-    for j in range(k):
-        # rounding leaves a chosen pixel and its copies at a distance of some eps: not distinct
-        weight = torch.where(distance > 8 * torch.finfo(pixels.dtype).eps, distance, 0)
-        noise = gumbel((len(pixels),), x.device, generator).to(pixels.dtype)
-        pick, best = first_of_each_class(weight.log() + noise, group, classes)
-        chosen[:, j] = best > -torch.inf
-        centroids[:, j] = torch.where(chosen[:, j, None], pixels[pick], start[:, j])
-        cosine = (pixels * centroids[:, j][index]).sum(1)
-        distance = torch.where(chosen[:, j][index], torch.minimum(distance, 1 - cosine), distance)
+    centroids, known = spread(pixels, group, start, None, generator)
     for _ in range(refinements):
-        own = ops.class_scores(pixels, centroids, group).own_similarity
-        assert own is not None
-        nearest = torch.where(chosen[index], own, -torch.inf).argmax(1)
+        own = own_similarity(pixels, centroids, group)
+        nearest = torch.where(known[index], own, -torch.inf).argmax(1)
         sums = ops.cluster_sums(pixels, torch.where(usable, index * k + nearest, -1), classes * k).sums.view_as(centroids)
         length = sums.norm(dim=2, keepdim=True)
-        centroids = torch.where((length > 0) & chosen[..., None], sums / length, centroids)
+        centroids = torch.where((length > 0) & known[..., None], sums / length, centroids)
     return centroids, counts
+
+
+def spread(
+    pixels: Tensor, group: Tensor, centroids: Tensor, known: Tensor | None, generator: Generator | None
+) -> tuple[Tensor, Tensor]:
+    """k-means++: each sub-centroid that is not known becomes a pixel of its class, drawn in proportion to the squared distance
+    from those that are.
+
+    Args:
+        pixels: [N,D] unit rows, finite.
+        group: [N] class of each, negative: left out.
+        centroids: [C,K,D]; what is not known stays where its class has no distinct pixel left.
+        known: [C,K] bool; None: none is.
+        generator: source of the draws.
+
+    Returns:
+        [C,K,D], and which are known now [C,K].
+    """
+    index = group.clamp(min=0)
+    centroids = centroids.clone()
+    distance = pixels.new_ones(len(pixels))  # 1 - cosine to the nearest: half the squared distance
+    if known is None:
+        known = torch.zeros(centroids.shape[:2], dtype=torch.bool, device=pixels.device)
+    else:
+        known = known.clone()
+        nearest = torch.where(known[index], own_similarity(pixels, centroids, group), -torch.inf).amax(1)
+        distance = torch.where(nearest > -torch.inf, 1 - nearest, distance)
+    for j in range(centroids.shape[1]):
+        # rounding leaves a chosen pixel and its copies at a distance of some eps: not distinct
+        weight = torch.where(distance > 8 * torch.finfo(pixels.dtype).eps, distance, 0)
+        noise = gumbel((len(pixels),), pixels.device, generator).to(pixels.dtype)
+        pick, best = first_of_each_class(weight.log() + noise, group, len(centroids))
+        new = (best > -torch.inf) & ~known[:, j]
+        centroids[:, j] = torch.where(new[:, None], pixels[pick], centroids[:, j])
+        cosine = (pixels * centroids[:, j][index]).sum(1)
+        distance = torch.where(new[index], torch.minimum(distance, 1 - cosine), distance)
+        known[:, j] |= new
+    return centroids, known
+
+
+def own_similarity(x: Tensor, centroids: Tensor, group: Tensor) -> Tensor:
+    """[N,K]: similarity of rows x [N,D] to the sub-centroids [C,K,D] of their class; without meaning where group is negative.
+
+    N*K*D multiplications in place of the N*C*K*D that scores of all classes take, which only a GPU has to spare: of few rows a
+    class each meets its own sub-centroids (64 MB of them at a time), of many there is one product a class.
+    """
+    classes, k, channels = centroids.shape
+    few = len(x) < 8 * classes
+    if not few and x.device.type != "cpu":
+        own = ops.class_scores(x, centroids, group).own_similarity
+        assert own is not None
+        return own
+    x, centroids = (t.to(torch.promote_types(x.dtype, centroids.dtype)) for t in (x, centroids))
+    own = x.new_zeros(len(x), k)
+    with full_precision(x):
+        if few:
+            rows = max(1, 2**24 // (k * channels))
+            for part, some, ids in zip(own.split(rows), x.split(rows), group.clamp(min=0).split(rows), strict=True):
+                part.copy_(torch.bmm(centroids[ids], some[:, :, None])[..., 0])
+            return own
+        order = group.argsort(stable=True)
+        present, sizes = group[order].unique_consecutive(return_counts=True)
+        for c, mine in zip(present.tolist(), order.split(sizes.tolist()), strict=True):
+            if c >= 0:
+                own[mine] = x[mine] @ centroids[c].T
+    return own

@@ -60,7 +60,7 @@ class DNCClassifier(CentroidModel):
         revive_after: move a sub-centroid without a sample in this many updates (`SubCentroids`); 0: never. Default: None.
         class_weight: [C] weights of the cross-entropy; None: all are 1.
         label_smoothing: of the cross-entropy, in [0,1]. Default: 0.0.
-        accumulation_steps: losses whose sums of samples add up before the sub-centroids move once: those of a training step whose
+        accumulation_steps: losses whose sums of samples add up before the sub-centroids move once: those of a step whose
             gradients add up; or many batches, as the released code moves once in 300 to 1000.
         recipe: name in `RECIPES`; None: ``default``, which is ``classification``.
         generator: source of every draw; None: torch's global one.

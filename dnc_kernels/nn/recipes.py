@@ -34,8 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.0,
     },
 }
-# Cosines times a learnable scale and the pixel's own length, from an orthogonal start that hardly moves: as accurate as a softmax
-# head, but most sub-centroids win nothing, and what they are near to cannot replace them.
+# Cosines times a learnable scale and the pixel's own length, from an orthogonal start that hardly moves. As accurate as a
+# softmax head, but most sub-centroids win nothing, and the samples nearest to them cannot replace them.
 RECIPES["slow"] = {
     **RECIPES["released"],
     "scores": "scale",
@@ -43,7 +43,7 @@ RECIPES["slow"] = {
     "label_mode": "nearest-exact",
     "init": "orthogonal",
 }
-# As accurate, and alive: the average forgets where it started, and PPD holds samples near the sub-centroid they are assigned to.
+# As accurate, and alive: the average forgets where it started, and PPD holds samples near the sub-centroid assigned to them.
 RECIPES["classification"] = {**RECIPES["slow"], "momentum": Recent(0.25, 0.99), "ppd_weight": 1.0}
 # For pixels PPC at a temperature does what PPD does for images: it keeps every sub-centroid in use, at no cost in mIoU.
 RECIPES["segmentation"] = {**RECIPES["slow"], "momentum": Recent(0.5, 0.99), "ppc_weight": 0.1, "ppc_temperature": 0.1}

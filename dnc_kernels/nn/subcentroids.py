@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +16,24 @@ from ..errors import check_device, check_dtype, check_float, check_value, rename
 from ..ops._common import flat_pixels, pixel_count
 from ..ops._op import NAMESPACE
 from . import _starts, _sync
+from ._batches import Data, Prepare, embedded
 from ._choices import Assignment, Init, Sync, UpdateFrom, check_word
 from ._labels import left_out_below_zero
 from ._momentum import Momentum, check_momentum
+from ._usage import DeadSubCentroidsWarning, dead_below, shares, usage
+from .diagnosis import Diagnosis, check_start, diagnosed
 from .recipes import options_of
+from .refit import Refit, refitted_
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .monitor import Monitor
 
 #: What `SubCentroids.wins` keeps of a class in an update that has pixels of it: the last hundred or so count.
 WINS_DECAY = 0.99
-#: A sub-centroid with a smaller share of the wins of its class is dead: it stands for nothing.
-DEAD_SHARE = 0.01
+#: Updates after the warm-up before dead sub-centroids are a matter to warn of.
+UPDATES_BEFORE_WARNING = 100
 
 
 class SubCentroids(nn.Module):
@@ -73,6 +83,9 @@ class SubCentroids(nn.Module):
     last_counts: Tensor
     idle_updates: Tensor
     wins: Tensor
+    # not of an instance, so that copies and files of it have none
+    _observers: tuple[Monitor, ...] = ()
+    _warned_of_dead = False
 
     def __init__(
         self,
@@ -266,6 +279,7 @@ class SubCentroids(nn.Module):
         """
         rows = self.num_classes * self.num_subcentroids
         group = torch.div(cluster, self.num_subcentroids, rounding_mode="floor")
+        assigned, before = cluster, self.prototypes.clone() if self._observers else None
         started = False
         if self._start_pending:
             assert x is not None
@@ -296,7 +310,14 @@ class SubCentroids(nn.Module):
         if self.revive_after is not None and own_similarity is not None and not started:
             assert x is not None
             self._revive(x.detach(), group, own_similarity, self.revive_after, gathered)
+        if before is not None:
+            self._observe(before, own_similarity, assigned)
         return tally
+
+    @torch._disable_dynamo  # as in `_sync`
+    def _observe(self, before: Tensor, own_similarity: Tensor | None, cluster: Tensor) -> None:
+        for observer in self._observers:
+            observer.see(before, own_similarity, cluster)
 
     def _won(self, own_similarity: Tensor | None, group: Tensor) -> Tensor:
         """[M] int64: pixels of classes `group` [N] (negative: left out) that are nearest to each own sub-centroid."""
@@ -318,7 +339,7 @@ class SubCentroids(nn.Module):
             if self.warmup_steps:
                 counts = torch.where(self.num_updates < self.warmup_steps, 0, counts)
             self._move(sums, counts)
-        alive = self.wins >= DEAD_SHARE * self.wins.sum(1, keepdim=True)
+        alive = self.wins >= dead_below(self.num_subcentroids) * self.wins.sum(1, keepdim=True)
         idle = self.idle_updates + (self.last_counts > 0).any(1, keepdim=True)
         self.idle_updates.copy_(torch.where(alive, 0, idle))
         self.num_updates.add_(1)
@@ -403,6 +424,119 @@ class SubCentroids(nn.Module):
         self._start_pending = False
         return counts
 
+    @torch.no_grad()
+    def refit_(
+        self,
+        data: Data,
+        labels: Tensor | None = None,
+        *,
+        backbone: Callable[[Tensor], Tensor] | None = None,
+        prepare: Prepare | None = None,
+        iterations: int = 10,
+        tolerance: float = 1e-4,
+        start: Literal["data", "current"] = "data",
+        restarts: int = 2,
+    ) -> Refit:
+        """Put the sub-centroids of every class where spherical k-means on all of its samples puts them.
+
+        The centres are those of largest mean cosine of the samples to the nearest of their class. k-means++ and some steps on
+        a bounded draw of each class come first, then steps over all samples, each a pass over `data`. What fits into the draw
+        (2^24 numbers for all classes, or 4 K samples of each if that is more) is not computed again, so that one pass over
+        `data` is enough; else it must be something to go through again, with the same samples. A centre that wins nothing
+        becomes a sample of the draw, as in k-means++. A class with fewer distinct samples than K keeps the rest, one without
+        samples all of its sub-centroids. Nothing else of the head changes, and no statistics of the backbone.
+
+        With several ranks each has its own part of the data, and all must call it together: they do what one process does.
+
+        Args:
+            data: features and `labels` as of the head's `loss` (embeddings for a bare `SubCentroids`), or batches
+                ``(features, labels, ...)`` of them, such as a DataLoader.
+            labels: with a tensor alone.
+            backbone: then batches hold images, and ``backbone(prepare(images))`` are the features, in eval mode.
+            prepare: None: nothing.
+            iterations: steps over all samples, at most.
+            tolerance: stop once a step raises the mean cosine by less.
+            start: ``data``: k-means++. ``current``: the present sub-centroids; what wins nothing starts from the draw.
+            restarts: runs on the draw, of which each class takes its best.
+
+        Returns:
+            `Refit`: counts [C,K], iterations, and the mean cosine before and after. Deterministic, given `generator` and the
+            order of the data. Memory: three [C,K,D] in float64, the draw and its copies, and a batch.
+
+        Raises:
+            ValueError, TypeError: as of the head's `loss`; data that cannot be gone through again where it must be.
+        """
+        op = f"{type(self).__name__}.refit_"
+        iterations, restarts = whole_number(op, "iterations", iterations, 0), whole_number(op, "restarts", restarts)
+        check_value(0 <= tolerance < math.inf, op, "tolerance", "non-negative and finite", tolerance)
+        check_value(start in ("data", "current"), op, "start", "one of data, current", start)
+        batches = embedded(self, op, data, labels, backbone=backbone, prepare=prepare)
+        result = refitted_(self, batches, iterations, tolerance, start, restarts)
+        for counter in (self.wins, self.idle_updates):
+            counter.zero_()
+        self._pending, self._pending_updates, self._start_pending = None, 0, False
+        return result
+
+    def diagnose(
+        self,
+        data: Data,
+        labels: Tensor | None = None,
+        *,
+        backbone: Callable[[Tensor], Tensor] | None = None,
+        prepare: Prepare | None = None,
+        start: Tensor | None = None,
+    ) -> Diagnosis:
+        """Whether the sub-centroids are alive: how the samples share them, and what k-means reaches on the same features.
+
+        One pass over `data`. k-means sees a bounded, even draw of each class (2^24 numbers in all, or 4 K samples of each if
+        that is more); where a class has more samples, the cosine that it reaches on its own draw is a little too high. Changes
+        nothing, takes no number from a generator, and computes in eval mode. With several ranks each has its own part of the
+        data, and all must call it together; the transport plans are then of each rank's batches.
+
+        Args:
+            data: as of `refit_`.
+            labels: as of `refit_`.
+            backbone: as of `refit_`.
+            prepare: as of `refit_`.
+            start: [C,K,D], the sub-centroids that training began with; None: those that a `Monitor` of this head saw, if any.
+
+        Returns:
+            `Diagnosis`; print it.
+
+        Raises:
+            ValueError, TypeError: as of the head's `loss`.
+        """
+        op = f"{type(self).__name__}.diagnose"
+        check_start(op, start, self.prototypes)
+        if start is None and self._observers:
+            start = self._observers[0].start
+        return diagnosed(self, embedded(self, op, data, labels, backbone=backbone, prepare=prepare), start)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module. From training to evaluation it warns, once, of sub-centroids that died: see `wins`."""
+        if self.training and not mode and not self._warned_of_dead and not torch.compiler.is_compiling():
+            self._warn_of_dead()
+        return super().train(mode)
+
+    def _warn_of_dead(self) -> None:
+        if self.wins.is_meta or int(self.num_updates) < self.warmup_steps + UPDATES_BEFORE_WARNING:
+            return
+        k = self.num_subcentroids
+        # of fewer samples some sub-centroids get none by chance
+        share = shares(self.wins[self.wins.sum(1) >= 3 * k])
+        limit, total = dead_below(k), share.numel()
+        dead = int((share < limit).sum())
+        if 2 * dead <= total:
+            return
+        self._warned_of_dead = True
+        text = (
+            f"{type(self).__name__}: {dead} of {total} sub-centroids are dead: nearest to less than {100 * limit:.2g}% of the "
+            f"training samples of their class (usage {float(usage(share).mean()):.2f}, 1 is even), so K = {k} does little more "
+            f"than K = 1. diagnose(data) says which; a lower momentum or another recipe keeps them alive, refit_(data) places "
+            f"them anew (docs/layer.md)"
+        )
+        warnings.warn(text, DeadSubCentroidsWarning, stacklevel=3)
+
     @torch._disable_dynamo  # as in `_sync`
     def _start_when_due(self, x: Tensor, group: Tensor) -> bool:
         # counted on the host so that no step has to read a device counter
@@ -420,6 +554,9 @@ class SubCentroids(nn.Module):
         if (update or self.training) and torch.is_grad_enabled():
             return _copy(self.prototypes)
         return self.prototypes if self.training else _unit_rows(self.prototypes, self.prototypes.norm(dim=2, keepdim=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_observers"}
 
     def extra_repr(self) -> str:
         """Sizes, the recipe, and every option that differs from it or from its default."""
