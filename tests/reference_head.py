@@ -28,6 +28,7 @@ class ReferenceHead(torch.nn.Module):
         iterations: int = 3,
         update_from: str = "correct",
         ppc_weight: float = 0.01,
+        ppc_temperature: float = 1.0,
         ppd_weight: float = 0.001,
         align_corners: bool = False,
         ignore_index: int = 255,
@@ -36,7 +37,8 @@ class ReferenceHead(torch.nn.Module):
         self.classes, self.k, self.channels = prototypes.shape
         self.scores, self.confidence, self.label_mode, self.ignore_index = scores, confidence, label_mode, ignore_index
         self.momentum, self.epsilon, self.iterations, self.update_from = momentum, epsilon, iterations, update_from
-        self.ppc_weight, self.ppd_weight, self.align_corners = ppc_weight, ppd_weight, align_corners
+        self.ppc_weight, self.ppc_temperature, self.ppd_weight = ppc_weight, ppc_temperature, ppd_weight
+        self.align_corners = align_corners
         self.register_buffer("prototypes", prototypes.double().clone())
         self.feat_norm = torch.nn.LayerNorm(self.channels, dtype=torch.float64)
         if scores == "norm":
@@ -73,7 +75,7 @@ class ReferenceHead(torch.nn.Module):
         # Contrast with all sub-centroids (PPC), distance to the assigned one (PPD), over the labelled pixels.
         flat = similarity.flatten(1)
         labelled = (target >= 0).nonzero()[:, 0]
-        ppc = F.cross_entropy(flat[labelled], target[labelled])
+        ppc = F.cross_entropy(flat[labelled] / self.ppc_temperature, target[labelled])
         ppd = (1 - flat[labelled, target[labelled]]).square().mean()
 
         # 5. Momentum: the pixels that are classified correctly move the sub-centroid that they are assigned to.

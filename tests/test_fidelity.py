@@ -15,7 +15,13 @@ from dnc_kernels import nn, ops
 STEPS, BATCH, MOMENTUM = 50, 2, 0.9
 RECIPES = {
     "released": {"scores": "norm", "confidence": "none", "label_mode": "nearest"},
-    "default": {"scores": "scale", "confidence": "length", "label_mode": "nearest-exact"},
+    "default": {
+        "scores": "scale",
+        "confidence": "length",
+        "label_mode": "nearest-exact",
+        "ppc_weight": 0.1,
+        "ppc_temperature": 0.1,
+    },
 }
 
 

@@ -347,7 +347,7 @@ def test_dtypes_are_checked():
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"recipe": "best"}, "recipe must be one of released, default; got best"),
+        ({"recipe": "best"}, "recipe must be one of default, released, slow, classification, segmentation; got best"),
         ({"scores": "softmax"}, "scores must be one of norm, temperature, scale"),
         ({"temperature": 0.0}, "temperature must be positive and finite"),
         ({"ppc_weight": -1.0}, "ppc_weight must be non-negative and finite"),

@@ -114,8 +114,10 @@ def test_the_weights_of_the_loss_give_its_gradient(dtype, layout):
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 65536.0)], ids=str)
 def test_half_precision_neither_under_nor_overflows(dtype, scale, mixture, layout):
     # one sub-centroid of each class: with more, rounding decides which of two equally near ones gets a gradient
+    # a contrast temperature of 1: the two parts of its gradient are rounded before they meet, and at a lower one they nearly cancel
     torch.manual_seed(1)
-    head, (x, labels) = DNCHead(CHANNELS, CLASSES, 1, ppc_weight=0.3, ppd_weight=0.2), problem(dtype, layout)
+    options = {"ppc_weight": 0.3, "ppc_temperature": 1.0, "ppd_weight": 0.2}
+    head, (x, labels) = DNCHead(CHANNELS, CLASSES, 1, **options), problem(dtype, layout)
     expected = exact_gradients(head, x, labels, mixture)["x"]
     y = x.detach().requires_grad_()
     mix(head.loss(y, labels), mixture, scale).backward()

@@ -113,7 +113,9 @@ def test_float16_gradients_of_a_large_label_map_neither_underflow_nor_overflow(c
     assert half.grad.isfinite().all()
     norm = exact.grad.norm(dim=1, keepdim=True)  # every pixel by itself: the smallest gradients are the first to vanish
     relative = (half.grad.double() / scaler.get_scale() / norm).half()
-    assert_close(relative, exact.grad / norm, "loss_gradient", terms=CHANNELS)
+    expected = exact.grad / norm
+    # the bound is that of the cross-entropy; similarities are rounded for the contrast too, and divided by its temperature
+    assert_close(relative, expected, "loss_gradient", terms=CHANNELS, scale=1 + head.ppc_weight / head.ppc_temperature)
 
 
 def test_step_that_overflows_float16_is_skipped_and_spares_the_sub_centroids():
