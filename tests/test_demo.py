@@ -21,7 +21,7 @@ from dnc_kernels.demo.explanations import _inside, explain
 from dnc_kernels.demo.network import SmallBackbone, SoftmaxHead
 from dnc_kernels.demo.training import HEADS, Settings, class_iou, read_scenes, train, write_scenes
 
-SMALL = Settings(steps=30, batch=2, height=48, width=64, train_scenes=12, test_scenes=6, evaluations=3, threads=1)
+SMALL = Settings(steps=45, batch=2, height=48, width=64, train_scenes=12, test_scenes=6, evaluations=3, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_figures_of_a_run(runs, small):
         wrong = run.predictions != small.test_labels.numpy()
         assert run.pixel_accuracy == pytest.approx(1 - wrong.mean())
         assert run.miou == run.evaluated_miou[-1] == pytest.approx(np.nanmean(run.class_iou))
-        assert run.evaluated_at == [10, 20, 30]
+        assert run.evaluated_at == [15, 30, 45]
         assert run.step_ms > 0
     assert runs["softmax"].learnable_head == 64 * 11 + 11 and runs["softmax"].moved == 0
     assert runs["dnc"].moved == 11 * SMALL.subcentroids * 64
@@ -243,10 +243,20 @@ def test_the_demo_runs_end_to_end_and_writes_everything(tmp_path, capsys):
         assert run["evaluated_at"][-1] == cli.QUICK.steps and set(run["class_iou"]) == set(scenes.CLASS_NAMES)
         if sys.platform == "linux":
             assert head["peak_mb"] > 0
+    assert 0 < metrics["heads"]["dnc"]["runs"][0]["anchored_miou"] < 1 and "dead" not in metrics["heads"]["softmax"]["runs"][0]
     assert metrics["settings"]["seeds"] == [0] and metrics["settings"]["quick"] and metrics["settings"]["threads"] == 1
     assert metrics["versions"]["torch"] == torch.__version__ and metrics["backends"]["class_scores"] in ("cpu", "reference")
     printed = capsys.readouterr().out
-    for expected in ("DNC head", "softmax head", "mIoU", "pixel accuracy", "steps/s", "s left", "metrics.json"):
+    for expected in (
+        "DNC head",
+        "softmax head",
+        "mIoU",
+        "pixel accuracy",
+        "steps/s",
+        "s left",
+        "metrics.json",
+        "with training pixels",
+    ):
         assert expected in printed
 
 

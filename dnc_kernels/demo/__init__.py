@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-for _name in ("sklearn", "matplotlib", "rich"):
+for _name in ("sklearn", "matplotlib", "rich", "scipy", "safetensors", "PIL", "jinja2"):
     if find_spec(_name) is None:
         raise ModuleNotFoundError(f'the demo needs {_name}: run `pip install "dnc_kernels[demo]"`', name=_name)
 

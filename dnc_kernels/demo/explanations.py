@@ -14,10 +14,9 @@ from .. import ops
 from ..nn import DNCHead, Nearest, NearestSamples
 from .network import SmallBackbone
 from .scenes import NUM_CLASSES
-from .training import EVALUATION_BATCH, Run, Scenes, SegmentationNetwork, Settings
+from .training import EVALUATION_BATCH, EXPLAINING_SCENES, Run, Scenes, SegmentationNetwork, Settings
 
 SAMPLES = 6  # training pixels shown for a sub-centroid
-TRAIN_SCENES = 512  # searched for them; half as many already hold thousands of pixels of a class
 
 
 class SubCentroid(NamedTuple):
@@ -70,7 +69,7 @@ def explain(run: Run, scenes: Scenes, settings: Settings) -> Explained:
     assert isinstance(head, DNCHead)
     samples = NearestSamples(head, SAMPLES, nearest_only=True)
     used = torch.zeros(NUM_CLASSES, settings.subcentroids)
-    some = slice(0, TRAIN_SCENES)
+    some = slice(0, EXPLAINING_SCENES)
     batches = zip(scenes.images[some].split(EVALUATION_BATCH), scenes.labels[some].split(EVALUATION_BATCH), strict=True)
     for images, labels in batches:
         embedding = head.embed(network.features(images))

@@ -35,6 +35,9 @@ MEANING = {
     "pixel_accuracy": "share of the pixels of the held-out scenes that are right",
     "learnable_head": "parameters of the head that gradients train",
     "learnable_all": "parameters of network and head that gradients train",
+    "anchored_miou": "mIoU once every sub-centroid is replaced by a pixel of a training scene, one of its class",
+    "dead": "share of the sub-centroids that are nearest to less than 1 % of the training pixels of their class",
+    "usage": "entropy of those shares over the logarithm of their number, mean of the classes: 1 even, 0 one does it all",
     "moved": "numbers of the sub-centroids, which clustering moves and no gradient trains",
     "step_ms": "median time of a training step: batch to device, forward, loss, backward, optimiser",
     "peak_mb": "10^6 bytes. CPU: rise of the resident set of a fresh process during the steps before the first evaluation, "
@@ -68,6 +71,10 @@ def table(runs: list[Run], settings: Settings) -> Table:
     row("learnable parameters, head", lambda of_head: f"{of_head[0].learnable_head:,}")
     row("learnable parameters, all", lambda of_head: f"{of_head[0].learnable_all:,}")
     row("sub-centroid numbers, moved by clustering", lambda of_head: f"{of_head[0].moved:,}" if of_head[0].moved else "-")
+    if any(run.standing for run in runs):
+        row("mIoU with training pixels as sub-centroids", _of_standing("anchored_miou", 4))
+        row("sub-centroids that win less than 1 % of their class", _of_standing("dead", 3))
+        row("evenness of the sub-centroids (usage), 0 to 1", _of_standing("usage", 2))
     row("median time per step, ms", lambda of_head: _spread([run.step_ms for run in of_head], 1))
     row(f"peak memory, MB ({'allocator' if settings.device != 'cpu' else 'rise of the process'})", _peak)
     row("training with evaluations, s", lambda of_head: _spread([run.seconds for run in of_head], 0))
@@ -123,7 +130,17 @@ def _run(run: Run) -> dict[str, Any]:
         "evaluated_miou",
     )
     iou = [None if math.isnan(value) else value for value in run.class_iou]
-    return {**{name: getattr(run, name) for name in names}, "class_iou": dict(zip(CLASS_NAMES, iou, strict=True))}
+    figures = {name: getattr(run, name) for name in names}
+    stands = asdict(run.standing) if run.standing else {}
+    return {**figures, **stands, "class_iou": dict(zip(CLASS_NAMES, iou, strict=True))}
+
+
+def _of_standing(name: str, digits: int) -> Callable[[list[Run]], str]:
+    def cell(runs: list[Run]) -> str:
+        values = [float(getattr(run.standing, name)) for run in runs if run.standing]
+        return _spread(values, digits) if values else "-"
+
+    return cell
 
 
 def _by_head(runs: list[Run]) -> dict[HeadName, list[Run]]:
