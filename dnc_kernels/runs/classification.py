@@ -6,7 +6,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..demo.training import PeakMemory
 from ..integrations import DNCImageClassifier
+from ..nn import Monitor
 from .checkpoint import replacing
 from .data import network_input
 from .images import Dataset, Images
@@ -30,6 +31,7 @@ from .views import ImageBatches, InOrder, Views
 
 BINS = 15  # of the calibration error, as in Guo et al., 2017
 EVALUATION_BATCH = 128
+MONITOR_EVERY = 10  # updates between what TensorBoard shows of the sub-centroids
 
 
 class NetworkError(ValueError):
@@ -265,7 +267,7 @@ def run_head(
         network.compile(backend=plan.compile)
     evaluation = Evaluation(training, plan.dataset.test, plan.views, _peak(plan.device, alone))
     batches = ImageBatches(plan.dataset.train, plan.views, plan.batch, plan.seed, plan.workers, rank(), ranks())
-    with _curves(out if plan.monitor and rank() == 0 else None, training.step) as note:
+    with _curves(out if plan.monitor and rank() == 0 else None, network, training.step) as note:
         signalled = train(
             training, batches, evaluation, begin(training.step),
             evaluate_every=plan.evaluate_every, checkpoint_every=plan.checkpoint_every,
@@ -290,14 +292,19 @@ def _peak(device: torch.device, alone: bool) -> PeakMemory | None:
 
 
 @contextmanager
-def _curves(out: Path | None, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that takes rows of the log as curves of TensorBoard; without a folder it does nothing."""
+def _curves(out: Path | None, network: Any, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that takes rows of the log as curves of TensorBoard, beside those of `nn.Monitor`; without a folder it does
+    nothing.
+    """
     if out is None:
         yield lambda row: None
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(out / "tensorboard", purge_step=done + 1) as writer:
+    with ExitStack() as open_until_then:
+        writer = open_until_then.enter_context(SummaryWriter(out / "tensorboard", purge_step=done + 1))
+        if isinstance(network, DNCImageClassifier):
+            open_until_then.enter_context(Monitor(network.head, writer=writer, every=MONITOR_EVERY))
 
         def note(row: dict[str, Any]) -> None:
             for name, value in row.items():
@@ -312,9 +319,6 @@ def verdict_on_subcentroids(model: DNCImageClassifier, plan: Plan) -> str:
 
     Of several ranks each reads a part; a collective call.
     """
-    diagnose: Any = getattr(model.head, "diagnose", None)
-    if diagnose is None:
-        return ""
     device = next(model.parameters()).device
     batches = InOrder(plan.dataset.train, plan.views, EVALUATION_BATCH, rank(), ranks())
-    return diagnose(batches, backbone=model.backbone, prepare=partial(network_input, device=device)).verdict
+    return model.head.diagnose(batches, backbone=model.backbone, prepare=partial(network_input, device=device)).verdict
