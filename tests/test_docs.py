@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-#: Its blocks are files that use each other: tests/test_deployment.py runs them in order.
-IN_ORDER = ROOT / "docs" / "deployment.md"
+#: Their blocks use each other: tests/test_deployment.py and tests/test_tutorial.py run them in order.
+IN_ORDER = {ROOT / "docs" / "deployment.md", ROOT / "docs" / "tutorial.md"}
 #: Pages whose links, commands and file names are looked up.
 FOLLOWED = (*PAGES, ROOT / "CONTRIBUTING.md")
 FOLDERS = ("benchmarks", "cmake", "csrc", "dnc_kernels", "docs", "examples", "tests")
@@ -74,7 +74,7 @@ def run(block):
 
 
 @pytest.mark.parametrize(
-    "block", [b for page in PAGES if page != IN_ORDER for b in blocks(page) if b.language in ("python", "pycon")], ids=str
+    "block", [b for page in PAGES if page not in IN_ORDER for b in blocks(page) if b.language in ("python", "pycon")], ids=str
 )
 def test_python_block_runs_by_itself(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
