@@ -30,6 +30,7 @@ _OTHERS = """other programs of this folder, each with its own --help:
   python -m benchmarks.carry       no GPU: carry proofs to source of which nvcc makes the same program
   python -m benchmarks.primitives  GPU: check the instructions that the CUDA C++ kernels rest on, one by one
   python -m benchmarks.sanitize    GPU: run the tests of the CUDA C++ kernels under compute-sanitizer
+  python -m benchmarks.recipes     train small networks by the recipes of the heads: accuracy, and what sub-centroids stand for
   python -m benchmarks.gpu_run     GPU: the above within some minutes, and take the results into the tree"""
 
 

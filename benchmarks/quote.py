@@ -2,6 +2,7 @@
 
 A block of a page stands between the HTML comments "rows: NAME" and "end rows". NAME is a table of `TABLES`. Within a sentence
 it is "TABLE / COLUMN" or "TABLE / COLUMN / PATTERN": the range of the ratios in that column, of the lines whose label matches.
+"recipes / NAME" is a table of `recipe_rows.TABLES`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import ROOT, record
+from . import ROOT, recipe_rows, record
 
 Row = dict[str, Any]
 BLOCK = re.compile(r"<!-- rows: (?P<name>.*?) -->(?P<body>.*?)<!-- end rows -->", re.DOTALL)
@@ -302,6 +303,12 @@ def lines_of(table: Table, results: Path) -> list[tuple[list[str], list[Row]]]:
 def render(name: str, results: Path) -> str:
     """What stands in the block called `name`."""
     table_name, *rest = name.split(" / ")
+    if table_name == "recipes":
+        if len(rest) != 1 or rest[0] not in recipe_rows.TABLES:
+            raise Unquotable(f"no table {name!r}; there are {', '.join(f'recipes / {n}' for n in recipe_rows.TABLES)}")
+        if (body := recipe_rows.render(results, rest[0])) is None:
+            raise Unquotable(f"{name}: no rows")
+        return body
     if table_name not in TABLES:
         raise Unquotable(f"no table {table_name!r}; there are {', '.join(TABLES)}")
     table = TABLES[table_name]
