@@ -21,7 +21,7 @@ from .explanations import Evidence, Explanation
 DPI = 150
 RIGHT, WRONG, NEUTRAL, PALE = "#1a7f37", "#c62828", "#3a6ea5", "#9aa0a6"
 COLUMNS = 3  # of queries side by side
-WIDTH, EXEMPLAR = 4.4, 0.66  # inches: of a query with what belongs to it; of an exemplar with the gap to the next
+WIDTH, EXEMPLAR = 5.0, 0.66  # inches: of a query with what belongs to it; of an exemplar with the gap to the next
 _DIM = 0.35  # brightness of what lies outside a region
 _PLAIN: dict[str, Any] = {"parse_math": False}  # a $ in a name is a $
 
@@ -100,7 +100,7 @@ def _exemplar(axis: Axes, evidence: Evidence, anchors: Anchors, *, won: bool, ri
     bold = "bold" if won else "normal"
     for x, y, text, size, colour in (
         (1.15, 0.68, percent(evidence.probability), 10, "#111111"),
-        (2.25, 0.68, _short(anchors.classes[evidence.label], 11), 9, "#111111"),
+        (2.4, 0.68, _short(anchors.classes[evidence.label], 11), 9, "#111111"),
         (1.15, 0.26, f"cosine {evidence.similarity:.2f}", 7.5, "#555555"),
     ):
         axis.text(x, y, text, fontsize=size, color=colour, fontweight=bold if size == 10 else "normal", va="center",
