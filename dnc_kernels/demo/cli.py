@@ -79,7 +79,7 @@ def draw(runs: list[Run], scenes: pictures.Scenes, options: Options) -> list[Pat
     for run in first:
         if run.head == "dnc":
             explained = explain(run, scenes, options.settings)
-            written.append(pictures.explanations(out / "explanations.png", explained, scenes))
+            written.append(pictures.explanations(out / "explanations.png", explained, scenes, run))
             written.append(pictures.subcentroids(out / "subcentroids.png", explained, scenes))
     return written
 

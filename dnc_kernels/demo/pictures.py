@@ -82,10 +82,11 @@ def curves(path: Path, runs: list[Run]) -> Path:
     return _save(figure, path)
 
 
-def explanations(path: Path, explained: Explained, scenes: Scenes) -> Path:
+def explanations(path: Path, explained: Explained, scenes: Scenes, run: Run) -> Path:
     """Pixels with their decisions, each next to the training pixels that its sub-centroid is most like.
 
-    A wrong pixel has a second row for the best sub-centroid of the true class, which lost.
+    A wrong pixel has a second row for the best sub-centroid of the true class, which lost. The title says what the run's
+    sub-centroids stand for.
     """
     cases = explained.cases
     shown = [[case.winner] if case.winner.label == case.truth else [case.winner, case.best_of_truth] for case in cases]
@@ -102,10 +103,18 @@ def explanations(path: Path, explained: Explained, scenes: Scenes) -> Path:
             row += 1
     figure.suptitle(
         "A pixel of a held-out scene (left) is given the class of its nearest sub-centroid. "
-        "That sub-centroid stands for these training pixels (right, cosine to it).",
+        "That sub-centroid stands for these training pixels (right, cosine to it).\n" + _standing(run),
         fontsize=10,
     )
     return _save(figure, path)
+
+
+def _standing(run: Run) -> str:
+    assert run.standing is not None
+    return (
+        f"mIoU {run.miou:.3f}, and {run.standing.anchored_miou:.3f} with a training pixel in the place of every sub-centroid; "
+        f"{100 * run.standing.dead:.0f} % of them win under 1 % of their class."
+    )
 
 
 def subcentroids(path: Path, explained: Explained, scenes: Scenes) -> Path:
