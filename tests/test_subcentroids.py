@@ -333,7 +333,9 @@ def test_warm_up_counts_but_moves_nothing():
 
 def test_recent_momentum_reaches_back_over_a_fraction_of_the_updates_and_forgets_the_start():
     recent = nn.Recent(0.5, 0.9)
-    assert float(recent(torch.tensor(0.0))) == pytest.approx(0.9) and float(recent(torch.tensor(80.0))) == pytest.approx(1 - 1 / 50)
+    assert float(recent(torch.tensor(0.0))) == pytest.approx(0.9) and float(recent(torch.tensor(80.0))) == pytest.approx(
+        1 - 1 / 50
+    )
     assert recent == nn.Recent(0.5, 0.9) and repr(recent) == "Recent(fraction=0.5, start=0.9)"
     assert pickle.loads(pickle.dumps(recent)) == recent
     module, away = nn.SubCentroids(1, 1, 8, momentum=recent), unit(8)
@@ -343,7 +345,10 @@ def test_recent_momentum_reaches_back_over_a_fraction_of_the_updates_and_forgets
         left *= 1 - 1 / (0.5 * n + 10)
     assert int(module.num_updates) == 60 and left < 0.08
     assert float(module.prototypes[0, 0] @ away) > 0.99 and float((module.prototypes * start).sum()) < 0.99
-    for wrong, message in (((0.0,), r"fraction must be in \(0,1\]; got 0.0"), ((0.5, 1.0), r"start must be in \[0,1\); got 1.0")):
+    for wrong, message in (
+        ((0.0,), r"fraction must be in \(0,1\]; got 0.0"),
+        ((0.5, 1.0), r"start must be in \[0,1\); got 1.0"),
+    ):
         with pytest.raises(ValueError, match=rf"Recent: {message}"):
             nn.Recent(*wrong)
 
