@@ -83,6 +83,7 @@ def _case(name: str, classes: int, k: int, channels: int, height: int, dtype: st
 
             def step() -> Any:
                 model.prototypes.copy_(i.start)
+                model.num_updates.zero_()  # momentum depends on it
                 x = i.x.detach().requires_grad_()
                 with _autocast(x):
                     loss = model.loss(x, i.labels).loss
