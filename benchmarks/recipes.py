@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dnc_kernels.demo.scenes import NUM_CLASSES
 from dnc_kernels.demo.training import (
+    EXPLAINING_SCENES,
     SegmentationNetwork,
     Settings,
     class_iou,
@@ -40,7 +41,7 @@ from dnc_kernels.runs.classification import calibration_error
 from dnc_kernels.runs.data import network_input
 from dnc_kernels.runs.images import load_dataset
 from dnc_kernels.runs.networks import make_classifier
-from dnc_kernels.runs.schedules import TRAINING_RECIPES, TrainingRecipe
+from dnc_kernels.runs.schedules import TRAINING_RECIPES, Learning, TrainingRecipe
 from dnc_kernels.runs.views import InOrder, Views
 
 from . import record
@@ -110,7 +111,7 @@ def classifier(task: TrainingRecipe, head: str, seed: int, data: Path | None) ->
     def batch(picked: Tensor) -> tuple[Tensor, Tensor]:
         return prepared[picked], train.labels[picked]
 
-    _fit(network, task, steps, sequence, batch, lambda x, y: network(x, y).loss)
+    _fit(network, task.learning, sequence.view(steps, -1), batch, lambda x, y: network(x, y).loss)
 
     def measure() -> dict[str, float]:
         network.eval()
@@ -125,18 +126,18 @@ def classifier(task: TrainingRecipe, head: str, seed: int, data: Path | None) ->
 
 def _fit(
     network: nn.Module,
-    task: TrainingRecipe,
-    steps: int,
+    learning: Learning,
     sequence: Tensor,
     batch: Callable[[Tensor], tuple[Tensor, Tensor]],
     loss_of: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    optimizer = task.learning.optimizer_of(network)
-    schedule = task.learning.schedule_of(optimizer, steps)
+    """Train on the examples of each row of `sequence` [steps,batch]."""
+    optimizer = learning.optimizer_of(network)
+    schedule = learning.schedule_of(optimizer, len(sequence))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.train()
-    for step in range(steps):
-        loss = loss_of(*batch(sequence[step * task.batch : (step + 1) * task.batch]))
+    for picked in sequence:
+        loss = loss_of(*batch(picked))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -154,13 +155,10 @@ def segmenter(head: str, seed: int) -> Trained:
     network = SegmentationNetwork("softmax" if head == "softmax" else "dnc", settings, **options)
     network.placed(torch.device("cpu"))
     sequence = order(len(scenes.images), settings.steps * settings.batch, seed)
-    learning = replace(
-        TRAINING_RECIPES["fashion-14"].learning, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
-        warm_up=settings.warm_up,
-    )  # fmt: skip
-    task = replace(TRAINING_RECIPES["fashion-14"], batch=settings.batch, learning=learning)
+    learning = Learning("adamw", settings.learning_rate, settings.weight_decay, "one-cycle", warm_up=settings.warm_up)
     _fit(
-        network, task, settings.steps, sequence, lambda picked: (scenes.images[picked], scenes.labels[picked].long()),
+        network, learning, sequence.view(settings.steps, -1),
+        lambda picked: (scenes.images[picked], scenes.labels[picked].long()),
         lambda x, y: network.head.loss(network.features(x), y).loss,
     )  # fmt: skip
 
@@ -178,8 +176,7 @@ def segmenter(head: str, seed: int) -> Trained:
         ece = calibration_error(torch.cat(confidences), torch.cat(correct))
         return {"score": float(class_iou(confusion).nanmean()), "ece": ece}
 
-    some = 512  # half of the scenes already hold thousands of pixels of a class
-    train = Examples(scenes.images[:some], scenes.labels[:some].long())
+    train = Examples(scenes.images[:EXPLAINING_SCENES], scenes.labels[:EXPLAINING_SCENES].long())
     return Trained(network, train, network.prepare, measure, settings.steps)
 
 

@@ -246,12 +246,11 @@ def standing(network: SegmentationNetwork, scenes: Scenes) -> Standing | None:
         return None
     some = slice(0, EXPLAINING_SCENES)
     batches = list(zip(scenes.images[some].split(EVALUATION_BATCH), scenes.labels[some].split(EVALUATION_BATCH), strict=True))
-    overall = head.diagnose(batches, backbone=network.backbone, prepare=network.prepare).overall
     learned = head.prototypes.clone()
-    anchor(network, batches, prepare=network.prepare)
+    anchors = anchor(network, batches, prepare=network.prepare)
     confusion, _ = evaluate(network, scenes)
     head.prototypes.copy_(learned)
-    return Standing(overall["dead"], overall["usage"], float(class_iou(confusion).nanmean()))
+    return Standing(anchors.dead, anchors.usage, float(class_iou(confusion).nanmean()))
 
 
 @torch.no_grad()
