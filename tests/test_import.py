@@ -8,14 +8,25 @@ import torch
 from dnc_kernels import backends
 
 
-def test_the_package_loads_no_module_that_torch_had_not_loaded():
-    code = (
-        "import sys, torch; before = set(sys.modules); import dnc_kernels; "
-        "print(*(name for name in set(sys.modules) - before if name.split('.')[0] != 'dnc_kernels'))"
-    )
+FRESH = """
+import sys, torch
+before = set(sys.modules)
+import dnc_kernels
+print(*(name for name in set(sys.modules) - before if name.split(".")[0] != "dnc_kernels"))
+
+from dnc_kernels.nn import DNCClassifier, DNCHead
+for checkpoint in ("none", "scores", "all"):
+    head = DNCHead(8, 3, 2, checkpoint=checkpoint)
+    head.loss(torch.randn(1, 8, 4, 4).requires_grad_(), torch.zeros(1, 8, 8, dtype=torch.int64)).loss.backward()
+DNCClassifier(8, 3, 2).loss(torch.randn(5, 8).requires_grad_(), torch.zeros(5, dtype=torch.int64)).loss.backward()
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_the_package_loads_no_module_that_torch_had_not_loaded_and_a_step_no_compiler():
     # another process: this one has loaded nearly everything
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert loaded.stdout.split() == []
+    loaded = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120, check=True)
+    assert loaded.stdout.splitlines() == ["", "False"]
 
 
 def test_a_gpus_capability_is_a_constant_to_the_compiler(monkeypatch):

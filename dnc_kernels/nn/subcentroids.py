@@ -552,7 +552,8 @@ class SubCentroids(nn.Module):
         Out of training they are of unit length, also where a moving average of models has shortened the buffer's rows.
         """
         if (update or self.training) and torch.is_grad_enabled():
-            return _copy(self.prototypes)
+            # of itself a custom operator would import the compiler: seconds, in the first step
+            return _copy(self.prototypes) if torch.compiler.is_compiling() else self.prototypes.clone()
         return self.prototypes if self.training else _unit_rows(self.prototypes, self.prototypes.norm(dim=2, keepdim=True))
 
     def __getstate__(self) -> dict[str, Any]:
