@@ -1,6 +1,7 @@
 """DNCHead's step in bands of rows against the same step made of ops, in float64; its options and its memory formula."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -235,7 +236,7 @@ def test_bad_options_are_named():
 # memory
 
 _MEASURE = """
-import ctypes, gc, sys, torch
+import ctypes, gc, os, sys, torch
 from pathlib import Path
 from dnc_kernels.nn import DNCHead
 
@@ -243,36 +244,49 @@ def peak():
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 def prepared(size, labels):
-    x = torch.randn(1, 128, *size).requires_grad_()
-    y = torch.randint(0, 64, (1, *labels))
-    return head, x, y
+    return torch.randn(1, 128, *size).requires_grad_(), torch.randint(0, 64, (1, *labels))
 
-torch.set_num_threads(2)
-head = DNCHead(128, 64, 4, checkpoint=sys.argv[1], loss_size=sys.argv[2])
-head, x, y = prepared((8, 8), (16, 16))
-head.loss(x, y).loss.backward()
-head, x, y = prepared((128, 256), (512, 1024))
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-Path("/proc/self/clear_refs").write_text("5")
-before = peak()
-result = head.loss(x, y)
-(result.loss if sys.argv[3] == "loss" else result.cross_entropy + 2 * result.ppc + result.ppd).backward()
-again = x.numel() * x.itemsize if sys.argv[3] == "parts" and head.checkpoint == "all" else 0
-print(peak() - before, head.step_bytes(x.shape, y.shape) + again)
+def measure(checkpoint, loss_size, what):
+    torch.set_num_threads(2)
+    head = DNCHead(128, 64, 4, checkpoint=checkpoint, loss_size=loss_size)
+    x, y = prepared((8, 8), (16, 16))
+    head.loss(x, y).loss.backward()
+    x, y = prepared((128, 256), (512, 1024))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    result = head.loss(x, y)
+    (result.loss if what == "loss" else result.cross_entropy + 2 * result.ppc + result.ppd).backward()
+    again = x.numel() * x.itemsize if what == "parts" and head.checkpoint == "all" else 0
+    print(checkpoint, loss_size, what, peak() - before, head.step_bytes(x.shape, y.shape) + again, flush=True)
+
+for line in sys.stdin:  # a process for each, of one that has imported everything and started no threads
+    if os.fork() == 0:
+        measure(*line.split())
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
+_CHECKPOINTS, _SIZES, _WHAT = ("none", "scores", "all"), ("labels", "features"), ("loss", "parts")
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
-@pytest.mark.parametrize("checkpoint", ("none", "scores", "all"))
-@pytest.mark.parametrize("loss_size", ("labels", "features"))
-@pytest.mark.parametrize("what", ("loss", "parts"))
-def test_memory_formula(checkpoint, loss_size, what):
-    """A mixture of the parts takes both passes again, in backward, which make a second gradient of the features."""
-    command = [sys.executable, "-c", _MEASURE, checkpoint, loss_size, what]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+@pytest.fixture(scope="module")
+def memory_of_steps():
+    """Bytes measured and of the formula, by checkpoint, loss_size and what backward goes through."""
+    cases = "\n".join(map(" ".join, itertools.product(_CHECKPOINTS, _SIZES, _WHAT)))
+    child = subprocess.run([sys.executable, "-c", _MEASURE], input=cases, capture_output=True, text=True, timeout=600)
     if "clear_refs" in child.stderr:
         pytest.skip("the recorded peak cannot be reset here")
     assert child.returncode == 0, child.stderr
-    measured, formula = map(int, child.stdout.split())
+    return {tuple(line.split()[:3]): tuple(map(int, line.split()[3:])) for line in child.stdout.splitlines()}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+@pytest.mark.parametrize("checkpoint", _CHECKPOINTS)
+@pytest.mark.parametrize("loss_size", _SIZES)
+@pytest.mark.parametrize("what", _WHAT)
+def test_memory_formula(memory_of_steps, checkpoint, loss_size, what):
+    """A mixture of the parts takes both passes again, in backward, which make a second gradient of the features."""
+    measured, formula = memory_of_steps[checkpoint, loss_size, what]
     assert measured <= formula <= 2 * measured, f"measured {measured / 1e6:.1f} MB, formula {formula / 1e6:.1f} MB"
