@@ -7,7 +7,6 @@ import torch
 
 from dnc_kernels import backends
 
-
 FRESH = """
 import sys, torch
 before = set(sys.modules)
