@@ -1,4 +1,7 @@
-"""Tables of what `benchmarks.recipes` has measured, for `quote`: a line for each head of a task, means over the seeds."""
+"""Tables of what `benchmarks.recipes` has measured, for `quote`: a line for each head of a task, means over the seeds.
+
+A row that was measured before its head got the present name has the older one as `named_then`: the options are the same.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,11 @@ HEADS = {
     "segmentation": "DNC, `segmentation` (its default)",
     "slow": "DNC, `slow`",
     "released": "DNC, `released`",
-    "fraction 1": "`momentum=Recent(1.0)`",
-    "fraction 0.25": "`momentum=Recent(0.25)`",
-    "momentum 0.99": "`momentum=0.99`",
-    "no PPC": "`ppc_weight=0`",
-    "PPD 0.1": "`ppd_weight=0.1`",
     "PPD 1": "`ppd_weight=1.0`",
+    "PPD 0.001": "`ppd_weight=0.001`",
+    "PPD 0.001, fraction 1": "`ppd_weight=0.001, momentum=Recent(1.0)`",
+    "PPD 0.001, fraction 0.25": "`ppd_weight=0.001, momentum=Recent(0.25)`",
+    "PPD 0.001, momentum 0.99": "`ppd_weight=0.001, momentum=0.99`",
 }
 MAIN = ("softmax", "classification", "segmentation", "slow", "released")
 #: Blocks of pages: task and heads.
@@ -31,7 +33,7 @@ TABLES = {
     "fashion-14": ("fashion-14", MAIN),
     "fashion": ("fashion", MAIN),
     "scenes": ("scenes", MAIN),
-    "trade-off": ("scenes", ("segmentation", *(name for name in HEADS if name not in MAIN))),
+    "neighbours": ("scenes", ("segmentation", *(name for name in HEADS if name not in MAIN))),
 }
 
 

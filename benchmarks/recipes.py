@@ -50,12 +50,11 @@ BATCH = 250  # of what is not training
 K = 4
 #: For the scenes, a recipe with other options: the curve of mIoU against what is left of it after anchoring.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "momentum 0.99": ("segmentation", {"momentum": 0.99}),
-    "fraction 0.25": ("segmentation", {"momentum": Recent(0.25)}),
-    "fraction 1": ("segmentation", {"momentum": Recent(1.0)}),
-    "no PPC": ("segmentation", {"ppc_weight": 0.0}),
-    "PPD 0.1": ("segmentation", {"ppd_weight": 0.1}),
     "PPD 1": ("segmentation", {"ppd_weight": 1.0}),
+    "PPD 0.001": ("segmentation", {"ppd_weight": 0.001}),
+    "PPD 0.001, fraction 1": ("segmentation", {"ppd_weight": 0.001, "momentum": Recent(1.0)}),
+    "PPD 0.001, fraction 0.25": ("segmentation", {"ppd_weight": 0.001, "momentum": Recent(0.25)}),
+    "PPD 0.001, momentum 0.99": ("segmentation", {"ppd_weight": 0.001, "momentum": 0.99}),
 }
 TASKS: dict[str, TrainingRecipe | None] = {
     "digits": TRAINING_RECIPES["digits"],

@@ -54,7 +54,8 @@ class DNCHead(CentroidModel):
         ignore_index: label to leave out, outside [0,C). Any negative label is left out too.
         ppc_weight: weight of the pixel-to-sub-centroid contrast; 0: not computed, reported as 0. Default: 0.1
             (released: 0.01).
-        ppd_weight: weight of the pixel-to-sub-centroid distance; 0: not computed, reported as 0. Default: 0.001.
+        ppd_weight: weight of the pixel-to-sub-centroid distance; 0: not computed, reported as 0. Default: 0.1
+            (released: 0.001).
         align_corners: of the bilinear upsampling of logits.
         sync: data parallel, see `SubCentroids`.
         scores: how similarities in [-1,1] become logits. ``norm``: LayerNorm over the classes, as released, which bounds a

@@ -45,8 +45,14 @@ RECIPES["slow"] = {
 }
 # As accurate, and alive: the average forgets where it started, and PPD holds samples near the sub-centroid assigned to them.
 RECIPES["classification"] = {**RECIPES["slow"], "momentum": Recent(0.25, 0.99), "ppd_weight": 1.0}
-# For pixels PPC at a temperature does what PPD does for images: it keeps every sub-centroid in use, at no cost in mIoU.
-RECIPES["segmentation"] = {**RECIPES["slow"], "momentum": Recent(0.5, 0.99), "ppc_weight": 0.1, "ppc_temperature": 0.1}
+# For pixels PPC at a temperature keeps every sub-centroid in use, at no cost in mIoU; PPD holds them near to it, as above.
+RECIPES["segmentation"] = {
+    **RECIPES["slow"],
+    "momentum": Recent(0.5, 0.99),
+    "ppc_weight": 0.1,
+    "ppc_temperature": 0.1,
+    "ppd_weight": 0.1,
+}
 
 
 def recipe_options(op: str, recipe: str, **explicit: Any) -> dict[str, Any]:
