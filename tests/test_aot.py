@@ -64,8 +64,8 @@ def test_one_family_and_architecture_can_be_compiled_alone(monkeypatch):
         pytest.skip("needs nvcc")
     monkeypatch.setattr(aot_cuda, "is_current", lambda *_: False)
     monkeypatch.setattr(aot_cuda, "cuda_files", lambda _: [ROOT / "csrc" / "cuda" / "similarity_pack.cu"])  # the quickest
-    row, *_ = (r for r in aot_cuda.rows(["similarity"], [90]) if r.kernel == "pack_centroids_kernel<float>")
-    assert (row.op, row.arch, row.when, row.spills) == ("similarity.pack_centroids", "sm_90", {}, 0)
+    (row,) = (r for r in aot_cuda.rows(["similarity"], [90]) if r.kernel == "pack_centroids_kernel<BFloat16>")
+    assert (row.op, row.arch, row.when, row.spills) == ("similarity.pack_centroids", "sm_90", {"bits": 16}, 0)
 
 
 def test_a_build_of_other_source_is_not_read(monkeypatch):
