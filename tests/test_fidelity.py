@@ -21,6 +21,7 @@ RECIPES = {
         "label_mode": "nearest-exact",
         "ppc_weight": 0.1,
         "ppc_temperature": 0.1,
+        "ppd_weight": 0.1,
     },
 }
 
