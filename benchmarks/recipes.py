@@ -48,7 +48,7 @@ from . import record
 
 BATCH = 250  # of what is not training
 K = 4
-#: For the scenes, a recipe with other options: the curve of mIoU against what is left of it after anchoring.
+#: For the scenes, a recipe with other options: the neighbours of the default.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "PPD 1": ("segmentation", {"ppd_weight": 1.0}),
     "PPD 0.001": ("segmentation", {"ppd_weight": 0.001}),

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.utils.checkpoint
+from small_network import CHECKPOINTS
 from tolerances import assert_close
 
 from dnc_kernels import use_backend
@@ -154,7 +155,7 @@ def test_frozen_head_trains_the_features_alone():
     assert x.grad is not None and all(p.grad is None for p in head.parameters())
 
 
-@pytest.mark.parametrize("checkpoint", ("none", "scores", "all"))
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_a_bad_pixel_poisons_nothing(checkpoint):
     head, (x, labels) = make_head(checkpoint=checkpoint), problem()
     before = head.prototypes.clone()
@@ -164,7 +165,7 @@ def test_a_bad_pixel_poisons_nothing(checkpoint):
     assert head.prototypes.isfinite().all() and not torch.equal(head.prototypes, before)
 
 
-@pytest.mark.parametrize("checkpoint", ("none", "scores", "all"))
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_nothing_labelled_gives_zeros(checkpoint):
     head, (x, labels) = make_head(checkpoint=checkpoint), problem()
     before = head.prototypes.clone()
@@ -217,7 +218,7 @@ def test_sample_is_even_and_seeded():
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("checkpoint", ("none", "scores", "all"))
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_capped_pixels_cluster_and_move(checkpoint):
     head = make_head(checkpoint=checkpoint, pixels_per_class=4, update_from="all", generator=torch.Generator().manual_seed(5))
     check(head.double(), *problem(dtype=torch.float64))
@@ -268,13 +269,13 @@ for line in sys.stdin:  # a process for each, of one that has imported everythin
     assert os.wait()[1] == 0
 """
 
-_CHECKPOINTS, _SIZES, _WHAT = ("none", "scores", "all"), ("labels", "features"), ("loss", "parts")
+_SIZES, _WHAT = ("labels", "features"), ("loss", "parts")
 
 
 @pytest.fixture(scope="module")
 def memory_of_steps():
     """Bytes measured and of the formula, by checkpoint, loss_size and what backward goes through."""
-    cases = "\n".join(map(" ".join, itertools.product(_CHECKPOINTS, _SIZES, _WHAT)))
+    cases = "\n".join(map(" ".join, itertools.product(CHECKPOINTS, _SIZES, _WHAT)))
     child = subprocess.run([sys.executable, "-c", _MEASURE], input=cases, capture_output=True, text=True, timeout=600)
     if "clear_refs" in child.stderr:
         pytest.skip("the recorded peak cannot be reset here")
@@ -283,7 +284,7 @@ def memory_of_steps():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
-@pytest.mark.parametrize("checkpoint", _CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("loss_size", _SIZES)
 @pytest.mark.parametrize("what", _WHAT)
 def test_memory_formula(memory_of_steps, checkpoint, loss_size, what):
