@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _evidence
 from .errors import FLOATS
@@ -327,12 +328,29 @@ def recorded_calls() -> Iterator[list[tuple[str, dict[str, int | str]]]]:
         _recorded = before
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work, which kernels do not see: then every op is
+    its reference, which torch differentiates, batches and linearises as its own.
+    """
+    return forward_ad._current_level >= 0 or _in_functorch()
+
+
+_in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
 def pick(op: str, x: Tensor, backend: str | None, *others: Tensor, **sizes: int) -> str:
     """Backend for a call on `x`: the argument if given, else the choice in force. A float64 tensor among `others` counts.
 
     `sizes` are those of `resolve`; N and D are read from x [N,D] or [B,D,H,W] where they are not given.
     """
     choice = chosen() if backend is None else backend
+    if forward_ad._current_level >= 0 or _in_functorch():  # what `transformed` says, without a call
+        if choice in BACKENDS[2:]:
+            raise RuntimeError(
+                f"{op}: backend {choice!r} was asked for but cannot run: a kernel sees no transform of torch.func and no "
+                'forward-mode derivative; leave the choice to "auto", which takes the reference here'
+            )
+        return "reference"
     dtype = x.dtype
     for t in others:
         if t.dtype == torch.float64:

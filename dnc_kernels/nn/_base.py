@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends import transformed
 from ..errors import check_dtype, check_value, holds_a_loss
 from ..ops._common import check_ignore_index, flat_pixels, full_precision
 from . import _sync
@@ -153,6 +154,16 @@ class CentroidModel(SubCentroids):
             return (-self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))).exp()
         return self.temperature if self.scores == "temperature" else 1.0
 
+    def _moves(self, op: str, update: bool | None) -> bool:
+        """Whether this loss moves the sub-centroids."""
+        update = self.training if update is None else update
+        if update and transformed():
+            raise RuntimeError(
+                f"{op}: inside a transform of torch.func or forward-mode differentiation no sub-centroid can move; "
+                "pass update=False, or call eval() first"
+            )
+        return update
+
     def _fused_cross_entropy(self, e: Tensor, p: Tensor, labels: Tensor, gain: Tensor | None) -> ops.CentroidLoss:
         """Sum of the cross-entropies at the pixels of `e`; labels of -1 left out. Own similarities are rows [N,K]."""
         norm: dict[str, Any] = {}
@@ -202,8 +213,11 @@ class CentroidModel(SubCentroids):
             )
             ppc = total / count
         if self.ppd_weight:
-            similarity = own if own.requires_grad else _WithGradient.apply(own, e, p, target)
-            towards = similarity.gather(1, (target.clamp(min=0) % self.num_subcentroids)[:, None])[:, 0]
+            if transformed():
+                towards = (flat_pixels(e) * p.flatten(0, 1)[target.clamp(min=0)]).sum(1)
+            else:
+                similarity = own if own.requires_grad else _WithGradient.apply(own, e, p, target)
+                towards = similarity.gather(1, (target.clamp(min=0) % self.num_subcentroids)[:, None])[:, 0]
             ppd = torch.where(target >= 0, (1 - towards).square(), 0).sum() / count
         return ppc, ppd
 

@@ -204,7 +204,11 @@ class MadeInParts(torch.autograd.Function):
 
 def _refuse_second_derivatives() -> None:
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        raise RuntimeError("DNCHead.loss is differentiable once: call backward without create_graph=True")
+        raise RuntimeError(
+            "DNCHead.loss made its gradient in the forward pass, which has no derivative of its own: call backward without "
+            'create_graph=True, or for second derivatives use DNCHead(checkpoint="none") inside '
+            '`with dnc_kernels.use_backend("reference")`'
+        )
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -174,7 +174,7 @@ class DNCClassifier(CentroidModel):
         op = f"{type(self).__name__}.loss"
         self._check_features("loss", features)
         check_labels(op, labels, features)
-        update = self.training if update is None else update
+        update = self._moves(op, update)
         labels, ignored, wrong = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
         labels = without_ignored(labels.to(torch.int64), ignored)
         (e, gain), p = self._embed_with_gain(features), self.snapshot(update)

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import ops
-from ..backends import chosen
+from ..backends import chosen, transformed
 from ..errors import check_value, map_size, whole_number
 from ..ops._common import compute_dtype, flat_pixels, without_ignored
 from ..ops.head.bands import BAND_PIXELS, default_band
@@ -225,14 +225,15 @@ class DNCHead(CentroidModel):
             ValueError, TypeError: wrong shape, device or dtype; a label at or beyond C that is not `ignore_index` (on CUDA or
                 when compiled such labels are left out and counted in `bad_labels`; DNC_KERNELS_DEBUG=1 makes CUDA raise too).
             RuntimeError: a step that moves sub-centroids runs inside a backward pass (activation checkpointing around the
-                head), or backward is called with create_graph=True.
+                head), or backward is called with create_graph=True
+                (docs/backends.md, "Derivatives", has the way to second derivatives).
         """
         op = f"{type(self).__name__}.loss"
         self._check_features("loss", features)
         if features.shape[2] == 0 or features.shape[3] == 0:
             check_value(False, op, "features", "of at least one row and column", features)
         check_labels(op, labels, features)
-        update = self.training if update is None else update
+        update = self._moves(op, update)
         if update and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"{op}: run again inside a backward pass, as activation checkpointing does, it would move the "
@@ -246,7 +247,7 @@ class DNCHead(CentroidModel):
         sampled = small.reshape(-1)
         if self.pixels_per_class is not None:
             sampled = sample_of_each_class(sampled, self.num_classes, self.pixels_per_class, self.generator)
-        step = self._compose if self.checkpoint == "none" else self._step_in_bands
+        step = self._compose if self.checkpoint == "none" or transformed() else self._step_in_bands
         return step(self._projected(features), labels, ignored, small, sampled, wrong, update)
 
     def _step_in_bands(

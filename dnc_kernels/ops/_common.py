@@ -129,7 +129,7 @@ def check_label_range(op: str, labels: Tensor, bound: int, ignore_index: int = -
 
     For reference code on CPU; the kernels check by themselves, and elsewhere such pixels are left out.
     """
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or type(labels) is not Tensor:
+    if not readable(labels):
         return
     bad = (labels >= bound) & (labels != ignore_index)
     if bad.any():
@@ -150,7 +150,20 @@ def weight_of_counted(
 
 def readable(t: Tensor) -> bool:
     """Whether numbers of `t` can be read without a wait for a device, and without cutting a trace in two."""
-    return type(t) is Tensor and t.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return type(t) is Tensor and t.is_cpu and not traced()
+
+
+def traced() -> bool:
+    """Whether what runs is traced, compiled or transformed by torch.func: tensors may have no numbers, or not these."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+#: Whether a gradient is one of many: under torch.autograd.grad(is_grads_batched=True), which is no transform of torch.func.
+batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def first_of(labels: Tensor, bad: Tensor) -> str:
@@ -176,8 +189,8 @@ def scale_saved(saved: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -
     """
     dtype = saved.dtype if dtype is None else dtype
     # under tracing the compiler decides about memory
-    traced = torch.compiler.is_compiling() or type(saved) is not Tensor
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    if keep or traced() or type(saved) is not Tensor or batched(grad):
         return (saved.to(torch.promote_types(saved.dtype, grad.dtype)) * grad).to(dtype)
     if saved.is_cpu and grad.numel() == 1 and grad.item() == 1:  # the usual end of a loss; a CPU has no sync
         return saved if dtype == saved.dtype else saved.to(dtype)
@@ -193,7 +206,9 @@ def triton_serves(x: Tensor) -> bool:
     """Whether Triton's kernels for what is no op of its own run on a tensor: on a GPU that they are written for, unless the
     reference was chosen.
     """
-    if x.device.type != "cuda" or x.dtype == torch.float64 or backends.chosen() == "reference" or backends.unusable("triton"):
+    if x.device.type != "cuda" or x.dtype == torch.float64 or backends.unusable("triton"):
+        return False
+    if backends.chosen() == "reference" or backends.transformed():
         return False
     return backends.capability(x.device.index) >= backends.OLDEST_CAPABILITY
 

@@ -8,16 +8,18 @@ subclass, a mode, functorch, autocast, a profiler) meets ``torch.ops.dnc_kernels
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends import signature
 from ..errors import describe
 from ._common import kernels
+from ._flops import count_flops
 
 NAMESPACE = "dnc_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -67,6 +69,8 @@ class Op(Generic[R]):
             op's schema.
         reference: ``reference(call, *more)`` gives the results in plain torch, differentiable as torch is.
         launch: ``launch(call, results, *more)`` fills them, where that is more than the launcher of that name.
+        flops: ``flops(call, *more)``: floating-point operations of its matrix products, which is what torch's FlopCounterMode
+            counts of an op.
         mutates: fields of the record that are changed in place.
     """
 
@@ -78,6 +82,7 @@ class Op(Generic[R]):
         reference: Callable[..., R] | None = None,
         *,
         launch: Callable[..., None] | None = None,
+        flops: Callable[..., int] | None = None,
         mutates: tuple[str, ...] = (),
     ) -> None:
         self.family, self.name, self.allocate, self.reference, self.mutates = family, name, allocate, reference, mutates
@@ -98,7 +103,10 @@ class Op(Generic[R]):
         torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake, lib=_library)
         for device in ("CPU", "CUDA"):
             _library.impl(name, self._autocast, f"Autocast{device}")
-        self.overload = getattr(torch.ops.dnc_kernels, name).default
+        packet = getattr(torch.ops.dnc_kernels, name)
+        self.overload = packet.default
+        if flops is not None:
+            count_flops(packet, lambda *flat, out_val=None: flops(*self._records(flat)))
 
     def differentiable(
         self,
@@ -106,8 +114,9 @@ class Op(Generic[R]):
         outputs: tuple[str, ...],
         save: Callable[..., None],
         backward: Callable[..., tuple[Tensor | None, ...]],
+        formula: Callable[..., Any] | None = None,
     ) -> None:
-        """Make the op differentiable, once.
+        """Make the op differentiable: once by its kernels, and where `save` keeps the call any number of times.
 
         Args:
             inputs: fields of the record that may get a gradient.
@@ -115,10 +124,17 @@ class Op(Generic[R]):
             save: ``save(ctx, results, call, *more)`` keeps what `backward` needs.
             backward: ``backward(ctx, *gradients)``, one for each of `outputs` or None, gives those of `inputs`, in order;
                 ``needed(ctx)`` says which count.
+            formula: ``formula(call, *more)`` gives the differentiable results in plain torch, for higher derivatives; None:
+                those of the reference.
         """
         self._inputs = attrgetter(*inputs) if len(inputs) > 1 else lambda call: (getattr(call, inputs[0]),)
         self.outputs = tuple(self._results._fields.index(name) for name in outputs) if self._named else ()
-        self.save, self.backward, self.input_count = save, backward, len(inputs)
+        self.save, self.backward, self.inputs, self.formula = save, backward, inputs, formula or self._referred
+
+    def _referred(self, call: Any, *more: Any) -> Any:
+        assert self.reference is not None
+        results: Any = self.reference(call, *more)
+        return tuple(results[i] for i in self.outputs) if self._named else results
 
     def __call__(self, call: Any, *more: Any) -> R:
         """The results, of the kernel that ``call.backend`` names or of the reference, with a graph where one is wanted."""
@@ -206,6 +222,12 @@ class Op(Generic[R]):
 
     def _autograd(self, *flat: Any) -> Any:
         call, *more = self._records(flat)
+        if forward_ad._current_level >= 0 and any(
+            isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in flat
+        ):
+            raise RuntimeError(
+                f"{NAMESPACE}::{self.name} has no forward-mode derivative; the function of dnc_kernels.ops has one"
+            )
         if self._inputs is not None and torch.is_grad_enabled():
             results = self._differentiable(_Differentiable.apply, self._below, call, tuple(more))
         elif torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
@@ -255,7 +277,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, task: _Task, *_: Tensor) -> Any:
         op = task.op
         results = task.results = task.run(task.call, *task.more)
-        ctx.op, ctx.at = op, task.at
+        ctx.op, ctx.at, ctx.more = op, task.at, task.more
         op.save(ctx, results, task.call, *task.more)
         if len(op.outputs) == 1:
             return results[op.outputs[0]]
@@ -264,38 +286,80 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # under create_graph=True
-            return _Once.apply(ctx, torch.empty(0, requires_grad=True), *grads)
-        return _backward(ctx, *grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # under create_graph=True
+            return None, *_with_derivatives(ctx, grads)
+        return None, *_backward(ctx, *grads)
 
 
 #: ``_Differentiable.apply`` without its questions about functorch, which `plain` has asked.
 _apply_eagerly = super(torch.autograd.Function, _Differentiable).apply
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> list[Tensor | None]:
     if grads[0] is None and all(g is None for g in grads):
-        return (None,) * (1 + len(ctx.at))
+        return [None] * len(ctx.at)
     found = ctx.op.backward(ctx, *grads)
-    return None, *[found[i] for i in ctx.at]
+    return [found[i] for i in ctx.at]
 
 
-class _Once(torch.autograd.Function):
-    """``apply(ctx, anything, *grads)``: what `_backward` makes, which has no derivative, whatever needs one."""
+def _with_derivatives(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What `_backward` makes, and its own derivatives: those of the op's formula in plain torch, where the call was kept."""
+    if getattr(ctx, "places", None) is None:
+        raise RuntimeError(
+            f"{NAMESPACE}::{ctx.op.name} made its gradient in the forward pass, which has no derivative of its own: call "
+            'backward without create_graph=True, or for second derivatives use backend="reference" '
+            '(`with dnc_kernels.use_backend("reference")` for a whole layer)'
+        )
+    call, _ = saved_call(ctx)
+    inputs = [getattr(call, ctx.op.inputs[i]) for i in ctx.at]
+    return _Derivatives.apply(ctx, call, len(grads), *grads, *inputs)
+
+
+class _Derivatives(torch.autograd.Function):
+    """``apply(ctx, call, count, *gradients, *inputs)``: gradients of an op's inputs for `count` incoming ones."""
 
     @staticmethod
-    def forward(own: Any, ctx: Any, _: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        own.name = ctx.op.name
-        return _backward(ctx, *grads)
+    def forward(own: Any, ctx: Any, call: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        own.ctx, own.call, own.count = ctx, call, count
+        own.save_for_backward(*tensors)
+        own.set_materialize_grads(False)
+        return tuple(_backward(ctx, *tensors[:count]))
 
     @staticmethod
-    def backward(own: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{NAMESPACE}::{own.name}_backward has no derivative: {own.name} is differentiable once")
+    def backward(own: Any, *seconds: Tensor | None) -> tuple[Tensor | None, ...]:
+        op, again = own.ctx.op, torch.is_grad_enabled()
+        with torch.enable_grad():
+            # views, so that what the tensors themselves are made of stays out
+            fresh = [t.view_as(t) if t is not None and t.requires_grad else t for t in own.saved_tensors]
+            grads, inputs = fresh[: own.count], fresh[own.count :]
+            call = own.call._replace(**{op.inputs[i]: t for i, t in zip(own.ctx.at, inputs, strict=True)})
+            outputs = op.formula(call, *own.ctx.more)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            firsts = _gradients(outputs, grads, inputs, create_graph=True)
+            at = [i for i, t in enumerate(fresh) if t is not None and t.requires_grad]
+            found = _gradients(firsts, seconds, [fresh[i] for i in at], create_graph=again)
+        made: list[Tensor | None] = [None] * len(fresh)
+        for i, g in zip(at, found, strict=True):
+            made[i] = g
+        return None, None, None, *made
+
+
+def _gradients(
+    outputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], inputs: Sequence[Tensor], *, create_graph: bool
+) -> Sequence[Tensor | None]:
+    """Gradients of inputs for those of the outputs that have one."""
+    pairs = [
+        (o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    ends, incoming = zip(*pairs, strict=True)
+    return torch.autograd.grad(ends, inputs, incoming, create_graph=create_graph, allow_unused=True)
 
 
 def needed(ctx: Any) -> list[bool]:
     """Which of an op's inputs need a gradient."""
-    need = [False] * ctx.op.input_count
+    need = [False] * len(ctx.op.inputs)
     for i, asked in zip(ctx.at, ctx.needs_input_grad[1:], strict=True):
         need[i] = asked
     return need

@@ -25,7 +25,7 @@ from ..embedding.calls import NormalizeBackwardCall, NormalizeBackwardOut, Norma
 from ..embedding.op import normalize_embedding
 from ..momentum import cluster_sums
 from ..similarity.calls import ScoresBackwardCall, ScoresBackwardOut, ScoresCall, ScoresOut, SweepCall, SweepOut
-from ..similarity.op import class_scores
+from ..similarity.op import class_scores, product
 from ..upsample.calls import UpsampleCall
 from ..upsample.op import cross_entropy_with_gradient
 from ..upsample.reference import target_rows_of
@@ -144,9 +144,16 @@ def _first_pass(
     out.total.copy_(sums)
 
 
+def _first_flops(
+    call: Step, sampled: Tensor, pull: Tensor, contrast: Tensor | None, gradient: bool, keep_embedding: bool
+) -> int:
+    scores = product(call)  # the contrast shares them
+    return scores + gradient * (product(call, k=1) + (contrast is not None) * scores)
+
+
 #: ``first_pass(step, sampled, pull, contrast, gradient, keep_embedding)``. sampled [N]: labels of own similarities and of the
 #: contrast, -1 for none; pull and contrast []: what the gradients of both sums are multiplied by; contrast None: no contrast.
-first_pass = Op("head", "head_first_pass", _first_out, launch=_first_pass)
+first_pass = Op("head", "head_first_pass", _first_out, launch=_first_pass, flops=_first_flops)
 
 
 def _second_out(call: Second) -> SecondPass:

@@ -34,9 +34,8 @@ def sums_of(x: Tensor, cluster: Tensor, num_clusters: int) -> SumsOut:
     # row M collects what is left out
     target = torch.where(keep, cluster, num_clusters)
     sums = pixels.new_zeros(num_clusters + 1, x.shape[1])
-    sums.index_add_(0, target, torch.where(keep[:, None], pixels, 0))
-    counts = torch.zeros(num_clusters + 1, dtype=torch.int64, device=x.device)
-    counts.index_add_(0, target, torch.ones_like(target))
+    sums = sums.index_add(0, target, torch.where(keep[:, None], pixels, 0))
+    counts = torch.zeros(num_clusters + 1, dtype=torch.int64, device=x.device).index_add(0, target, torch.ones_like(target))
     return SumsOut(sums[:-1], counts[:-1])
 
 

@@ -196,8 +196,8 @@ def centroid_cross_entropy(
         `CentroidLoss`:
 
         - loss: scalar, or [N] / [B,H,W] for ``none`` (zero where left out), float64 if an input is float64, else float32.
-          Differentiable in x, centroids, norm_weight, norm_bias and temperature, once; a class sends its gradient to its
-          nearest sub-centroid, the lowest on ties. Without a pixel that counts, ``mean`` is NaN as in torch, with zero
+          Differentiable in x, centroids, norm_weight, norm_bias and temperature, once where the gradient is made in the forward
+          pass, else any number of times; a class sends its gradient to its nearest sub-centroid, the lowest on ties. Without a pixel that counts, ``mean`` is NaN as in torch, with zero
           gradients.
         - prediction: [N] / [B,H,W] int64, argmax over classes, -1 for a pixel with a non-finite feature (whose loss is NaN,
           as in torch).
@@ -269,7 +269,8 @@ def subcentroid_cross_entropy(
 
     Returns:
         Scalar, or [N] / [B,H,W] for ``none``, zero where left out; float64 if an input is float64, else float32. Differentiable
-        in x and centroids, once. A pixel with a non-finite feature has a NaN loss. Without a pixel that counts, ``mean`` is NaN
+        in x and centroids, once where the centroids need no gradient, else any number of times. A pixel with a non-finite
+        feature has a NaN loss. Without a pixel that counts, ``mean`` is NaN
         as in torch, with zero gradients.
 
         Memory: no [N,C*K]. The gradient of x is made in the forward pass: extra memory is one more x and O(N). A gradient of

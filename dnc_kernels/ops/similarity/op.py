@@ -13,11 +13,17 @@ from . import reference
 from .calls import DistanceCall, NearestCall, NearestOut, ScoresBackwardCall, ScoresBackwardOut, ScoresCall, ScoresOut
 
 
+def product(call: Any, k: int | None = None) -> int:
+    """Floating-point operations of the similarities of a call's pixels and sub-centroids, or of `k` of every class."""
+    classes, every, channels = call.centroids.shape
+    return 2 * pixel_count(call.x) * classes * (every if k is None else k) * channels
+
+
 def _distance_out(call: DistanceCall) -> Tensor:
     return call.x.new_empty((pixel_count(call.x), *call.centroids.shape[:2]), dtype=compute_dtype(call.x, call.centroids))
 
 
-centroid_distance = Op("similarity", "centroid_distance", _distance_out, reference.centroid_distance)
+centroid_distance = Op("similarity", "centroid_distance", _distance_out, reference.centroid_distance, flops=product)
 
 
 def _save_distance(ctx: Any, out: Tensor, call: DistanceCall) -> None:
@@ -29,7 +35,7 @@ def _distance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (x, centroids, metric, _), _ = saved_call(ctx)
     pixels, rows = flat_pixels(x).to(grad.dtype), centroids.to(grad.dtype).flatten(0, 1)
     # a distance is minus a similarity, or 1 minus it
-    grad_x, grad_rows = reference.similarity_backward(pixels, rows, -grad.flatten(1), metric, *needed(ctx))
+    grad_x, grad_rows = reference.similarity_backward(pixels, rows, -grad.reshape(-1, len(rows)), metric, *needed(ctx))
     if grad_x is not None:
         if x.ndim == 4:
             grad_x = grad_x.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
@@ -57,7 +63,7 @@ def _scores_out(call: ScoresCall) -> ScoresOut:
     return ScoresOut(_empty_scores(x, classes, dtype), _empty_scores(x, classes, torch.uint8), own)
 
 
-class_scores = Op("similarity", "class_scores", _scores_out, reference.class_scores)
+class_scores = Op("similarity", "class_scores", _scores_out, reference.class_scores, flops=product)
 
 
 def _scores_backward_out(call: ScoresBackwardCall, wanted: list[bool]) -> ScoresBackwardOut:
@@ -68,7 +74,14 @@ def _scores_backward_out(call: ScoresBackwardCall, wanted: list[bool]) -> Scores
     )
 
 
-class_scores_backward = Op("similarity", "class_scores_backward", _scores_backward_out)
+def _scores_backward_flops(call: ScoresBackwardCall, wanted: list[bool]) -> int:
+    # of every class its winner, and of one class all
+    each = (call.grad_scores is not None) * product(call, k=1)
+    own = (call.grad_own_similarity is not None) * product(call) // call.centroids.shape[0]
+    return sum(wanted) * (each + own)
+
+
+class_scores_backward = Op("similarity", "class_scores_backward", _scores_backward_out, flops=_scores_backward_flops)
 
 
 def with_centroids_kept(call: Any) -> Any:
@@ -97,4 +110,4 @@ def _nearest_out(call: NearestCall) -> NearestOut:
     return NearestOut(label, sub, x.new_empty(n, dtype=compute_dtype(x, call.centroids)))
 
 
-nearest_centroid = Op("similarity", "nearest_centroid", _nearest_out, reference.nearest_centroid)
+nearest_centroid = Op("similarity", "nearest_centroid", _nearest_out, reference.nearest_centroid, flops=product)

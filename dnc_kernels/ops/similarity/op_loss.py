@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import compute_dtype, flat_pixels, pixel_count, readable, scale_saved, weight_of_counted
+from .._common import batched, compute_dtype, flat_pixels, pixel_count, readable, scale_saved, weight_of_counted
 from .._op import Op, needed, save_call, saved_call
 from . import reference
 from .calls import LEARNT, ContrastCall, ContrastOut, LossCall, LossOut
-from .op import with_centroids_kept
+from .op import product, with_centroids_kept
 
 # centroid_cross_entropy. `wanted`: the gradients, in the order of LEARNT, that are made in the forward pass for an incoming
 # gradient of 1.
@@ -36,9 +36,18 @@ def _loss_backward_out(call: LossCall, wanted: list[bool]) -> LossOut:
     return LossOut(None, None, None, *_gradients(call, wanted))
 
 
-_loss = Op("similarity", "centroid_cross_entropy", _loss_out, reference.centroid_cross_entropy)
+def _loss_flops(call: LossCall, wanted: list[bool]) -> int:
+    # a class sends its gradient to its winner alone
+    return product(call) + sum(wanted[:2]) * product(call, k=1)
+
+
+_loss = Op("similarity", "centroid_cross_entropy", _loss_out, reference.centroid_cross_entropy, flops=_loss_flops)
 _loss_backward = Op(
-    "similarity", "centroid_cross_entropy_backward", _loss_backward_out, launch=lambda call, out, _: _loss.launch(call, out)
+    "similarity",
+    "centroid_cross_entropy_backward",
+    _loss_backward_out,
+    launch=lambda call, out, _: _loss.launch(call, out),
+    flops=_loss_flops,
 )
 
 
@@ -106,7 +115,7 @@ def _contrast_out(call: ContrastCall, early: bool) -> ContrastOut:
     return ContrastOut(loss, torch.empty_like(x) if early else None)
 
 
-_contrast = Op("similarity", "subcentroid_cross_entropy", _contrast_out)
+_contrast = Op("similarity", "subcentroid_cross_entropy", _contrast_out, flops=lambda call, early: (1 + early) * product(call))
 
 
 def _save_contrast(ctx: Any, out: ContrastOut, call: ContrastCall, early: bool) -> None:
@@ -122,10 +131,17 @@ def _differentiate_contrast(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tens
     per_pixel = None
     if grad_x is not None:
         per_pixel = scale_saved(grad_x, grad[:, None] if grad_x.ndim == 2 else grad.view(grad_x.shape[0], 1, *grad_x.shape[2:]))
-    return per_pixel, _contrast_backward(call, grad) if needed(ctx)[1] else None
+    if not needed(ctx)[1]:
+        return per_pixel, None
+    # of a batch of gradients the dispatcher takes one after the other
+    return per_pixel, _contrast_backward.overload(*call, grad) if batched(grad) else _contrast_backward(call, grad)
 
 
-_contrast.differentiable(("x", "centroids"), ("loss",), _save_contrast, _differentiate_contrast)
+def _contrast_formula(call: ContrastCall, early: bool) -> Tensor:
+    return reference.subcentroid_cross_entropy(call, "none")
+
+
+_contrast.differentiable(("x", "centroids"), ("loss",), _save_contrast, _differentiate_contrast, _contrast_formula)
 
 
 def _contrast_backward_out(call: ContrastCall, grad: Tensor) -> Tensor:
@@ -148,7 +164,11 @@ def _launch_contrast_backward(call: ContrastCall, out: Tensor, grad: Tensor) -> 
 
 
 _contrast_backward = Op(
-    "similarity", "subcentroid_cross_entropy_backward", _contrast_backward_out, launch=_launch_contrast_backward
+    "similarity",
+    "subcentroid_cross_entropy_backward",
+    _contrast_backward_out,
+    launch=_launch_contrast_backward,
+    flops=lambda call, _: 2 * product(call),
 )
 
 

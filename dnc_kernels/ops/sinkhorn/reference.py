@@ -45,7 +45,7 @@ def sinkhorn(call: SinkhornCall) -> SinkhornOut:
     target = torch.where(used, group, num_groups)
     index = target[:, None].expand(-1, width)
     s = torch.where(used[:, None], s, 0)
-    count = torch.zeros(num_groups + 1, dtype=torch.int64, device=s.device).index_add_(0, target, torch.ones_like(target))
+    count = torch.zeros(num_groups + 1, dtype=torch.int64, device=s.device).index_add(0, target, torch.ones_like(target))
 
     def largest(x: Tensor) -> Tensor:  # [G+1,K], not differentiated: it cancels
         m = x.new_full((num_groups + 1, width), -math.inf).scatter_reduce(0, index, x.detach(), "amax")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import compute_dtype, contiguous_in, kernels, readable, scale_saved
+from .._common import batched, compute_dtype, contiguous_in, kernels, readable, scale_saved
 from .._op import Op, save_call, saved_call
 from . import reference
 from .calls import ArgmaxCall, UpsampleCall, UpsampleOut
@@ -88,7 +88,7 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor]:
         grad_loss = _of_the_sum(grad_loss, sums).expand(call.labels.shape)
         return (_loss_backward(call._replace(grad_loss=grad_loss)).to(ctx.dtype),)
     sums, grad_scores = ctx.saved_tensors
-    if sums is None or not readable(sums):
+    if sums is None or not readable(sums) or batched(grad_loss):
         return (scale_saved(grad_scores, _of_the_sum(grad_loss, sums), ctx.dtype),)
     _, weight = sums.tolist()
     factor = grad_loss.item() / weight if weight else 0.0
@@ -105,7 +105,11 @@ def _of_the_sum(grad_loss: Tensor, sums: Tensor | None) -> Tensor:
     return grad_loss * torch.where(weight == 0, 0.0, 1 / weight).to(grad_loss.dtype)
 
 
-_loss.differentiable(("scores",), ("loss",), _save, _backward)
+def _formula(call: UpsampleCall, reduction: str, early: bool) -> Tensor:
+    return reference.upsample_cross_entropy(call, reduction)
+
+
+_loss.differentiable(("scores",), ("loss",), _save, _backward, _formula)
 
 
 def upsample_cross_entropy(call: UpsampleCall, reduction: str) -> Tensor:
