@@ -145,7 +145,7 @@ def _case(name: str, batch: int, height: int, width: int, classes: int, dtype: s
             Variant("eager", composition(eager)),
             Variant("compiled_loss", composition(_compiled), compiled=True),
         ],
-        flops=4.0 * batch * h * w * classes * K * CHANNELS,
+        flops=(4.0 * K + 2.0) * batch * h * w * classes * CHANNELS,
         goals=settings.goals(dtype, {"best": 5}),
     )  # fmt: skip
 

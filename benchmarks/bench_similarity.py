@@ -296,7 +296,7 @@ def _scores_case(name: str, sizes: dict[str, int], dtype: str, settings: Setting
             Variant("mm_max", timed(mm_max)),
             *compiled(settings, "mm_max", mm_max, timed),
         ],
-        inputs=inputs, reference=reference, check=check, flops=2.0 * n * c * k * d + train * 2.0 * n * c * d,
+        inputs=inputs, reference=reference, check=check, flops=2.0 * n * c * k * d + train * 2.0 * n * (c + k) * d,
     )  # fmt: skip
 
 

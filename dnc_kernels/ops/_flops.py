@@ -35,6 +35,7 @@ class _Finder:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            sys.meta_path.remove(_Finder)
             while _formulas:
                 packet, formula = _formulas.pop()
                 module.register_flop_formula(packet, get_raw=True)(formula)
@@ -44,4 +45,4 @@ class _Finder:
 
 
 if COUNTER not in sys.modules:
-    sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder)

@@ -197,8 +197,8 @@ def centroid_cross_entropy(
 
         - loss: scalar, or [N] / [B,H,W] for ``none`` (zero where left out), float64 if an input is float64, else float32.
           Differentiable in x, centroids, norm_weight, norm_bias and temperature, once where the gradient is made in the forward
-          pass, else any number of times; a class sends its gradient to its nearest sub-centroid, the lowest on ties. Without a pixel that counts, ``mean`` is NaN as in torch, with zero
-          gradients.
+          pass, else any number of times; a class sends its gradient to its nearest sub-centroid, the lowest on ties. Without a
+          pixel that counts, ``mean`` is NaN as in torch, with zero gradients.
         - prediction: [N] / [B,H,W] int64, argmax over classes, -1 for a pixel with a non-finite feature (whose loss is NaN,
           as in torch).
         - own_similarity: [N,K] / [B,K,H,W], similarities to the label's own sub-centroids, zeros where left out; carries no

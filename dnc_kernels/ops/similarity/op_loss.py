@@ -131,7 +131,7 @@ def _differentiate_contrast(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tens
     per_pixel = None
     if grad_x is not None:
         per_pixel = scale_saved(grad_x, grad[:, None] if grad_x.ndim == 2 else grad.view(grad_x.shape[0], 1, *grad_x.shape[2:]))
-    if not needed(ctx)[1]:
+    if call is None or not needed(ctx)[1]:
         return per_pixel, None
     # of a batch of gradients the dispatcher takes one after the other
     return per_pixel, _contrast_backward.overload(*call, grad) if batched(grad) else _contrast_backward(call, grad)

@@ -45,11 +45,10 @@ def upsample_cross_entropy(
 
     Returns:
         A scalar, or [B,H,W] for ``none``; float64 for float64 `scores`, else float32. Differentiable in `scores`: a scalar
-        once, ``none`` and the reference any number of times. A pixel that is left out has loss and gradient exactly 0. The mean over no pixel is
-        NaN, as in torch, and its gradient is exactly 0. The kernel
-        is deterministic, bit-equal for any number of threads, and never holds [B,C,H,W]: a scalar loss makes its gradient in
-        the forward pass and keeps that, one more [B,C,h,w]; ``none`` keeps `scores` and recomputes. The reference keeps
-        [B,C,H,W].
+        once, ``none`` and the reference any number of times. A pixel that is left out has loss and gradient exactly 0. The mean
+        over no pixel is NaN, as in torch, and its gradient is exactly 0. The kernel is deterministic, bit-equal for any number
+        of threads, and never holds [B,C,H,W]: a scalar loss makes its gradient in the forward pass and keeps that, one more
+        [B,C,h,w]; ``none`` keeps `scores` and recomputes. The reference keeps [B,C,H,W].
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or option; on CPU also a label at or beyond C that is not
