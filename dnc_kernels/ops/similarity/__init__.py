@@ -17,6 +17,7 @@ from .._common import (
     check_choice,
     check_ignore_index,
     check_labels,
+    check_no_gradient,
     check_pixels,
     compute_dtype,
     contiguous_in,
@@ -186,7 +187,7 @@ def centroid_cross_entropy(
         norm_bias: [C], its shift; None: none.
         norm_eps: added to the variance over classes.
         temperature: positive number, or a one-element tensor that may get a gradient (a learnable scale s is temperature 1/s).
-        weight: [C] non-negative weights of the classes, as in torch; gets no gradient.
+        weight: [C] non-negative weights of the classes, as in torch, and as there without gradient.
         ignore_index: outside [0,C).
         label_smoothing: in [0,1].
         reduction: ``mean`` (over the class weights of the pixels that count), ``sum`` or ``none``.
@@ -217,7 +218,8 @@ def centroid_cross_entropy(
         reduction,
     )  # fmt: skip
     (classes, k, _), dtype = centroids.shape, compute_dtype(x, centroids)
-
+    if weight is not None:
+        check_no_gradient(op, "weight", weight)
     scale = None
     if isinstance(temperature, Tensor):
         scale, temperature = temperature.reshape(()).to(dtype).reciprocal(), 1.0
