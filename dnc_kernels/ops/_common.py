@@ -108,7 +108,7 @@ def flat_labels(labels: Tensor) -> Tensor:
 
 
 def as_int64(ids: Tensor) -> Tensor:
-    """Ids of any integer dtype in int64. One of uint64 beyond it becomes its largest number: it is no id either, nor negative."""
+    """Ids of any integer dtype in int64. One of uint64 beyond it becomes its largest number: no id either, and not negative."""
     wide = ids.to(torch.int64)
     return torch.where(wide < 0, _INT64.max, wide) if ids.dtype == torch.uint64 else wide
 
@@ -117,7 +117,8 @@ def check_ignore_index(op: str, ignore_index: int, bound: int) -> int:
     """`ignore_index` as an int of 64 bits. One that is an id below `bound` would drop that class without a word."""
     ignore_index = whole_number(op, "ignore_index", ignore_index, least=None)
     if not _INT64.min <= ignore_index <= _INT64.max:
-        check_value(False, op, "ignore_index", "an integer of 64 bits, as labels are", ignore_index, "-1 leaves out any negative id")
+        fix = "-1 leaves out any negative id"
+        check_value(False, op, "ignore_index", "an integer of 64 bits, as labels are", ignore_index, fix)
     if 0 <= ignore_index < bound:
         fix = "use -100, or 255 beyond the classes"
         check_value(False, op, "ignore_index", f"outside [0,{bound})", ignore_index, fix)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_dtype, check_float, check_value, holds_a_loss, renamed
+from ...errors import check_device, check_dtype, check_float, check_no_tensor, check_value, holds_a_loss, renamed
 from .._common import (
     METRICS,
     REDUCTIONS,
@@ -341,6 +341,8 @@ def _check_loss(
     check_choice(op, "metric", metric, METRICS)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_ignore_index(op, ignore_index, classes)
+    for name, number in (("label_smoothing", label_smoothing), ("norm_eps", norm_eps)):
+        check_no_tensor(op, name, number)
     check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
     check_value(norm_eps >= 0, op, "norm_eps", "non-negative", norm_eps)
     check_value(norm_weight is not None or norm_bias is None, op, "norm_bias", "None without norm_weight", norm_bias)
@@ -368,7 +370,7 @@ def _check_contrast(
     check_labels(op, labels, x)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_ignore_index(op, ignore_index, classes * k)
-    fix = "it gets no gradient here; `centroid_cross_entropy` has one"
+    fix = "pass .item() of a tensor: it gets no gradient here; with `centroid_cross_entropy` it gets one"
     check_dtype(isinstance(temperature, (int, float)), op, "temperature", "a number", temperature, fix)
     check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
 

@@ -174,7 +174,7 @@ def pixel_losses(
     r, mean, rstd, label, own_weight, classes, tau, smoothing, slab, slab_rows, sizes,
     ONE_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Loss, largest logit, log-sum-exp less that logit and best class of every pixel; the sum of the class weights, for smoothing.
+    """Loss, largest logit, log-sum-exp less that logit and best class of every pixel; sum of the class weights, for smoothing.
 
     All is taken from the largest logit: an offset that the classes share must not cost digits.
     """

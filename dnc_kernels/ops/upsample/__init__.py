@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_float, check_integer, check_value, label_fix, map_size, renamed
+from ...errors import check_device, check_float, check_integer, check_no_tensor, check_value, label_fix, map_size, renamed
 from .._common import (
     REDUCTIONS,
     Reduction,
@@ -134,6 +134,7 @@ def _check_loss(
     classes = scores.shape[1]
     check_ignore_index(op, ignore_index, classes)
     check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_no_tensor(op, "label_smoothing", label_smoothing)
     check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
     if weight is not None:
         check_float(op, "weight", weight)

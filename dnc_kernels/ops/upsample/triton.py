@@ -2,8 +2,8 @@
 triton_argmax.py, built on triton_cells.py.
 
 Launches: the log-sum-exp 1, the loss 1 more, its sums 1 more, the gradient 1 more; argmax 1.
-Workspace: shift and lse [B,H,W] fp32 (with label smoothing three of them); the gradient's carry, about 1/ROWS of [B,C,h,w] fp32, or 2/ROWS
-where a cell has more than MOST x MOST target pixels; 16 bytes a program of the loss.
+Workspace: shift and lse [B,H,W] fp32 (with label smoothing three of them); the gradient's carry, about 1/ROWS of [B,C,h,w]
+fp32, or 2/ROWS where a cell has more than MOST x MOST target pixels; 16 bytes a program of the loss.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def log_sum_exp(call: UpsampleCall, axes: tuple[Axis, Axis], shift: Tensor, lse:
 def _losses(
     call: UpsampleCall, axes: tuple[Axis, Axis], shift: Tensor, lse: Tensor, spread: Tensor | None, sums: Tensor | None,
     loss: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     """Losses of pixels and their sums, those given."""
     scores, labels, (rows, columns) = call.scores, call.labels, axes
     programs = min(triton.cdiv(lse.numel(), _PIXELS), 8 * processors(lse.device))

@@ -4,8 +4,8 @@
     grad_scores[b,c,r,x] = sum over target pixels (i,j) of their share of (r,x) * grad_loss * d loss / d u_c
 
 Reads scores [B,C,h,w] (each four times, three of these from L1 and L2), labels, shift and lse [B,H,W], grad_loss and class
-weights if given; writes grad_scores [B,C,h,w]. [B,C,H,W] never exists. E = B*C*H*W exponentials are needed; the cells at the border of a
-program make it (ROWS+1)/ROWS * BLOCK/(BLOCK-1) * E.
+weights if given; writes grad_scores [B,C,h,w]. [B,C,H,W] never exists. E = B*C*H*W exponentials are needed; the cells at the
+border of a program make it (ROWS+1)/ROWS * BLOCK/(BLOCK-1) * E.
 Floors for [8,150,128,128] fp32 -> 512^2, E = 315 M, 1.10 * E with ROWS=16, BLOCK=32 (rates: triton_loss.py):
   8*B*C*h*w + 16*B*H*W bytes = 191 MB   64 us    1.10 * E exponentials  96 us    1.10 * 13.7 * E operations  170 us
 

@@ -168,8 +168,8 @@ def log_sum_exp_kernel(
 
 @triton.jit
 def loss_kernel(
-    scores_ptr, labels_ptr, weight_ptr, shift_ptr, lse_ptr, spread_ptr, loss_ptr, partial_ptr, scores_at, labels_at, loss_at, rows,
-    columns, C, ignore_index, smoothing, pixels,
+    scores_ptr, labels_ptr, weight_ptr, shift_ptr, lse_ptr, spread_ptr, loss_ptr, partial_ptr, scores_at, labels_at, loss_at,
+    rows, columns, C, ignore_index, smoothing, pixels,
     WIDE: tl.constexpr, FLAT_X: tl.constexpr, FLAT_Y: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss [B,H,W] and partial [programs,2] fp64 (sums of losses and of class weights), those given.
@@ -188,12 +188,15 @@ def loss_kernel(
         y, x = cell_of(i + rows.target0, rows, WIDE), cell_of(j, columns, WIDE)
         across, down = (share(j, x, columns, WIDE),), (share(i + rows.target0, y, rows, WIDE),)
         own_row = scores_ptr + tl.maximum(label, 0).to(tl.int64) * scores_at[1]
+        shift = tl.load(shift_ptr + n, mask=counts, other=0.0)
         s00, s01, s10, s11 = corner_scores(own_row, corner_offsets(b, y, x, rows, columns, scores_at, True), counts)
-        u = interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, EXACT, 1, 1)[0]
+        u = interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, EXACT, 1, 1)[0] - shift
+        s00, s01, s10, s11 = s00 - shift, s01 - shift, s10 - shift, s11 - shift
+        first = interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, EXACT, 1, 1)[0]
+        u = tl.where(tl.abs(first) < float("inf"), first, u)  # fewer digits are lost where the shift is taken off first
         weight = class_weight(weight_ptr, tl.maximum(label, 0))
         lse = tl.load(lse_ptr + n, mask=counts, other=0.0) * _LN2
-        shift = tl.load(shift_ptr + n, mask=counts, other=0.0)
-        loss = weight * (1 - smoothing) * (lse + (shift - u))
+        loss = weight * (1 - smoothing) * (lse - u)
         if spread_ptr is not None:
             loss += tl.load(spread_ptr + n, mask=counts, other=0.0)
         loss = tl.where(counts, loss, 0.0)
