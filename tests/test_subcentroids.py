@@ -416,7 +416,6 @@ def test_state_dict_holds_the_released_name_alone():
         ({"momentum": nn.Recent(0.5, 0.9)}, ["num_updates"]),
         ({"warmup_steps": 3}, ["num_updates"]),
         ({"init": "data", "init_step": 1}, ["num_updates", "start_in"]),
-        ({"init": "data", "init_step": 4}, ["num_updates", "start_in"]),
         ({"revive_after": 2}, ["idle_updates", "wins"]),
     ],
 )

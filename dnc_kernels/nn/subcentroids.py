@@ -182,6 +182,24 @@ class SubCentroids(nn.Module):
         """`sync` and `process_group`."""
         return Peers(self.sync, self._group.held)
 
+    # attributes, as every name in a state dict is one: torch.distributed.checkpoint looks them up
+
+    @property
+    def accumulated_sums(self) -> Tensor | None:
+        """[M,D], sums of the pixels of an unfinished accumulation; None without one."""
+        return None if self._pending is None or not self._pending_updates else self._pending[0]
+
+    @property
+    def accumulated_counts(self) -> Tensor | None:
+        """[M] int64, pixels of an unfinished accumulation; None without one."""
+        return None if self._pending is None or not self._pending_updates else self._pending[1]
+
+    @property
+    def accumulated_updates(self) -> Tensor | None:
+        """[] int64, updates of an unfinished accumulation; None without one."""
+        counts = self.accumulated_counts
+        return None if counts is None else torch.tensor(int(self._pending_updates), device=counts.device)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start over, as the constructor left it: parameters, also those of the modules within, sub-centroids and counters.
@@ -683,10 +701,7 @@ class SubCentroids(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._pending is not None:
-            sums, counts = self._pending
-            updates = torch.tensor(self._pending_updates, device=counts.device)
-            destination.update(zip((prefix + name for name in _ACCUMULATED), (sums, counts, updates), strict=True))
+        destination.update({prefix + name: value for name in _ACCUMULATED if (value := getattr(self, name)) is not None})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
