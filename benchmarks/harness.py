@@ -6,6 +6,7 @@ A variant whose result fails its check against a float64 reference gets a row wi
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import random
@@ -97,7 +98,8 @@ def run_case(case: Case, settings: Settings) -> Iterator[Row]:
             with backends.recorded_calls() as asked:
                 result = call()
             row["shape_class"] = next((when for op, when in asked if op == case.op and row["kind"] == "kernel"), None)
-            row["error_over_allowed"] = worst = case.check(result, reference)
+            worst = case.check(result, reference)
+            row["error_over_allowed"] = worst if math.isfinite(worst) else None  # JSON has no NaN
         except Exception as error:  # a baseline that cannot run here keeps its row
             row |= {"status": "failed", "reason": _first_line(error)}
             return None
