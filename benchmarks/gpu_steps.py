@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .built import other
 from .families import FAMILIES, source
 from .record import Line, append
 
@@ -95,6 +96,8 @@ def _build(capability: tuple[int, int] | None) -> str:
         return "the extension has no CUDA kernels"
     if old := [family for family in FAMILIES if backends.native().cuda.sources.get(family) != source(family)]:
         return f"the extension was built from other source ({', '.join(old)})"
+    if why := other():
+        return why
     return backends.without_code("cuda", capability)
 
 

@@ -6,6 +6,7 @@ A variant whose result fails its check against a float64 reference gets a row wi
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import random
@@ -36,7 +37,7 @@ COLUMNS = (
     "ratio_to_best_baseline", "ratio_p20", "ratio_p80", "best_baseline", "ratio_to_baselines", "gflops", "pct_gemm_probe",
     "gemm_probe_gflops", "gb_per_s", "pct_copy_probe", "copy_probe_gb_per_s", "error_over_allowed", "peak_delta_mb",
     "allowed_peak_delta_mb", "goal_ratios", "goals_met", "cpu_isa", "machine_load_1min", "package_version", "torch_version",
-    "python_version", "git_commit", "unix_time_s",
+    "python_version", "git_commit", "binary_source", "unix_time_s",
 )  # fmt: skip
 _GEMM, _COPY = "gemm probe", "copy probe"
 
@@ -97,7 +98,8 @@ def run_case(case: Case, settings: Settings) -> Iterator[Row]:
             with backends.recorded_calls() as asked:
                 result = call()
             row["shape_class"] = next((when for op, when in asked if op == case.op and row["kind"] == "kernel"), None)
-            row["error_over_allowed"] = worst = case.check(result, reference)
+            worst = case.check(result, reference)
+            row["error_over_allowed"] = worst if math.isfinite(worst) else None  # JSON has no NaN
         except Exception as error:  # a baseline that cannot run here keeps its row
             row |= {"status": "failed", "reason": _first_line(error)}
             return None
@@ -205,6 +207,7 @@ def surroundings(device: str) -> Row:
         "cpu_isa": backends.cpu_isa() if cpu and not backends.unusable("cpu") else None,
         "package_version": dnc_kernels.__version__, "torch_version": torch.__version__,
         "python_version": platform.python_version(), "git_commit": commit(),
+        "binary_source": None if backends.unusable("cpu") else backends.native().source[:12],
     }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ from dnc_kernels.runs.networks import make_classifier
 from dnc_kernels.runs.schedules import TRAINING_RECIPES, Learning, TrainingRecipe
 from dnc_kernels.runs.views import InOrder, Views
 
-from . import record
+from . import built, record
 
 BATCH = 250  # of what is not training
 K = 4
@@ -217,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run (1)")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines to add the rows to")
     given = parser.parse_args(arguments)
+    built.demand()
     torch.set_num_threads(given.threads)
     for task in given.task:
         for seed in given.seed or (0, 1, 2):

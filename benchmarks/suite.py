@@ -18,6 +18,7 @@ from . import (
     bench_similarity,
     bench_sinkhorn,
     bench_upsample,
+    built,
 )
 from .case import Case, Row, Settings
 from .harness import GpuLost, demand_gpu, failed, run_case
@@ -29,7 +30,12 @@ BENCHES: dict[str, Any] = {
 
 
 def case_rows(cases: Sequence[Case], settings: Settings) -> Iterator[Row]:
-    """Rows of all cases. A case that cannot be set up is a row with the reason too."""
+    """Rows of all cases. A case that cannot be set up is a row with the reason too.
+
+    Raises:
+        SystemExit: package or extension are not of this checkout, whose commit rows name.
+    """
+    built.demand()
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case.op} {case.name} {case.dtype}", file=sys.stderr, flush=True)
         try:

@@ -65,6 +65,8 @@ def run(o: argparse.Namespace, device: torch.device) -> int:
     if o.threads:
         torch.set_num_threads(o.threads)
     plan = plan_of(o, device)
+    for note in plan.dataset.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     console.print(
         f"{o.network}, recipe {o.recipe}: {plan.steps} steps of {o.batch} on {len(plan.dataset.train)} images of "
         f"{len(plan.about['classes'])} classes, measured on {len(plan.dataset.test)}", highlight=False, soft_wrap=True,

@@ -17,7 +17,7 @@ from dnc_kernels.demo.progress import make_progress
 from dnc_kernels.demo.scenes import NUM_CLASSES
 from dnc_kernels.nn import RECIPES
 from dnc_kernels.runs.checkpoint import CheckpointError, found
-from dnc_kernels.runs.data import Batches, DataError, FolderScenes, Scenes, find_pairs, load_scenes, tiles
+from dnc_kernels.runs.data import Batches, DataError, FolderScenes, Scenes, find_pairs, load_scenes, survey, tiles
 from dnc_kernels.runs.networks import NAMES, make_backbone, make_segmenter
 from dnc_kernels.runs.opened import scene_classes
 from dnc_kernels.runs.pictures import draw_predictions
@@ -103,8 +103,10 @@ def data(o: argparse.Namespace, console: Console) -> Scenes:
     scenes = load_scenes(
         o.images, o.masks, num_classes=o.num_classes, ignore_index=o.ignore_index, held_out=o.held_out, seed=o.seed, size=o.size
     )
-    if scenes.spare:
-        console.print(f"{scenes.spare} masks without an image are left out", highlight=False)
+    if isinstance(scenes.train, FolderScenes) and isinstance(scenes.test, FolderScenes):
+        for line in (*scenes.notes, survey(scenes.train, o.masks, min(2, o.num_classes))):
+            console.print(line, highlight=False, soft_wrap=True)
+        survey(scenes.test, o.masks, 1, " that --seed holds out")
     return scenes
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bench_head, bench_similarity, clock, harness, memory, record, tune
+from benchmarks import bench_head, bench_similarity, built, clock, harness, memory, record, tune
 from benchmarks.bench_sinkhorn import loop, vectorized, zipf_labels
 from benchmarks.case import Case, Settings, Variant, choice_ratio, error_ratio
 from benchmarks.harness import COLUMNS, summarize
-from dnc_kernels import ops, use_backend
+from dnc_kernels import _source, backends, ops, use_backend
 
 QUICK = Settings(threads=1, rounds=3, quick=True, baselines="eager", memory=False)
 
@@ -578,6 +578,31 @@ def test_evidence_makes_no_other_source(monkeypatch, tmp_path):
     assert record.commit() == clean and len(clean) == 12
     (tmp_path / "README.md").write_text("")
     assert record.commit() == clean + "-dirty"
+
+
+def test_nothing_is_measured_with_a_binary_of_other_source(monkeypatch, tmp_path, capsys):
+    """It happened: the rows named the commit of the folder, and another commit's binary was timed."""
+    recipes = pytest.importorskip("benchmarks.recipes")
+    assert built.other() == ""
+    out = tmp_path / "rows.jsonl"
+    run = ["run", "--quick", "--op", "cluster_sums", "--baselines", "none", "--out", str(out)]
+    for change in ("binary", "csrc", "package"):
+        with monkeypatch.context() as changed:
+            if change == "binary":
+                changed.setattr(backends, "_native", SimpleNamespace(__file__="/old/_C.so"))
+            elif change == "csrc":
+                changed.setattr(_source, "source", lambda root: "f" * 64)
+            else:
+                changed.setattr(built, "ROOT", tmp_path)
+            with pytest.raises(SystemExit, match="imported from" if change == "package" else "built from other source") as end:
+                command.main(run)
+            assert end.value.code and ("PYTHONPATH" if change == "package" else "`make install`") in end.value.code
+            with pytest.raises(SystemExit, match="benchmarks: "):
+                recipes.main(["--task", "digits", "--head", "softmax", "--out", str(out)])
+        assert not out.read_text()
+    assert command.main(run) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows and all(row["binary_source"] == backends.native().source[:12] for row in rows)
 
 
 @pytest.mark.parametrize("held", [96, 10**6])

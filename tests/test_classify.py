@@ -358,6 +358,16 @@ def test_folders_of_classes_are_read(folder):
     assert found.train.ids[0] == "train/cat/0.png" and found.train.ids[-1] == "train/dog/more/3.png"
     picture, label = found.train.read(9)
     assert label == 1 and (picture == np.asarray(Image.open(folder / "train/dog/more/3.png"))).all()
+    assert found.notes == ("Left out, no images by their suffix (1): notes.txt",) == found.first_of_draw(5).notes
+
+
+def test_a_photograph_is_turned_as_its_exif_says(folder):
+    path, exif = folder / "train/cat/0.png", Image.Exif()
+    exif[274] = 6  # stored on its side
+    with Image.open(path) as file:
+        stored = file.copy()
+    stored.save(path, exif=exif)
+    np.testing.assert_array_equal(images.load_dataset("folder", folder).train.read(0)[0], np.rot90(np.asarray(stored), -1))
 
 
 def folder_missing(folder):

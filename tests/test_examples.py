@@ -110,18 +110,124 @@ def test_mask_ids_come_back_as_they_were_written(tmp_path, mode):
     else:
         kind = {"L": np.uint8, "I;16": np.uint16, "1": bool}[mode]
         Image.fromarray(ids.astype(kind)).save(tmp_path / "masks/a.png")
-    pairs, spare = data.find_pairs(tmp_path / "images", tmp_path / "masks")
+    pairs, notes = data.find_pairs(tmp_path / "images", tmp_path / "masks")
     image, mask = data.FolderScenes(pairs, top + 1, -1).read(0)
-    assert spare == 0 and image.shape == (9, 11, 3) and mask.dtype == np.int64
+    assert notes == [] and image.shape == (9, 11, 3) and mask.dtype == np.int64
     np.testing.assert_array_equal(mask, ids)
 
 
-def test_pairs_match_by_path_below_the_folders_and_masks_without_image_are_counted(folder):
+def test_pairs_match_by_path_below_the_folders_and_what_is_left_out_is_named(folder):
     save_palette(np.zeros((3, 3), np.uint8), folder / "masks/spare.png")
     (folder / "images/.hidden.png").write_text("not an image")
-    (folder / "images/notes.txt").write_text("not an image")
-    pairs, spare = data.find_pairs(folder / "images", folder / "masks")
-    assert spare == 1 and [pair.name for pair in pairs] == ["0", "2", "4", "6", "more/1", "more/3", "more/5", "more/7"]
+    for name in (*"abcdef", "notes"):
+        (folder / f"images/{name}.txt").write_text("not an image")
+    pairs, notes = data.find_pairs(folder / "images", folder / "masks")
+    assert notes == [
+        "Left out, masks without an image (1): spare.png",
+        "Left out, no images by their suffix (7): a.txt, b.txt, c.txt, d.txt, e.txt and 2 more",
+    ]
+    assert [pair.name for pair in pairs] == ["0", "2", "4", "6", "more/1", "more/3", "more/5", "more/7"]
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A function that writes a photo whose orientation differs from its pixels, and a mask of the scene as it is shown."""
+    shown = np.arange(30 * 20, dtype=np.uint8).reshape(30, 20)
+
+    def write(orientation, kind="jpg", mask=shown, shape=shown.shape):
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        scene = Image.fromarray(np.resize(shown, shape))
+        turn = {3: "ROTATE_180", 6: "ROTATE_90", 8: "ROTATE_270"}[orientation]  # what EXIF's turn undoes
+        exif = Image.Exif()
+        exif[274] = orientation
+        scene.transpose(Image.Transpose[turn]).convert("RGB").save(tmp_path / f"images/a.{kind}", exif=exif, quality=100)
+        Image.fromarray(mask).save(tmp_path / "masks/a.png")
+        return data.find_pairs(tmp_path / "images", tmp_path / "masks")
+
+    write.shown = shown
+    return write
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_photo_is_turned_as_its_orientation_says(photo, kind, orientation):
+    pairs, notes = photo(orientation, kind)
+    image, mask = data.FolderScenes(pairs, 256, -1).read(0)
+    np.testing.assert_array_equal(mask, photo.shown)
+    np.testing.assert_allclose(image[..., 0].astype(int), photo.shown, atol=24)  # JPEG and WebP are near
+    assert notes == [f"Turned as their EXIF orientation says (1): a.{kind}"]
+
+
+def test_a_photo_stays_as_stored_where_its_mask_is_not_turned_and_another_size_is_an_error(photo):
+    stored = np.ascontiguousarray(np.rot90(photo.shown))  # 20 x 30
+    pairs, notes = photo(6, mask=stored)
+    image, mask = data.FolderScenes(pairs, 256, -1).read(0)
+    np.testing.assert_array_equal(mask, stored)
+    np.testing.assert_allclose(image[..., 0].astype(int), stored, atol=24)
+    assert notes == ["Not turned as their EXIF orientation says, since their masks are not (1): a.jpg"]
+    with pytest.raises(data.DataError, match=r"size of its image .*a.jpg, 20x30 \(width x height\); got 20x20"):
+        photo(6, mask=stored[:, :20])
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_harms_no_image(tmp_path):
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    assert data.opened(tmp_path / "a.jpg", data.upright).size == (20, 30)
+
+
+def test_masks_of_0_and_255_with_two_classes_are_refused(folder, tiny, capsys):
+    """It trained on background alone, without a word: 255 is the id to leave out."""
+    for path in (folder / "masks").rglob("*.png"):
+        with Image.open(path) as mask:
+            ids = np.asarray(mask)
+        Image.fromarray(np.where(ids < 2, 0, 255).astype(np.uint8)).save(path)
+    options = ["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--num-classes", "2"]
+    assert script.main([*options, *common(folder / "out", "--steps", "1")]) == 1
+    said = one_line_error(capsys)
+    assert re.search(r"expected pixels of two classes or more in 0 to 1; got class 0 alone in \d masks; \d\d.\d% of the", said)
+    assert "where 255 is a class, save its pixels as its number, 1 say" in said
+    assert not (folder / "out").exists()
+    for path in (folder / "masks").rglob("*.png"):  # as advised
+        with Image.open(path) as mask:
+            ids = np.asarray(mask)
+        Image.fromarray(np.where(ids == 255, 1, ids).astype(np.uint8)).save(path)
+    assert script.main([*options, *common(folder / "out", "--steps", "1")]) == 0
+    assert "Masks (7 of 7 read): 0.0% of the pixels are 255, which is left out\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["all", "held out"])
+def test_masks_without_a_labelled_pixel_are_refused(folder, tiny, capsys, part):
+    pairs, _ = data.find_pairs(folder / "images", folder / "masks")
+    _, test = data.split_pairs(pairs, 0.1, 0)
+    for pair in pairs if part == "all" else test:
+        with Image.open(pair.mask) as mask:
+            shape = mask.size[::-1]
+        Image.fromarray(np.full(shape, 255, np.uint8)).save(pair.mask)
+    assert script.main(folder_options(folder, *common(folder / "out"))) == 1
+    which = "7 masks;" if part == "all" else "1 mask that --seed holds out;"
+    assert f"got none in {which} 100.0% of the pixels are 255, which is left out" in one_line_error(capsys)
+
+
+def test_classes_that_no_mask_has_are_named(folder):
+    pairs, _ = data.find_pairs(folder / "images", folder / "masks")
+    line = data.survey(data.FolderScenes(pairs, 5, 255), folder / "masks", 2)
+    assert re.fullmatch(
+        r"Masks \(8 of 8 read\): 2\d.\d% of the pixels are 255, which is left out; no pixel of class 3, 4", line
+    )
+
+
+def test_the_log_is_json_where_a_number_is_none(tmp_path, tiny, monkeypatch):
+    """json.dumps writes NaN, which no other reader takes."""
+    monkeypatch.setattr(script, "evaluate", lambda *_: float("nan"))
+    assert script.main(common(tmp_path / "out", "--steps", "1")) == 0
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    lines = (tmp_path / "out/log.jsonl").read_text().splitlines()
+    read = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert read[-1] == {"step": 1, "miou": None} and read[0]["loss"] > 0
 
 
 def no_pairs(folder):
@@ -133,6 +239,17 @@ def no_pairs(folder):
 def image_without_mask(folder):
     (folder / "masks/4.png").unlink()
     return r"images/4.jpg has no mask: expected .*masks/4.png"
+
+
+def mask_of_another_kind(folder):
+    (folder / "masks/4.png").rename(folder / "masks/4.jpg")
+    return r"images/4.jpg has no mask: expected .*masks/4.png; .*; 4.jpg is there, but may not keep ids"
+
+
+def mask_of_floats(folder):
+    Image.fromarray(np.zeros((40, 70), np.float32)).save(folder / "masks/0.tif")
+    (folder / "masks/0.png").unlink()
+    return r"masks/0.tif: .*got mode F; save the ids themselves as 8- or 16-bit integers"
 
 
 def mismatched_sizes(folder):
@@ -188,6 +305,8 @@ def unknown_ids(folder):
 UP_FRONT = [
     no_pairs,
     image_without_mask,
+    mask_of_another_kind,
+    mask_of_floats,
     mismatched_sizes,
     broken_header,
     colour_mask,

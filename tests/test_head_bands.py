@@ -245,14 +245,16 @@ def peak():
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 def prepared(size, labels):
-    return torch.randn(1, 128, *size).requires_grad_(), torch.randint(0, 64, (1, *labels))
+    return torch.randn(1, D, *size).requires_grad_(), torch.randint(0, C, (1, *labels))
 
-def measure(checkpoint, loss_size, what):
+def measure(checkpoint, loss_size, what, k, assignment):
+    global D, C
+    D, C = (128, 64) if k == "4" else (32, 8)
     torch.set_num_threads(2)
-    head = DNCHead(128, 64, 4, checkpoint=checkpoint, loss_size=loss_size)
+    head = DNCHead(D, C, int(k), checkpoint=checkpoint, loss_size=loss_size, assignment=assignment)
     x, y = prepared((8, 8), (16, 16))
     head.loss(x, y).loss.backward()
-    x, y = prepared((128, 256), (512, 1024))
+    x, y = prepared((128, 256), (512, 1024)) if k == "4" else prepared((96, 160), (192, 320))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -260,7 +262,7 @@ def measure(checkpoint, loss_size, what):
     result = head.loss(x, y)
     (result.loss if what == "loss" else result.cross_entropy + 2 * result.ppc + result.ppd).backward()
     again = x.numel() * x.itemsize if what == "parts" and head.checkpoint == "all" else 0
-    print(checkpoint, loss_size, what, peak() - before, head.step_bytes(x.shape, y.shape) + again, flush=True)
+    print(checkpoint, loss_size, what, k, assignment, peak() - before, head.step_bytes(x.shape, y.shape) + again, flush=True)
 
 for line in sys.stdin:  # a process for each, of one that has imported everything and started no threads
     if os.fork() == 0:
@@ -274,13 +276,15 @@ _SIZES, _WHAT = ("labels", "features"), ("loss", "parts")
 
 @pytest.fixture(scope="module")
 def memory_of_steps():
-    """Bytes measured and of the formula, by checkpoint, loss_size and what backward goes through."""
-    cases = "\n".join(map(" ".join, itertools.product(CHECKPOINTS, _SIZES, _WHAT)))
+    """Bytes measured and of the formula, by checkpoint, loss_size, what backward goes through, K and assignment."""
+    few = itertools.product(CHECKPOINTS, _SIZES, _WHAT, ["4"], ["argmax"])
+    many = itertools.product(CHECKPOINTS, ["labels"], ["loss"], ["256"], ["argmax", "gumbel"])
+    cases = "\n".join(map(" ".join, (*few, *many)))
     child = subprocess.run([sys.executable, "-c", _MEASURE], input=cases, capture_output=True, text=True, timeout=600)
     if "clear_refs" in child.stderr:
         pytest.skip("the recorded peak cannot be reset here")
     assert child.returncode == 0, child.stderr
-    return {tuple(line.split()[:3]): tuple(map(int, line.split()[3:])) for line in child.stdout.splitlines()}
+    return {tuple(line.split()[:5]): tuple(map(int, line.split()[5:])) for line in child.stdout.splitlines()}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
@@ -289,5 +293,15 @@ def memory_of_steps():
 @pytest.mark.parametrize("what", _WHAT)
 def test_memory_formula(memory_of_steps, checkpoint, loss_size, what):
     """A mixture of the parts takes both passes again, in backward, which make a second gradient of the features."""
-    measured, formula = memory_of_steps[checkpoint, loss_size, what]
+    _check_memory(*memory_of_steps[checkpoint, loss_size, what, "4", "argmax"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("assignment", ["argmax", "gumbel"])
+def test_memory_formula_holds_where_the_clustering_takes_most(memory_of_steps, checkpoint, assignment):
+    _check_memory(*memory_of_steps[checkpoint, "labels", "loss", "256", assignment])
+
+
+def _check_memory(measured, formula):
     assert measured <= formula <= 2 * measured, f"measured {measured / 1e6:.1f} MB, formula {formula / 1e6:.1f} MB"

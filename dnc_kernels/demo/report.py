@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import statistics
@@ -16,6 +15,7 @@ import torch
 from rich.table import Table
 
 from .. import __version__
+from .._json import dumps
 from ..backends import KERNELS, cpu_isa, resolve
 from .progress import TITLES
 from .scenes import CLASS_NAMES
@@ -101,7 +101,7 @@ def write_metrics(out: Path, runs: list[Run], settings: Settings, *, quick: bool
         "seconds": round(seconds, 1),
     }
     path = out / "metrics.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 

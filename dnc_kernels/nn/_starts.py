@@ -17,7 +17,7 @@ def uniform(shape: tuple[int, ...], device: torch.device, generator: Generator |
     else:  # outside of a graph without what would import the compiler
         draw = _seeded if torch.compiler.is_compiling() else _drawn
         drawn = draw(shape, generator).to(device)
-    return drawn.clamp(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float32).eps)
+    return drawn.clamp_(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float32).eps)
 
 
 def _drawn(shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -30,7 +30,7 @@ _seeded = torch._disable_dynamo(_drawn)  # as in `_sync`
 
 def gumbel(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
     """Standard Gumbel noise: the argmax of ``log(weight) + gumbel`` is a draw in proportion to weight."""
-    return -torch.log(-torch.log(uniform(shape, device, generator)))
+    return uniform(shape, device, generator).log_().neg_().log_().neg_()
 
 
 def random_directions(rows: int, channels: int, device: torch.device, generator: Generator | None) -> Tensor:

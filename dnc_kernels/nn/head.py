@@ -378,12 +378,14 @@ class DNCHead(CentroidModel):
 
         With N feature pixels of D channels and b bytes, L label pixels, M = C*K and bands of P pixels (`band_pixels`)::
 
-            all     N (D b + 4 K + 60) + 20 L + P (8 D + 32 C) + 48 M D + 8 MB
+            all     N (D b + 4 K + 60) + 8 L + max(12 L + P (8 D + 32 C), 4 N K) + 48 M D + 8 MB
             scores  the same, and N D b for the embedding
-            none    N (5 D b + 26 C + 4 K + 60) + 20 L + 48 M D + 8 MB
+            none    N (5 D b + 26 C + 4 K + 60) + 8 L + max(12 L, 4 N K) + 48 M D + 8 MB
 
-        The gradient of the features is the N D b of ``all``. A backward pass from the parts of the loss takes a second one
-        there (`DNCLoss`). A projection's own output and gradient come on top.
+        The bands and the clustering, which takes 4 N K (8 N K with ``assignment="gumbel"``), follow each other. The gradient of
+        the features is the N D b of ``all``, which keeps the embedding too where `revive_after` is given. A backward pass from
+        the parts of the loss takes a second gradient there (`DNCLoss`). A projection's own output and gradient come on top, and
+        so does what a start from data and an exchange between ranks take.
 
         Args:
             features: shape [B,D,h,w] of the features, after the projection if there is one.
@@ -392,11 +394,14 @@ class DNCHead(CentroidModel):
         """
         batch, channels, height, width = features
         n, row, m = batch * height * width, channels * dtype.itemsize, self.num_classes * self.num_subcentroids
-        rest = n * (4 * self.num_subcentroids + 60) + 20 * math.prod(labels) + 48 * m * channels + 8_000_000
+        similarities, pixels = 4 * n * self.num_subcentroids, math.prod(labels)
+        clustering = similarities * (2 if self.assignment == "gumbel" else 1)
+        rest = similarities + 60 * n + 8 * pixels + 48 * m * channels + 8_000_000
         if self.checkpoint == "none":
-            return n * (5 * row + 26 * self.num_classes) + rest
-        band = min(n, max(self.band_pixels or BAND_PIXELS, width))
-        return n * row * (1 + (self.checkpoint == "scores")) + band * (8 * channels + 32 * self.num_classes) + rest
+            return n * (5 * row + 26 * self.num_classes) + max(12 * pixels, clustering) + rest
+        band = min(n, max(self.band_pixels or BAND_PIXELS, width)) * (8 * channels + 32 * self.num_classes)
+        embedding = self.checkpoint == "scores" or self.revive_after is not None
+        return n * row * (1 + embedding) + max(12 * pixels + band, clustering) + rest
 
     @torch.no_grad()
     def predict(self, features: Tensor, size: int | Sequence[int] | None = None) -> Tensor:

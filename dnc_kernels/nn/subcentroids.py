@@ -281,9 +281,10 @@ class SubCentroids(nn.Module):
 
     def _cluster(self, own: Tensor, group: Tensor, *, joint: bool) -> Tensor:
         """`cluster` of rows [N,K] and classes [N] int64, -1 for none."""
-        inside = (group >= 0) & own.isfinite().all(1)
-        group = torch.where(inside, group, -1)
         own, classes = own.detach(), self.num_classes
+        # a NaN wins both; isfinite of all would take 7 bytes for each of the N*K
+        inside = (group >= 0) & own.amax(1).isfinite() & own.amin(1).isfinite()
+        group = torch.where(inside, group, -1)
         if joint and self.sync != "average" and _sync.ranks(self.peers) > 1:
             logits = _sync.sinkhorn_over_ranks(self.peers, own, group, classes, self.epsilon, self.iterations)
             sub = logits.argmax(1) if self.assignment == "argmax" else self._draw(logits.softmax(1))
@@ -295,8 +296,9 @@ class SubCentroids(nn.Module):
         return torch.where(inside, group * self.num_subcentroids + sub, -1)
 
     def _draw(self, plan: Tensor) -> Tensor:
+        """The argmax of a plan [N,K] and noise, which is added in place."""
         # the plan itself serves as logits, as in the released code: that is why it collapses
-        return (plan + _starts.gumbel(tuple(plan.shape), plan.device, self.generator)).argmax(1)
+        return plan.add_(_starts.gumbel(tuple(plan.shape), plan.device, self.generator)).argmax(1)
 
     @renamed(cluster="labels")
     @torch.no_grad()

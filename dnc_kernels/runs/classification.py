@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .._json import dumps
 from ..demo.training import PeakMemory
 from ..integrations import DNCImageClassifier
 from ..nn import Monitor
@@ -87,7 +89,8 @@ class Result:
 
     head: str
     accuracy: float
-    ece: float
+    ece: float | None
+    """None where it is NaN: of a network that gives NaN."""
     learnable: int
     """Numbers that the optimizer moves, in the whole network."""
     learnable_head: int
@@ -130,7 +133,8 @@ class Evaluation:
         learnable, in_head = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (network, network.head))
         seconds = self.training.seconds
         return Result(
-            head=head, accuracy=self.last.test_accuracy, ece=self.last.test_ece, learnable=learnable, learnable_head=in_head,
+            head=head, accuracy=self.last.test_accuracy,
+            ece=None if math.isnan(self.last.test_ece) else self.last.test_ece, learnable=learnable, learnable_head=in_head,
             moved=network.head.prototypes.numel() if isinstance(network, DNCImageClassifier) else 0,
             step_ms=1000 * statistics.median(seconds) if seconds else None, peak_mb=self.peak_mb,
             steps=self.training.step, batch=batch, ranks=ranks(), device=str(self.training.device), torch=torch.__version__,
@@ -141,7 +145,7 @@ def print_results(console: Console, results: list[Result]) -> None:
     """The table of the figures of one run or of both."""
     rows: list[tuple[str, Callable[[Result], str]]] = [
         ("accuracy", lambda r: f"{r.accuracy:.4f}"),
-        (f"ECE ({BINS} bins)", lambda r: f"{r.ece:.4f}"),
+        (f"ECE ({BINS} bins)", lambda r: "-" if r.ece is None else f"{r.ece:.4f}"),
         ("learnable parameters", lambda r: f"{r.learnable:,}"),
         ("  of these in the head", lambda r: f"{r.learnable_head:,}"),
         ("moved without gradient", lambda r: f"{r.moved:,}"),
@@ -278,7 +282,7 @@ def run_head(
     result = evaluation.result(head, plan.batch)
     if rank() == 0:
         with replacing(metrics) as file:
-            file.write((json.dumps(asdict(result), indent=2) + "\n").encode())
+            file.write((dumps(asdict(result), indent=2) + "\n").encode())
     return Done(training.step, 0, result, training.evaluated)
 
 

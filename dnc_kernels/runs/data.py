@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ..demo import scenes
@@ -81,6 +81,8 @@ class Pair:
     name: str
     image: Path
     mask: Path
+    as_stored: bool = False
+    """The mask is that of the image as the file stores it, whatever its EXIF orientation."""
 
 
 class FolderScenes:
@@ -105,9 +107,14 @@ class FolderScenes:
             DataError: a file cannot be read, or the mask holds an id that is no class.
         """
         pair = self.pairs[index]
-        image = np.asarray(opened(pair.image, lambda file: file.convert("RGB")))
+        image = np.asarray(opened(pair.image, lambda file: (file if pair.as_stored else upright(file)).convert("RGB")))
+        return image, self.mask(index)
+
+    def mask(self, index: int) -> Mask:
+        """Mask of a pair, with the errors of `read`."""
+        pair = self.pairs[index]
         # not converted: the pixels of a palette image are its indices
-        mask = np.asarray(opened(pair.mask, lambda file: file.copy())).astype(np.int64)
+        mask = np.asarray(opened(pair.mask, upright)).astype(np.int64)
         known = (mask >= 0) & (mask < self.num_classes) | (mask == self.ignore_index)
         if not known.all():
             unknown = np.unique(mask[~known]).tolist()
@@ -116,7 +123,7 @@ class FolderScenes:
                 f"unknown ids {shown} in {pair.mask}: expected 0 to {self.num_classes - 1}, or {self.ignore_index} to leave "
                 "a pixel out; set --num-classes or --ignore-index, or map the ids"
             )
-        return image, mask
+        return mask
 
     def name(self, index: int) -> str:
         """Path of an image below its folder."""
@@ -132,8 +139,8 @@ class Scenes:
     test: Source
     pairs: int
     """Pairs of a user's folder, of which `train` and `test` are parts or the whole; 0: drawn scenes."""
-    spare: int
-    """Masks without an image."""
+    notes: list[str]
+    """Lines that say which files are left out, and which are turned."""
     fingerprint: str
     """Of the files, by which a resumed run sees whether its data changed."""
 
@@ -155,14 +162,15 @@ def load_scenes(
     if images is None or masks is None:
         made = (DigitScenes(TRAIN_SCENES, seed=seed, split="train", size=size),
                 DigitScenes(TEST_SCENES, seed=TEST_SEED, split="test", size=size))  # fmt: skip
-        return Scenes(*made, 0, 0, "digit scenes")
-    pairs, spare = find_pairs(images, masks)
+        return Scenes(*made, 0, [], "digit scenes")
+    pairs, notes = find_pairs(images, masks)
     train, test = (FolderScenes(some, num_classes, ignore_index) for some in split_pairs(pairs, held_out, seed))
-    return Scenes(train, test, len(pairs), spare, fingerprint(pairs))
+    return Scenes(train, test, len(pairs), notes, fingerprint(pairs))
 
 
-def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
-    """Pairs of an image and the mask of the same name (below their folders, without suffix), and how many masks have no image.
+def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
+    """Pairs of an image and the mask of the same name (below their folders, without suffix), and what there is to say: lines
+    that name the files left out, and those that EXIF turns.
 
     Reads the headers of the files, not their pixels.
 
@@ -170,7 +178,9 @@ def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
         DataError: a folder is missing or holds no pair, an image has no mask, two files share a name, a file is no image, a
             mask is in colour or not of its image's size.
     """
-    by_name, mask_by_name = _files(images, IMAGE_SUFFIXES, "image"), _files(masks, MASK_SUFFIXES, "mask")
+    (by_name, no_images), (mask_by_name, no_masks) = (
+        _files(*folder) for folder in ((images, IMAGE_SUFFIXES, "image"), (masks, MASK_SUFFIXES, "mask"))
+    )
     if not by_name.keys() & mask_by_name.keys():
         raise DataError(
             f"no pairs found in {images} and {masks}: expected files of equal name such as images/a.jpg and masks/a.png; got "
@@ -180,42 +190,134 @@ def find_pairs(images: Path, masks: Path) -> tuple[list[Pair], int]:
     pairs = []
     for name, image in sorted(by_name.items()):
         if name not in mask_by_name:
-            raise DataError(f"{image} has no mask: expected {masks / name}.png; add it or take the image away")
+            other = next((path for path in no_masks if path.with_suffix("") == masks / name), None)
+            fix = f"add it or take the image away{'' if other is None else f'; {other.name} is there, but may not keep ids'}"
+            raise DataError(f"{image} has no mask: expected {masks / name}.png; {fix}")
         pairs.append(Pair(name, image, mask_by_name[name]))
-    for pair in pairs:
-        _check_pair(pair)
-    return pairs, len(mask_by_name) - len(pairs)
+    checked, turned = zip(*map(_checked, pairs), strict=True)
+    notes = {
+        "Left out, masks without an image": [path for name, path in mask_by_name.items() if name not in by_name],
+        "Left out, no images by their suffix": no_images,
+        "Left out, no masks by their suffix": no_masks if masks != images else [],
+        "Turned as their EXIF orientation says": [
+            p.image for p, turn in zip(checked, turned, strict=True) if turn and not p.as_stored
+        ],
+        "Not turned as their EXIF orientation says, since their masks are not": [p.image for p in checked if p.as_stored],
+    }
+    return list(checked), [note(what, paths) for what, paths in notes.items() if paths]
 
 
-def _check_pair(pair: Pair) -> None:
-    mode, size = opened(pair.image, lambda file: (file.mode, file.size))
+def note(what: str, paths: list[Path]) -> str:
+    """A line on files: what is said of them, how many they are, and the names of the first."""
+    names = ", ".join(path.name for path in paths[:5])
+    return f"{what} ({len(paths)}): {names}{f' and {len(paths) - 5} more' if len(paths) > 5 else ''}"
+
+
+def _checked(pair: Pair) -> tuple[Pair, bool]:
+    """The pair, with what its image's orientation means for it, and whether the image has one."""
+    (mode, stored, size), (mask_mode, _, mask_size) = opened(pair.image, _header), opened(pair.mask, _header)
     if mode not in IMAGE_MODES:
         raise DataError(f"{pair.image}: expected an 8-bit image; got mode {mode}; save it with 8 bits per channel")
-    mask_mode, mask_size = opened(pair.mask, lambda file: (file.mode, file.size))
     if mask_mode not in MASK_MODES:
         raise DataError(
             f"{pair.mask}: expected a mask of class ids, with a palette or one channel; got mode {mask_mode}; save the ids "
-            "themselves, not their colours"
+            "themselves as 8- or 16-bit integers, not their colours"
         )
-    if size != mask_size:
+    if mask_size not in (size, stored):
         raise DataError(
             f"{pair.mask}: expected the size of its image {pair.image}, {size[0]}x{size[1]} (width x height); got "
             f"{mask_size[0]}x{mask_size[1]}; resize the mask with nearest neighbour"
         )
+    return replace(pair, as_stored=mask_size != size), opened(pair.image, _orientation) != 1
 
 
-def _files(folder: Path, suffixes: tuple[str, ...], kind: str) -> dict[str, Path]:
+def _orientation(file: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1: as stored."""
+    if file.format == "PNG" and "exif" not in file.info:  # Pillow would decode all of it to look behind the pixels
+        return 1
+    try:
+        return int(file.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of a damaged block, for which the image is no worse
+        return 1
+
+
+def _header(file: Image.Image) -> tuple[str, Size, Size]:
+    """Mode, and width and height as stored and as shown."""
+    width, height = file.size
+    if file.format == "TIFF" and _orientation(file) != 1:  # Pillow turns it by itself, when it loads it
+        file.load()
+        return file.mode, file.size, file.size
+    return file.mode, (width, height), (height, width) if _orientation(file) >= 5 else (width, height)
+
+
+def upright(file: Image.Image) -> Image.Image:
+    """A copy of an image, turned as its EXIF orientation says: as viewers and labelling tools show it."""
+    return file.copy() if _orientation(file) == 1 else ImageOps.exif_transpose(file)
+
+
+def _files(folder: Path, suffixes: tuple[str, ...], kind: str) -> tuple[dict[str, Path], list[Path]]:
+    """Files of these suffixes by name, and the others."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of {kind}s; got {'a file' if folder.exists() else 'nothing there'}")
     found: dict[str, Path] = {}
+    others = []
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.is_file():
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix.lower() not in suffixes:
+            others.append(path)
             continue
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             raise DataError(f"{path}: expected one {kind} of this name; got {found[name].name} too; take one of them away")
         found[name] = path
-    return found
+    return found, others
+
+
+#: Masks that `survey` reads.
+SURVEYED = 32
+
+
+def survey(scenes: FolderScenes, masks: Path, least: int, part: str = "") -> str:
+    """Which ids the masks of a folder hold, in a line: of `SURVEYED` of them, and of more until `least` classes have a pixel.
+
+    Masks that cannot be used are passed over here; they are refused when their turn comes.
+
+    Args:
+        scenes: to look at.
+        masks: their folder, for the error.
+        least: classes that there must be, at most 2.
+        part: which of the masks these are, for the error.
+
+    Raises:
+        DataError: fewer classes have a pixel in all of the masks.
+    """
+    classes, ignored, count = scenes.num_classes, scenes.ignore_index, len(scenes)
+    pixels, left_out, seen = np.zeros(classes, np.int64), 0, 0
+    spread = np.random.default_rng(0).permutation(count).tolist()
+    for index in spread:
+        if seen >= SURVEYED and np.count_nonzero(pixels) >= least:
+            break
+        try:
+            mask = scenes.mask(index)
+        except DataError:
+            continue
+        kept = mask[mask != ignored]
+        pixels += np.bincount(kept, minlength=classes)
+        left_out, seen = left_out + mask.size - kept.size, seen + 1
+    if seen == 0:
+        return "no mask can be used"
+    share = f"{left_out / (left_out + pixels.sum()):.1%} of the pixels are {ignored}, which is left out"
+    if np.count_nonzero(pixels) < least:
+        found = f"class {np.argmax(pixels)} alone" if pixels.any() else "none"
+        wanted = f"pixels of {'two classes or more' if least > 1 else 'a class'} in 0 to {classes - 1}"
+        raise DataError(
+            f"{masks}: expected {wanted}; got {found} in {_counted(seen, 'mask')}{part}; {share}; where {ignored} is a class, "
+            f"save its pixels as its number, {classes - 1} say; else set --num-classes or --ignore-index, or map the ids"
+        )
+    absent = [str(c) for c in np.flatnonzero(pixels == 0)]
+    missing = f"; no pixel of class {', '.join(absent[:20])}{' and others' if len(absent) > 20 else ''}" if absent else ""
+    return f"Masks ({seen} of {count} read): {share}{missing}"
 
 
 def opened(path: Path, use: Any) -> Any:

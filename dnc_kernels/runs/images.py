@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .data import IMAGE_SUFFIXES, DataError, Picture, opened
+from .data import IMAGE_SUFFIXES, DataError, Picture, note, opened, upright
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -113,7 +113,7 @@ class FolderImages:
         Raises:
             DataError: the file cannot be read.
         """
-        image = opened(self.folder / self.ids[index], lambda file: file.convert("RGB"))
+        image = opened(self.folder / self.ids[index], lambda file: upright(file).convert("RGB"))
         return np.asarray(image), self.labels[index]
 
     def some(self, indices: NDArray[np.int64]) -> FolderImages:
@@ -128,6 +128,8 @@ class Dataset:
 
     train: Images
     test: Images
+    notes: tuple[str, ...] = ()
+    """Lines that say which files of a folder are left out."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,7 +142,7 @@ class Dataset:
         if count > len(self.train):
             raise DataError(f"expected at most {len(self.train)} training images, all there are; got {count}")
         drawn = np.random.default_rng(seed).permutation(len(self.train))[:count]
-        return Dataset(self.train.some(np.sort(drawn)), self.test)
+        return replace(self, train=self.train.some(np.sort(drawn)))
 
 
 def load_dataset(kind: str, folder: Path | None = None, size: int | None = None) -> Dataset:
@@ -176,7 +178,8 @@ def _idx_set(name: str, classes: tuple[str, ...], default: Path | None, fix: str
         place = next((p for p in places if _idx_file(p, "train-images-idx3-ubyte")), None)
         if place is None:
             raise DataError(f"{start}: expected train-images-idx3-ubyte.gz and the other files of {name}; got none; {fix}")
-        return Dataset(*(_idx_part(place, part, stem, classes, fix) for part, stem in (("train", "train"), ("test", "t10k"))))
+        train, test = (_idx_part(place, part, stem, classes, fix) for part, stem in (("train", "train"), ("test", "t10k")))
+        return Dataset(train, test)
 
     return load
 
@@ -383,16 +386,18 @@ def _folder(folder: Path | None) -> Dataset:
             f"{folder}: expected one folder per class, with equal names in {parts[0].name}/ and {parts[1].name}/; got "
             f"{', '.join(odd) + ' in one of them only' if odd else 'none'}; move the files into such folders"
         )
-    return Dataset(*(_folder_part(folder, part, classes) for part in parts))
+    others: list[Path] = []
+    train, test = (_folder_part(folder, part, classes, others) for part in parts)
+    return Dataset(train, test, (note("Left out, no images by their suffix", others),) if others else ())
 
 
-def _folder_part(folder: Path, part: Path, classes: list[str]) -> FolderImages:
+def _folder_part(folder: Path, part: Path, classes: list[str], others: list[Path]) -> FolderImages:
+    """The images of a part; what else lies there is added to `others`."""
     ids, labels = [], []
     for label, name in enumerate(classes):
-        files = [
-            path for path in sorted((part / name).rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-        ]  # fmt: skip
+        there = [path for path in sorted((part / name).rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        files = [path for path in there if path.suffix.lower() in IMAGE_SUFFIXES]
+        others += [path for path in there if path.suffix.lower() not in IMAGE_SUFFIXES]
         if not files:
             raise DataError(
                 f"{part / name}: expected images ({', '.join(IMAGE_SUFFIXES)}); got none; add some or remove the folder"

@@ -19,6 +19,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .._json import dumps
 from ..demo.training import class_iou
 from .checkpoint import CheckpointError, found, load, random_state, replacing, save, set_random_state
 from .data import DataError, network_input
@@ -125,7 +126,7 @@ class Training:
 
     @property
     def log(self) -> Path:
-        """The file of the log: one JSON object per line, for every step and every evaluation."""
+        """The file of the log: one JSON object per line, for every step and every evaluation; a NaN is null there."""
         return self.out / "log.jsonl"
 
     def save(self) -> None:
@@ -175,7 +176,7 @@ class Training:
         if rank() == 0 and self.log.exists():
             rows = [row for row in _rows(self.log) if row["step"] <= self.step]
             with replacing(self.log) as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+                file.write("".join(dumps(row) + "\n" for row in rows).encode())
 
     def learn(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
         """One step on images [B,3,H,W] uint8 and their labels; its row for the log, of this rank's part of the batch."""
@@ -297,7 +298,7 @@ def train(
     with stop_requested() as stopped, target.open("a") as log:
 
         def write(row: dict[str, Any]) -> None:
-            log.write(json.dumps(row) + "\n")
+            log.write(dumps(row) + "\n")
             note(row)
 
         try:
