@@ -25,6 +25,15 @@ NVCC := $(shell command -v "$${CUDACXX:-nvcc}" || { test -z "$$CUDACXX" && comma
 DEVELOPERS := $(or $(DNC_KERNELS_BUILD),$(if $(NVCC),cuda,cpu))
 USERS := $(or $(DNC_KERNELS_BUILD),auto)
 
+# Where ccache is, nothing is compiled twice, in another checkout either: it sees paths from the checkout's root, which debug
+# information does not name.
+ifneq ($(shell command -v ccache),)
+export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CUDA_COMPILER_LAUNCHER ?= ccache
+export CCACHE_BASEDIR ?= $(CURDIR)
+export CCACHE_NOHASHDIR ?= true
+endif
+
 # set_up EXTRA,BUILD,SIZE,SIZE: the extension in place first, because Ninja shows its progress and pip does not; pip finds it built.
 # Made anew when what is installed, or how, has changed. Python files are compiled when they are imported, which most never are.
 define set_up

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,13 @@ if not torch.cuda.is_available():
 
 from cuda_on_cpu import DEVICE, ORDERS, configure, host_kernels
 from gpu_check import BACKENDS
+from interpreter import quicken
 
 from dnc_kernels import backends
+
+if not torch.cuda.is_available():
+    with suppress(ImportError):  # without Triton its tests are skipped
+        quicken()
 
 try:
     from hypothesis import settings
