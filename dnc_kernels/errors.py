@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Result = TypeVar("Result", bound=tuple[Any, ...])
 
+#: The largest number of iterations, classes or clusters: kernels count with 32 bits.
+MOST = 2**31 - 1
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -55,6 +58,7 @@ def check_float(op: str, argument: str, tensor: Any) -> None:
         isinstance(tensor, Tensor) and tensor.dtype in FLOATS,
         op, argument, "a float32, float64, float16 or bfloat16 tensor", tensor,
     )  # fmt: skip
+    check_strided(op, argument, tensor)
 
 
 def check_integer(op: str, argument: str, tensor: Any) -> None:
@@ -62,6 +66,13 @@ def check_integer(op: str, argument: str, tensor: Any) -> None:
     ok = isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     fix = "labels are ids; convert them with .long()" if isinstance(tensor, Tensor) else "labels are ids"
     check_dtype(ok, op, argument, "an integer tensor", tensor, fix)
+    check_strided(op, argument, tensor)
+
+
+def check_strided(op: str, argument: str, tensor: Tensor) -> None:
+    """Raise TypeError for a sparse tensor, and for one of another layout."""
+    if tensor.layout is not torch.strided:
+        check_dtype(False, op, argument, "a dense tensor", f"one of layout {tensor.layout}", "convert it with .to_dense()")
 
 
 def label_fix(labels: Tensor) -> str:
@@ -77,15 +88,17 @@ def check_device(op: str, argument: str, tensor: Tensor, like: Tensor, like_name
     )  # fmt: skip
 
 
-def whole_number(op: str, argument: str, value: Any, least: int | None = 1, expected: str = "") -> int:
-    """`value` as an int of at least `least` (None: any).
+def whole_number(
+    op: str, argument: str, value: Any, least: int | None = 1, expected: str = "", *, most: int | None = None
+) -> int:
+    """`value` as an int of at least `least` (None: any), and at most `most`.
 
     A numpy integer becomes an int. A torch.SymInt stays as it is: it may vary. Under torch.jit.trace, where sizes are 0-d
     tensors, the number of the example is taken.
 
     Raises:
         TypeError: not a whole number (a bool is none either).
-        ValueError: below `least`.
+        ValueError: below `least`, or above `most`.
     """
     if not expected:
         names = {None: "an integer", 0: "a non-negative integer", 1: "a positive integer"}
@@ -97,15 +110,40 @@ def whole_number(op: str, argument: str, value: Any, least: int | None = 1, expe
             number = operator.index(value) if whole else None
         except TypeError:
             number = None
-        check_dtype(number is not None, op, argument, expected, value)
+        check_dtype(number is not None, op, argument, expected, _shown(value))
     check_value(least is None or bool(number >= least), op, argument, expected, value)
+    if most is not None and number > most:
+        check_value(False, op, argument, f"{expected}, at most {most}", value)
     return number
 
 
-def check_no_tensor(op: str, argument: str, value: Any) -> None:
-    """Raise TypeError for a tensor where a number is taken: it would get no gradient, without a word."""
-    fix = "it gets no gradient here; pass .item() of it"
-    check_dtype(not isinstance(value, Tensor), op, argument, "a number", value, fix)
+def check_number(op: str, argument: str, value: Any, expected: str, ok: Callable[[Any], bool], fix: str = "") -> None:
+    """Raise TypeError unless `value` is a real number, of Python or numpy, and ValueError unless it is `ok`.
+
+    A tensor is none: it would get no gradient, without a word.
+    """
+    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)) or isinstance(value, bool):
+        fix = fix or ("it gets no gradient here; pass .item() of it" if isinstance(value, Tensor) else "")
+        check_dtype(False, op, argument, f"a number, {expected}", _shown(value), fix)
+    if isinstance(value, int) and abs(value) > 2**1000:  # more than a float holds
+        check_value(False, op, argument, expected, "a number beyond floats")
+    check_value(ok(value), op, argument, expected, value)
+
+
+def check_flag(op: str, argument: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False: a word such as "no" would count as True."""
+    flag = isinstance(value, (bool, torch.SymBool)) or (isinstance(value, int) and value in (0, 1))
+    flag = flag or str(getattr(value, "dtype", "")) == "bool"  # of numpy
+    check_dtype(flag, op, argument, "True or False", _shown(value))
+
+
+def check_instance(op: str, argument: str, value: Any, kind: type, expected: str) -> None:
+    """Raise TypeError unless `value` is of a class."""
+    check_dtype(isinstance(value, kind), op, argument, expected, _shown(value))
+
+
+def _shown(value: Any) -> Any:
+    return repr(value) if isinstance(value, str) else value
 
 
 def map_size(op: str, size: int | Sequence[int], argument: str = "size") -> tuple[int, int]:

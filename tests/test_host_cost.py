@@ -27,13 +27,13 @@ FORWARD = {
     "sinkhorn_assign": (20, 24),
     "sinkhorn_plan": (21, 27),
     "cluster_sums": (16, 24),
-    "momentum_update_": (17, 30),
+    "momentum_update_": (17, 31),
     "normalize_embedding": (15, 22),
-    "upsample_cross_entropy": (13, 23),
+    "upsample_cross_entropy": (13, 24),
     "upsample_argmax": (19, 24),
 }
 #: The same of a loss with its backward pass.
-TRAINED = {"centroid_cross_entropy": (37, 41), "upsample_cross_entropy": (28, 36)}
+TRAINED = {"centroid_cross_entropy": (37, 41), "upsample_cross_entropy": (28, 37)}
 
 
 def counted(call):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import transformed
-from ..errors import check_dtype, check_value, holds_a_loss
+from ..errors import check_device, check_dtype, check_flag, check_float, check_number, check_value, holds_a_loss
 from ..ops._common import check_ignore_index, flat_pixels, full_precision
 from . import _sync
 from ._choices import Recipe, Sync, check_word
@@ -89,10 +89,10 @@ class CentroidModel(SubCentroids):
         for name in ("scores", "confidence", "label_mode"):
             check_word(op, name, own[name])
         for name in ("temperature", "scale", "ppc_temperature"):
-            check_value(0 < own[name] < math.inf, op, name, "positive and finite", own[name])
+            check_number(op, name, own[name], "positive and finite", lambda v: 0 < v < math.inf)
         for name in ("ppc_weight", "ppd_weight"):
-            check_value(0 <= own[name] < math.inf, op, name, "non-negative and finite", own[name])
-        check_value(0 <= own["label_smoothing"] <= 1, op, "label_smoothing", "in [0,1]", own["label_smoothing"])
+            check_number(op, name, own[name], "non-negative and finite", lambda v: 0 <= v < math.inf)
+        check_number(op, "label_smoothing", own["label_smoothing"], "in [0,1]", lambda v: 0 <= v <= 1)
         self.ignore_index, self.recipe = ignore_index, recipe
         self.scores, self.temperature, self.scale = own["scores"], own["temperature"], own["scale"]
         self.ppc_weight, self.ppd_weight, self.ppc_temperature = own["ppc_weight"], own["ppd_weight"], own["ppc_temperature"]
@@ -133,9 +133,16 @@ class CentroidModel(SubCentroids):
         if value is not None:
             # the values are at hand, even under `torch.device("meta")`
             device = value.device if isinstance(value, Tensor) else "cpu"
+            expected = f"a tensor or list of C={self.num_classes} numbers"
+            numbers = isinstance(value, (Tensor, list, tuple)) or hasattr(value, "__array__")
+            check_dtype(
+                numbers and not torch.is_complex(torch.as_tensor(value[:0])), op, "class_weight", expected, f"{value!r}"
+            )
             weight = torch.as_tensor(value, dtype=torch.float32, device=device)
             check_value(list(weight.shape) == [self.num_classes], op, "class_weight", f"[C]=[{self.num_classes}]", weight)
-            check_value(not weight.requires_grad, op, "class_weight", "without a gradient", weight, "pass class_weight.detach()")
+            check_value(
+                not weight.requires_grad, op, "class_weight", "without a gradient", weight, "pass class_weight.detach()"
+            )
             check_value(weight.is_meta or bool((weight >= 0).all()), op, "class_weight", "non-negative", str(value))
         self._class_weight = weight
 
@@ -208,7 +215,10 @@ class CentroidModel(SubCentroids):
 
     def _moves(self, op: str, update: bool | None) -> bool:
         """Whether this loss moves the sub-centroids, of which then all ranks have the same."""
-        update = self.training if update is None else update
+        if update is None:
+            update = self.training
+        else:
+            check_flag(op, "update", update)
         if update and transformed():
             raise RuntimeError(
                 f"{op}: inside a transform of torch.func or forward-mode differentiation no sub-centroid can move; "
@@ -308,11 +318,12 @@ _OWN_OPTIONS = (
 )
 
 
-def check_features(op: str, features: Tensor, ndim: int, channels: int) -> None:
-    """Check float features [N,D] or [B,D,h,w] of a given number of channels."""
-    check_dtype(isinstance(features, Tensor) and features.is_floating_point(), op, "features", "a float tensor", features)
+def check_features(op: str, features: Tensor, ndim: int, channels: int, head: SubCentroids) -> None:
+    """Check float features [N,D] or [B,D,h,w] of a given number of channels, on the device of the head."""
+    check_float(op, "features", features)
     expected = f"[N,{channels}]" if ndim == 2 else f"[B,{channels},h,w]"
     check_value(features.ndim == ndim and features.shape[1] == channels, op, "features", expected, features)
+    check_device(op, "features", features, head.prototypes, "head.prototypes")
 
 
 class _WithGradient(torch.autograd.Function):

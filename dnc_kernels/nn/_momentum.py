@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import check_value
+from ..errors import check_number, check_value
 
 #: A number; or (start, end, steps), a cosine ramp over the updates; or a function of the number of updates done (a 0-d float
 #: tensor on the sub-centroids' device: stay in torch ops there and CUDA needs no sync).
@@ -31,18 +31,23 @@ class Recent:
     start: float = 0.99
 
     def __post_init__(self) -> None:
-        check_value(0 < self.fraction <= 1, "Recent", "fraction", "in (0,1]", self.fraction)
-        check_value(0 <= self.start < 1, "Recent", "start", "in [0,1)", self.start)
+        check_number("Recent", "fraction", self.fraction, "in (0,1]", lambda v: 0 < v <= 1)
+        check_number("Recent", "start", self.start, "in [0,1)", lambda v: 0 <= v < 1)
 
     def __call__(self, updates: Tensor) -> Tensor:
         """Momentum after so many updates, a 0-d float tensor as `updates` is."""
         return 1 - 1 / (self.fraction * updates + 1 / (1 - self.start))
 
 
-def check_momentum(op: str, momentum: Momentum) -> None:
+def check_momentum(op: str, momentum: Momentum) -> Momentum:
+    """A momentum as the layer keeps it; a ramp may be a list, as files of options have it."""
+    if isinstance(momentum, list):
+        momentum = tuple(momentum)
     if isinstance(momentum, tuple):
-        expected = "(start, end, steps) with start and end in [0,1] and steps > 0"
-        ok = len(momentum) == 3 and 0 <= momentum[0] <= 1 and 0 <= momentum[1] <= 1 and momentum[2] > 0
-        check_value(ok, op, "momentum", expected, momentum)
+        check_value(len(momentum) == 3, op, "momentum", "a number, a function or a ramp (start, end, steps)", momentum)
+        for name, value in (("start", momentum[0]), ("end", momentum[1])):
+            check_number(op, f"momentum's {name}", value, "in [0,1]", lambda v: 0 <= v <= 1)
+        check_number(op, "momentum's steps", momentum[2], "positive", lambda v: v > 0)
     elif not callable(momentum):
-        check_value(0 <= momentum <= 1, op, "momentum", "in [0,1], a ramp (start, end, steps) or a function", momentum)
+        check_number(op, "momentum", momentum, "in [0,1], or a ramp (start, end, steps) or a function", lambda v: 0 <= v <= 1)
+    return momentum if isinstance(momentum, tuple) or callable(momentum) else float(momentum)

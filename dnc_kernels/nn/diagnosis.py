@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .. import ops
-from ..errors import check_value
+from ..errors import check_float, check_value
 from . import _sync
 from ._batches import Batches
 from ._kmeans import Reservoir, Totals, fitted, totals_of
@@ -148,6 +148,8 @@ def diagnosed(head: SubCentroids, batches: Batches, start: Tensor | None) -> Dia
 
 def check_start(op: str, start: Tensor | None, like: Tensor) -> None:
     """Check that the start is [C,K,D] as the sub-centroids are."""
+    if start is not None:
+        check_float(op, "start", start)
     check_value(start is None or start.shape == like.shape, op, "start", f"[C,K,D]={list(like.shape)}", start)
 
 

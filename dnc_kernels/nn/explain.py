@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import check_device, check_integer, check_value, whole_number
+from ..errors import check_device, check_instance, check_integer, check_value, whole_number
 from ..ops._common import check_pixels, flat_pixels, without_ignored
 from ._labels import left_out_below_zero, pixels_at, sort_out_labels
 from .subcentroids import SubCentroids
@@ -53,6 +53,7 @@ class NearestSamples:
         nearest_only: bool = False,
         ignore_index: int | None = None,
     ) -> None:
+        check_instance("NearestSamples", "sub_centroids", sub_centroids, SubCentroids, "a SubCentroids or a head")
         count = whole_number("NearestSamples", "count", count)
         if ignore_index is not None:
             ignore_index = whole_number("NearestSamples", "ignore_index", ignore_index, None)
@@ -95,8 +96,14 @@ class NearestSamples:
             fits = labels.shape[0] == batch and labels.shape[1] >= size[0] and labels.shape[2] >= size[1]
         maps = f" or [B,H,W]={[batch, *size]}, or larger," if len(size) == 2 else ""
         check_value(fits, op, "labels", f"[N]=[{pixels}]{maps} to match embedding", labels)
+        channels = self.prototypes.shape[2]
+        check_value(
+            embedding.shape[1] == channels, op, "embedding", f"of {channels} channels, as head.embed gives it", embedding
+        )
+        check_device(op, "embedding", embedding, self.prototypes, "nearest.prototypes")
         if samples is None:
             samples = torch.arange(self._seen, self._seen + batch, device=embedding.device)
+        check_integer(op, "samples", samples)
         check_value(list(samples.shape) == [batch], op, "samples", lambda: f"[{batch}]", samples)
         self._seen += batch
         if pixels == 0:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from .. import ops
 from ..backends import chosen, transformed
-from ..errors import check_value, map_size, whole_number
+from ..errors import FLOATS, check_dtype, check_flag, check_value, map_size, whole_number
 from ..ops._common import compute_dtype, flat_pixels, without_ignored
 from ..ops.head.bands import BAND_PIXELS, default_band
 from ..ops.head.calls import Step
@@ -171,7 +171,8 @@ class DNCHead(CentroidModel):
             },
         )  # fmt: skip
         self.in_channels, self.embed_channels = in_channels, embed_channels
-        self.align_corners, self.loss_size = align_corners, loss_size
+        check_flag(op, "align_corners", align_corners)
+        self.align_corners, self.loss_size = bool(align_corners), loss_size
         self.checkpoint, self.band_pixels, self.pixels_per_class = checkpoint, band_pixels, pixels_per_class
         self.projection = None
         if embed_channels is not None:
@@ -183,7 +184,7 @@ class DNCHead(CentroidModel):
         return super().embed(self._projected(features))
 
     def _check_features(self, function: str, features: Tensor) -> None:
-        check_features(f"{type(self).__name__}.{function}", features, 4, self.in_channels)
+        check_features(f"{type(self).__name__}.{function}", features, 4, self.in_channels, self)
 
     def _projected(self, features: Tensor) -> Tensor:
         return features if self.projection is None else self.projection(features)
@@ -392,6 +393,12 @@ class DNCHead(CentroidModel):
             labels: shape [B,H,W].
             dtype: of the features.
         """
+        op = f"{type(self).__name__}.step_bytes"
+        for name, sizes, axes in (("features", features, "B,D,h,w"), ("labels", labels, "B,H,W")):
+            length = axes.count(",") + 1
+            ok = len(sizes) == length and all(whole_number(op, name, size, 0) >= 0 for size in sizes)
+            check_value(ok, op, name, f"a shape [{axes}]", list(sizes))
+        check_dtype(dtype in FLOATS, op, "dtype", "a float dtype such as torch.float16", dtype)
         batch, channels, height, width = features
         n, row, m = batch * height * width, channels * dtype.itemsize, self.num_classes * self.num_subcentroids
         similarities, pixels = 4 * n * self.num_subcentroids, math.prod(labels)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..errors import check_value
+from ..errors import check_instance, check_value
 from .subcentroids import SubCentroids
 
 
@@ -43,6 +43,8 @@ def load_released_state_dict(head: SubCentroids, checkpoint: Mapping[str, Any], 
         RuntimeError: sizes differ, or a row has no direction.
     """
     op = "load_released_state_dict"
+    check_instance(op, "head", head, SubCentroids, "a SubCentroids or a head")
+    check_instance(op, "checkpoint", checkpoint, Mapping, "what torch.load gives of a checkpoint, a mapping")
     state: Mapping[str, Any] = checkpoint
     for wrapper in ("state_dict", "model"):
         if isinstance(state.get(wrapper), Mapping):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_integer, check_value, whole_number
+from ..errors import FLOATS, check_device, check_dtype, check_float, check_integer, check_value, whole_number
 from ..ops._common import full_precision
 from ._labels import left_out_below_zero
 
@@ -59,6 +59,7 @@ class FeatureMemory(nn.Module):
         )
         self.num_classes, self.size, self.channels = num_classes, size, channels
         dtype = torch.float32 if dtype is None else dtype
+        check_dtype(dtype in FLOATS, op, "dtype", "a float dtype", dtype)
         self.register_buffer("storage", torch.zeros(num_classes * size + 1, channels, device=device, dtype=dtype))
         self.register_buffer("pushed", torch.zeros(num_classes, dtype=torch.int64, device=device))
 
@@ -75,7 +76,9 @@ class FeatureMemory(nn.Module):
                 torch.compile.
         """
         op = f"{type(self).__name__}.push"
+        check_float(op, "features", features)
         check_value(features.ndim == 2 and features.shape[1] == self.channels, op, "features", f"[N,{self.channels}]", features)
+        check_device(op, "features", features, self.storage, "memory.storage")
         check_integer(op, "labels", labels)
         check_value(list(labels.shape) == [len(features)], op, "labels", lambda: f"[{len(features)}] to match features", labels)
         self._push(features.detach(), left_out_below_zero(op, "labels", labels, self.num_classes, "C"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import check_value, whole_number
+from ..errors import check_dtype, check_value, whole_number
 from ._usage import dead_below, shares, usage
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Monitor:
         every: int = 1,
         log: Callable[..., Any] | None = None,
     ) -> None:
+        check_dtype(hasattr(head, "_observers"), "Monitor", "head", "a SubCentroids or a head", repr(head))
         self.every = whole_number("Monitor", "every", every)
         check_value(writer is None or hasattr(writer, "add_scalar"), "Monitor", "writer", "of a method add_scalar", writer)
         self.writer, self.log, self.head = writer, log, head

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from .. import ops
-from ..errors import check_device, check_dtype, check_float, check_value, renamed, whole_number
-from ..ops._common import flat_pixels, pixel_count
+from ..errors import check_device, check_dtype, check_float, check_number, check_value, renamed, whole_number
+from ..ops._common import check_pixels, flat_pixels, pixel_count
 from ..ops._op import NAMESPACE
 from . import _starts, _sync
 from ._batches import Data, Prepare, embedded
@@ -133,8 +133,7 @@ class SubCentroids(nn.Module):
         num_subcentroids = whole_number(op, "num_subcentroids", num_subcentroids)
         channels = whole_number(op, "channels", channels)
         check_value(num_subcentroids <= 256, op, "num_subcentroids", "at most 256", num_subcentroids)
-        check_momentum(op, momentum)
-        check_value(0 < epsilon < math.inf, op, "epsilon", "positive and finite", epsilon)
+        check_number(op, "epsilon", epsilon, "positive and finite", lambda v: 0 < v < math.inf)
         iterations = whole_number(op, "iterations", iterations, 0)
         for name, word in (("assignment", assignment), ("update_from", update_from), ("sync", sync), ("init", init)):
             check_word(op, name, word)
@@ -143,10 +142,11 @@ class SubCentroids(nn.Module):
         if revive_after is not None:
             revive_after = whole_number(op, "revive_after", revive_after, 0, "None or a non-negative integer") or None
         accumulation_steps = whole_number(op, "accumulation_steps", accumulation_steps)
+        check_dtype(generator is None or isinstance(generator, Generator), op, "generator", "a torch.Generator", generator)
         dtype = torch.float32 if dtype is None or dtype in _HALF else dtype
         check_value(dtype in (torch.float32, torch.float64), op, "dtype", "a float dtype", dtype)
         self.num_classes, self.num_subcentroids, self.channels = num_classes, num_subcentroids, channels
-        self.momentum = momentum if isinstance(momentum, tuple) or callable(momentum) else float(momentum)
+        self.momentum = check_momentum(op, momentum)
         self.epsilon, self.iterations = float(epsilon), iterations
         self.assignment, self.update_from, self.sync = assignment, update_from, sync
         self.init, self.init_step, self.warmup_steps, self.revive_after = init, init_step, warmup_steps, revive_after
@@ -277,7 +277,7 @@ class SubCentroids(nn.Module):
         _check_pixels_of(op, "labels", labels, own_similarity, "own_similarity")
         group = left_out_below_zero(op, "labels", labels, self.num_classes, "C")
         cluster = self._cluster(flat_pixels(own_similarity), group, joint=joint)
-        return cluster if own_similarity.ndim == 2 else cluster.view(-1, *own_similarity.shape[2:])
+        return cluster if own_similarity.ndim == 2 else cluster.view(own_similarity.shape[0], *own_similarity.shape[2:])
 
     def _cluster(self, own: Tensor, group: Tensor, *, joint: bool) -> Tensor:
         """`cluster` of rows [N,K] and classes [N] int64, -1 for none."""
@@ -328,8 +328,11 @@ class SubCentroids(nn.Module):
         cluster = left_out_below_zero(op, "labels", labels, self.num_classes * self.num_subcentroids, "C*K")
         if correct is not None:
             _check_pixels_of(op, "correct", correct, x)
+            check_dtype(correct.dtype == torch.bool, op, "correct", "a bool tensor", correct, "compare with the labels")
             correct = correct.reshape(-1)
         if own_similarity is not None:
+            check_pixels(op, own_similarity, "own_similarity")
+            check_device(op, "own_similarity", own_similarity, x)
             own_similarity = flat_pixels(own_similarity)
             check_value(
                 list(own_similarity.shape) == [len(cluster), self.num_subcentroids], op, "own_similarity",
@@ -558,7 +561,7 @@ class SubCentroids(nn.Module):
         """
         op = f"{type(self).__name__}.refit_"
         iterations, restarts = whole_number(op, "iterations", iterations, 0), whole_number(op, "restarts", restarts)
-        check_value(0 <= tolerance < math.inf, op, "tolerance", "non-negative and finite", tolerance)
+        check_number(op, "tolerance", tolerance, "non-negative and finite", lambda v: 0 <= v < math.inf)
         check_value(start in ("data", "current"), op, "start", "one of data, current", start)
         batches = embedded(self, op, data, labels, backbone=backbone, prepare=prepare)
         result = refitted_(self, batches, iterations, tolerance, start, restarts)

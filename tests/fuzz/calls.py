@@ -117,7 +117,9 @@ def _checked_ignore(draw: Draw, bound: int) -> int:
 
 
 def _vector(draw: Draw, length: int, kinds: tuple[str, ...] = ("normal", "constant", "integers")) -> Spec:
-    return Spec(draw(st.sampled_from(kinds)), (length,), _float(draw), draw(st.sampled_from(("contiguous", "slice"))), draw(SEEDS))
+    return Spec(
+        draw(st.sampled_from(kinds)), (length,), _float(draw), draw(st.sampled_from(("contiguous", "slice"))), draw(SEEDS)
+    )
 
 
 def _class_weight(draw: Draw, classes: int) -> torch.Tensor | None:
@@ -373,7 +375,10 @@ for _op in ("centroid_distance", "class_scores", "nearest_centroid", "centroid_c
     if _op != "subcentroid_cross_entropy":
         ILLEGAL[_op]["metric"] = _WORD
 for _op in ("class_scores", "centroid_cross_entropy", "subcentroid_cross_entropy"):
-    ILLEGAL[_op] |= {"labels": (*_IDS, _BEYOND), "ignore_index": (lambda v: 0, lambda v: 1.5, _TEXT, lambda v: None, lambda v: [1])}
+    ILLEGAL[_op] |= {
+        "labels": (*_IDS, _BEYOND),
+        "ignore_index": (lambda v: 0, lambda v: 1.5, _TEXT, lambda v: None, lambda v: [1]),
+    }
 ILLEGAL["centroid_cross_entropy"] |= {
     "norm_weight": _VECTOR, "norm_bias": _VECTOR, "norm_eps": (lambda v: -1.0, _NAN, _TEXT, lambda v: [1]),
     "temperature": (*_POSITIVE, lambda v: torch.ones(2), lambda v: torch.ones(1, dtype=torch.int64), lambda v: None),

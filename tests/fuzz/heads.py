@@ -78,7 +78,10 @@ ACTIONS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "reload": (_reloaded, "old, head = head, make(); head.load_state_dict(old.state_dict()); head.train(old.training)"),
     "deepcopy": (lambda head, make: copy.deepcopy(head), "head = copy.deepcopy(head)"),
     "pickle": (lambda head, make: pickle.loads(pickle.dumps(head)), "head = pickle.loads(pickle.dumps(head))"),
-    "save": (_pickled, "file = io.BytesIO(); torch.save(head, file); file.seek(0); head = torch.load(file, weights_only=False)"),
+    "save": (
+        _pickled,
+        "file = io.BytesIO(); torch.save(head, file); file.seek(0); head = torch.load(file, weights_only=False)",
+    ),
     "half": (lambda head, make: head.half(), "head.half()"),
     "bfloat16": (lambda head, make: head.bfloat16(), "head.bfloat16()"),
     "double": (lambda head, make: head.double(), "head.double()"),
@@ -150,7 +153,10 @@ def _head_call(draw: Draw, op: str, spoil: bool) -> HeadCall:
         given: dict[str, Any] = {"features": x}
         if step == "data":
             step = draw(st.sampled_from(("diagnose", "refit_", "initialize_from_")))
-            given = {"data" if step != "initialize_from_" else "features": x, "labels": _head_labels(draw, x, classes, ignore_index)}
+            given = {
+                "data" if step != "initialize_from_" else "features": x,
+                "labels": _head_labels(draw, x, classes, ignore_index),
+            }
         if step == "loss":
             given |= {"labels": _head_labels(draw, x, classes, ignore_index), "update": _option(draw, None, True, False)}
         if step == "predict" and rank == 4:
@@ -199,13 +205,27 @@ def _spoil(draw: Draw, call: HeadCall, classes: int, rank: int) -> None:
     name = draw(st.sampled_from(sorted(given)))
     value = given[name]
     if name in ("features", "data"):
-        changes: list[Any] = [value._replace(shape=(*value.shape, 1), layout="contiguous"), value.make().to(torch.complex64),
-                              value._replace(shape=(value.shape[0], value.shape[1] + 1, *value.shape[2:]), layout="contiguous"),
-                              (value.make() > 0), (value.make() > 0).long(), value.make().to("meta"), "x", value.make().to_sparse()]
+        changes: list[Any] = [
+            value._replace(shape=(*value.shape, 1), layout="contiguous"),
+            value.make().to(torch.complex64),
+            value._replace(shape=(value.shape[0], value.shape[1] + 1, *value.shape[2:]), layout="contiguous"),
+            (value.make() > 0),
+            (value.make() > 0).long(),
+            value.make().to("meta"),
+            "x",
+            value.make().to_sparse(),
+        ]
     elif name == "labels":
         longer = (*value.shape[:-1], value.shape[-1] + 1) if rank == 2 else (value.shape[0] + 1, *value.shape[1:])
-        changes = [value._replace(shape=longer, layout="contiguous"), value._replace(shape=(*value.shape, 3), layout="contiguous"),
-                   value.make().double(), value.make() != 0, "x", value.make().tolist(), value.make().to("meta")]
+        changes = [
+            value._replace(shape=longer, layout="contiguous"),
+            value._replace(shape=(*value.shape, 3), layout="contiguous"),
+            value.make().double(),
+            value.make() != 0,
+            "x",
+            value.make().tolist(),
+            value.make().to("meta"),
+        ]
         beyond = [i for i in (classes, 255, 2**31, 2**32 + 1, 2**63) if i >= classes and i <= torch.iinfo(value.dtype).max]
         beyond = [i for i in beyond if i != call.options["ignore_index"]]
         if math.prod(value.shape) and beyond and len(value.shape) == rank - 1:
@@ -260,7 +280,9 @@ def _refused(call: HeadCall, method: str, act: Callable[[], Any], value: Any) ->
     try:
         result = act()
     except Exception as e:
-        names = {"data": "data|features|labels", "features": "features|labels", "labels": "labels|data"}.get(call.illegal, call.illegal)
+        names = {"data": "data|features|labels", "features": "features|labels", "labels": "labels|data"}.get(
+            call.illegal, call.illegal
+        )
         ours = re.match(rf"{call.op}{re.escape(method)}: .*\b({names})\b", str(e), re.DOTALL) is not None
         kind = isinstance(e, (ValueError, TypeError, NotImplementedError))
         demand(ours and kind, f"unclear error for {what}", f"{type(e).__name__}: {str(e)[:300]}")
@@ -284,7 +306,11 @@ def _alike(method: str, before: dict[str, Tensor], after: dict[str, Tensor], cal
         new = after[name]
         if old.is_floating_point() and method == "reload":  # a fresh layer has its own dtype
             new, old = new.double(), old.double().to(new.dtype).double()
-        demand(torch.equal(new, old), f"{method} changes {name}", f"{old.flatten()[:8].tolist()} is now {new.flatten()[:8].tolist()}")
+        demand(
+            torch.equal(new, old),
+            f"{method} changes {name}",
+            f"{old.flatten()[:8].tolist()} is now {new.flatten()[:8].tolist()}",
+        )
 
 
 def _step(call: HeadCall, head: Any, method: str, arguments: dict[str, Any], given: dict[str, Any], pending: list[Any]) -> None:
@@ -349,13 +375,21 @@ class Twin:
         self.s = torch.einsum("nd,ckd->nck", self.e, self.p)
         r = self.s.amax(2)
         if head.scores == "norm":
-            self.logits = F.layer_norm(r, (self.classes,), self.wide["mask_norm.weight"], self.wide["mask_norm.bias"], head.mask_norm.eps)
+            self.logits = F.layer_norm(
+                r, (self.classes,), self.wide["mask_norm.weight"], self.wide["mask_norm.bias"], head.mask_norm.eps
+            )
         else:
             r = r * length[:, None] if head.confidence == "length" else r
             self.logits = r * self.wide["logit_scale"].exp() if head.scores == "scale" else r / head.temperature
         parameters = [t.dtype for t in head.parameters()]
         halves = [d for d in (x.dtype, *parameters) if d.itemsize == 2]
-        self.precision = halves[0] if halves else torch.float64 if x.dtype == torch.float64 and torch.float32 not in parameters else torch.float32
+        self.precision = (
+            halves[0]
+            if halves
+            else torch.float64
+            if x.dtype == torch.float64 and torch.float32 not in parameters
+            else torch.float32
+        )
         if call.backend == "triton" and self.precision == torch.float64:
             self.precision = torch.float32
         # statistics of a pixel whose channels are nearly alike are rounding
@@ -378,14 +412,28 @@ class Twin:
 def _judge_forward(twin: Twin, result: Tensor, judged: bool) -> None:
     demand(result.dtype in (torch.float32, torch.float64), "forward", f"dtype {result.dtype}")
     if judged and twin.head.scores != "norm":
-        near("forward", result, twin.shaped(twin.logits), "head", terms=twin.channels, scale=2 * twin.size, precision=twin.precision)
+        near(
+            "forward",
+            result,
+            twin.shaped(twin.logits),
+            "head",
+            terms=twin.channels,
+            scale=2 * twin.size,
+            precision=twin.precision,
+        )
 
 
 def _judge_predict(call: HeadCall, twin: Twin, result: Tensor, size: Any, judged: bool) -> None:
     demand(result.dtype == torch.int64, "predict", f"dtype {result.dtype}")
     logits = twin.shaped(twin.logits.detach())
     if not twin.flat:
-        size = logits.shape[2:] if size is None else (int(size[0]), int(size[1])) if isinstance(size, (tuple, list)) else (int(size),) * 2
+        size = (
+            logits.shape[2:]
+            if size is None
+            else (int(size[0]), int(size[1]))
+            if isinstance(size, (tuple, list))
+            else (int(size),) * 2
+        )
         logits = oracle.interpolated(logits, tuple(size), bool(call.options.get("align_corners", False)))
     demand(result.shape == logits.amax(1).shape, "predict", f"shape {list(result.shape)}")
     if judged and result.numel():
@@ -411,10 +459,18 @@ def _judge_loss(call: HeadCall, head: Any, twin: Twin, result: Any, labels: Tens
     small = kept.flatten() if twin.flat else oracle.nearest_labels(kept, twin.maps.shape[2:], o.label_mode).flatten()
     if update:
         counts = torch.bincount(small[small >= 0], minlength=twin.classes)
-        demand(torch.equal(after["class_counts"], counts), "class_counts", f"{after['class_counts'].tolist()}, not {counts.tolist()}")
+        demand(
+            torch.equal(after["class_counts"], counts),
+            "class_counts",
+            f"{after['class_counts'].tolist()}, not {counts.tolist()}",
+        )
         bad = int((~twin.finite).sum())
         demand(int(after["nonfinite_pixels"] - before["nonfinite_pixels"]) == bad, "nonfinite_pixels", f"not {bad} more")
-    whole = result.cross_entropy + (o.ppc_weight * result.ppc if o.ppc_weight else 0) + (o.ppd_weight * result.ppd if o.ppd_weight else 0)
+    whole = (
+        result.cross_entropy
+        + (o.ppc_weight * result.ppc if o.ppc_weight else 0)
+        + (o.ppd_weight * result.ppd if o.ppd_weight else 0)
+    )
     gap = float((whole - result.loss).detach().abs().nan_to_num(0))
     demand(gap <= 1e-4 * (1 + float(result.loss.detach().abs().nan_to_num(0))), "loss", "not the weighted sum of its parts")
     if bool((small >= 0).any()) and bool((~twin.finite[small >= 0]).any()) and twin.flat:
@@ -514,11 +570,17 @@ def _judge_update(call: HeadCall, head: Any, twin: Twin, small: Tensor, cluster:
     pending[:] = [(sums, counts), pending[1] + 1]
     done = int(before["num_updates"])
     if pending[1] < head.accumulation_steps:
-        demand(torch.equal(before["prototypes"], after["prototypes"]), "sub-centroids", "moved before the last accumulated loss")
+        demand(
+            torch.equal(before["prototypes"], after["prototypes"]), "sub-centroids", "moved before the last accumulated loss"
+        )
         return
     pending[:] = [None, 0]
     demand(int(after["num_updates"]) == done + 1, "num_updates", f"{int(after['num_updates'])} after {done}")
-    demand(torch.equal(after["last_counts"].flatten(), counts), "last_counts", f"{after['last_counts'].tolist()}, not {counts.tolist()}")
+    demand(
+        torch.equal(after["last_counts"].flatten(), counts),
+        "last_counts",
+        f"{after['last_counts'].tolist()}, not {counts.tolist()}",
+    )
     momentum = head.momentum
     if isinstance(momentum, tuple):
         start, end, steps = momentum
@@ -535,6 +597,4 @@ def _judge_update(call: HeadCall, head: Any, twin: Twin, small: Tensor, cluster:
          judged=tame[:, None], precision=twin.precision)  # fmt: skip
 
 
-TARGETS = {
-    op: (lambda draw, spoil, op=op: _head_call(draw, op, spoil), run) for op in ("DNCHead", "DNCClassifier")
-}
+TARGETS = {op: (lambda draw, spoil, op=op: _head_call(draw, op, spoil), run) for op in ("DNCHead", "DNCClassifier")}

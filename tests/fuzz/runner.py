@@ -244,4 +244,3 @@ def _RECORDS() -> dict[str, Any]:
     from . import heads, values
 
     return {"Call": Call, "Spec": values.Spec, **{n: getattr(heads, n) for n in ("HeadCall",) if hasattr(heads, n)}}
-

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGERS = tuple(
-    getattr(torch, name) for name in ("int64", "int32", "uint8", "int16", "int8", "uint16", "uint32", "uint64")
-)
+INTEGERS = tuple(getattr(torch, name) for name in ("int64", "int32", "uint8", "int16", "int8", "uint16", "uint32", "uint64"))
 
 #: The first are the simplest: hypothesis shrinks to them.
 ROWS = ("contiguous", "slice", "transposed", "one pixel", "one channel", "spread")

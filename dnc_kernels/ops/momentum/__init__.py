@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_dtype, check_float, check_integer, check_value, renamed, whole_number
+from ...errors import (
+    MOST,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_float,
+    check_integer,
+    check_number,
+    check_value,
+    renamed,
+    whole_number,
+)
 from .._common import (
     check_ignore_index,
     check_labels,
@@ -135,6 +146,8 @@ def momentum_update_(
     _check_update(centroids, x, labels, momentum, ignore_index)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    else:
+        check_flag(op, "deterministic", deterministic)
     call = UpdateCall(
         centroids=centroids.detach(),
         x=x.detach(),
@@ -150,7 +163,7 @@ def momentum_update_(
 def _check_sums(x: Tensor, labels: Tensor, num_clusters: int, ignore_index: int) -> None:
     op = "cluster_sums"
     check_pixels(op, x)
-    check_ignore_index(op, ignore_index, whole_number(op, "num_clusters", num_clusters))
+    check_ignore_index(op, ignore_index, whole_number(op, "num_clusters", num_clusters, most=MOST))
     check_labels(op, labels, x)
 
 
@@ -186,12 +199,15 @@ def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:
         op, "centroids", "a float32 or float64 tensor", centroids, "a 16-bit EMA would lose every update",
     )  # fmt: skip
     check_value(centroids.ndim in (2, 3) and centroids.numel() > 0, op, "centroids", "[C,K,D], not empty", centroids)
-    check_value(0 <= momentum <= 1, op, "momentum", "in [0,1]", momentum)
+    check_number(op, "momentum", momentum, "in [0,1]", lambda v: 0 <= v <= 1)
 
 
 def _check_in_place(op: str, centroids: Tensor) -> None:
     if isinstance(centroids, Tensor) and not centroids.is_contiguous():
         check_value(False, op, "centroids", "contiguous", f"strides {centroids.stride()}", "it is changed in place")
+    if isinstance(centroids, Tensor) and centroids.requires_grad and torch.is_grad_enabled():
+        fix = "it is changed in place, without a gradient: call inside torch.no_grad()"
+        check_value(False, op, "centroids", "a tensor that requires no grad", centroids, fix)
 
 
 __all__ = ["ClusterSums", "apply_momentum_", "cluster_sums", "momentum_update_"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_dtype, check_float, check_no_tensor, check_value, holds_a_loss, renamed
+from ...errors import check_device, check_float, check_number, check_value, holds_a_loss, renamed
 from .._common import (
     METRICS,
     REDUCTIONS,
@@ -342,10 +343,8 @@ def _check_loss(
     check_choice(op, "metric", metric, METRICS)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_ignore_index(op, ignore_index, classes)
-    for name, number in (("label_smoothing", label_smoothing), ("norm_eps", norm_eps)):
-        check_no_tensor(op, name, number)
-    check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
-    check_value(norm_eps >= 0, op, "norm_eps", "non-negative", norm_eps)
+    check_number(op, "label_smoothing", label_smoothing, "in [0,1]", lambda v: 0 <= v <= 1)
+    check_number(op, "norm_eps", norm_eps, "non-negative and finite", lambda v: 0 <= v < math.inf)
     check_value(norm_weight is not None or norm_bias is None, op, "norm_bias", "None without norm_weight", norm_bias)
     for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("weight", weight)):
         if vector is not None:
@@ -357,8 +356,8 @@ def _check_loss(
         check_float(op, "temperature", temperature)
         check_value(temperature.numel() == 1, op, "temperature", expected, temperature)
     else:
-        check_dtype(isinstance(temperature, (int, float)), op, "temperature", expected, temperature)
-        check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
+        expected = "positive and finite, or a tensor of one element"
+        check_number(op, "temperature", temperature, expected, lambda v: 0 < v < math.inf)
 
 
 @remembered
@@ -372,8 +371,7 @@ def _check_contrast(
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_ignore_index(op, ignore_index, classes * k)
     fix = "pass .item() of a tensor: it gets no gradient here; with `centroid_cross_entropy` it gets one"
-    check_dtype(isinstance(temperature, (int, float)), op, "temperature", "a number", temperature, fix)
-    check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
+    check_number(op, "temperature", temperature, "positive and finite", lambda v: 0 < v < math.inf, fix)
 
 
 __all__ = [

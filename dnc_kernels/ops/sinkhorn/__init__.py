@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_float, check_no_tensor, check_value, renamed, whole_number
+from ...errors import MOST, check_float, check_number, check_value, renamed, whole_number
 from .._common import (
     check_ignore_index,
     check_labels,
@@ -157,17 +157,16 @@ def _check(
     check_value(
         similarity.ndim in (2, 4) and similarity.shape[1] > 0, op, "similarity", "[N,K] or [B,K,H,W] with K > 0", similarity
     )
-    for name, number in (("epsilon", epsilon), ("tolerance", tolerance)):
-        check_no_tensor(op, name, number)
-    check_value(0 < epsilon < math.inf, op, "epsilon", "finite and positive", epsilon)
-    whole_number(op, "iterations", iterations, least=0)
-    check_value(tolerance is None or tolerance >= 0, op, "tolerance", "None or 0 or more", tolerance)
+    check_number(op, "epsilon", epsilon, "finite and positive", lambda v: 0 < v < math.inf)
+    whole_number(op, "iterations", iterations, least=0, most=MOST)
+    if tolerance is not None:
+        check_number(op, "tolerance", tolerance, "0 or more, or None", lambda v: v >= 0)
     if labels is None and op == "sinkhorn_plan":
         check_value(num_classes is None or num_classes == 1, op, "num_classes", "None or 1 without labels", num_classes)
         return
     if num_classes is None:
         raise ValueError(f"{op}: num_classes must be given with labels; got None")
-    check_ignore_index(op, ignore_index, whole_number(op, "num_classes", num_classes))
+    check_ignore_index(op, ignore_index, whole_number(op, "num_classes", num_classes, most=MOST))
     if similarity.ndim == 2 and isinstance(labels, Tensor) and labels.numel() == similarity.shape[0]:
         labels = labels.reshape(-1)  # a label map of rows: the order is the same
     check_labels(op, labels, similarity, "similarity")  # type: ignore[arg-type]  # it refuses None

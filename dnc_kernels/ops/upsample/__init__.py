@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_float, check_integer, check_no_tensor, check_value, label_fix, map_size, renamed
+from ...errors import (
+    check_device,
+    check_flag,
+    check_float,
+    check_integer,
+    check_number,
+    check_value,
+    label_fix,
+    map_size,
+    renamed,
+)
 from .._common import (
     REDUCTIONS,
     Reduction,
@@ -63,7 +73,7 @@ def upsample_cross_entropy(
         ValueError, TypeError: wrong shape, device, dtype or option; on CPU also a label at or beyond C that is not
             `ignore_index` (on a GPU, and by the reference under torch.compile, it is left out).
     """
-    _check_loss(scores, labels, weight, ignore_index, label_smoothing, reduction)
+    _check_loss(scores, labels, align_corners, weight, ignore_index, label_smoothing, reduction)
     if weight is not None:
         check_no_gradient("upsample_cross_entropy", "weight", weight)
         weight = contiguous_in(compute_dtype(scores), weight.detach())
@@ -103,15 +113,16 @@ def upsample_argmax(
         ValueError, TypeError: wrong shape, dtype or size.
     """
     op = "upsample_argmax"
-    _check_scores(op, scores)
+    _check_scores(op, scores, align_corners)
     height, width = map_size(op, size)
     chosen = pick(op, scores, backend, N=scores.shape[0] * height * width, C=scores.shape[1])
     return ops.upsample_argmax(ArgmaxCall(scores.detach(), bool(align_corners), chosen), height, width)
 
 
 @remembered
-def _check_scores(op: str, scores: Tensor) -> None:
+def _check_scores(op: str, scores: Tensor, align_corners: bool) -> None:
     check_float(op, "scores", scores)
+    check_flag(op, "align_corners", align_corners)
     check_value(scores.ndim == 4, op, "scores", "[B,C,h,w]", scores)
     check_value(
         scores.shape[1] > 0 and scores.shape[2] > 0 and scores.shape[3] > 0,
@@ -121,10 +132,16 @@ def _check_scores(op: str, scores: Tensor) -> None:
 
 @remembered
 def _check_loss(
-    scores: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str
+    scores: Tensor,
+    labels: Tensor,
+    align_corners: bool,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
 ) -> None:
     op = "upsample_cross_entropy"
-    _check_scores(op, scores)
+    _check_scores(op, scores, align_corners)
     check_integer(op, "labels", labels)
     if labels.ndim != 3 or labels.shape[0] != scores.shape[0]:
         check_value(False, op, "labels", f"[B,H,W] with B={scores.shape[0]} to match scores", labels, label_fix(labels))
@@ -133,8 +150,7 @@ def _check_loss(
     classes = scores.shape[1]
     check_ignore_index(op, ignore_index, classes)
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    check_no_tensor(op, "label_smoothing", label_smoothing)
-    check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
+    check_number(op, "label_smoothing", label_smoothing, "in [0,1]", lambda v: 0 <= v <= 1)
     if weight is not None:
         check_float(op, "weight", weight)
         if weight.ndim != 1 or weight.shape[0] != classes:
