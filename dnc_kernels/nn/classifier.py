@@ -131,7 +131,7 @@ class DNCClassifier(CentroidModel):
         return super().embed(features)
 
     def _check_features(self, function: str, features: Tensor) -> None:
-        check_features(f"{type(self).__name__}.{function}", features, 2, self.channels)
+        check_features(f"{type(self).__name__}.{function}", features, 2, self.channels, self)
 
     @overload
     def forward(self, features: Tensor, labels: None = None, *, update: None = None) -> Tensor: ...

@@ -178,7 +178,7 @@ class DNCHead(CentroidModel):
         return super().embed(self._projected(features))
 
     def _check_features(self, function: str, features: Tensor) -> None:
-        check_features(f"{type(self).__name__}.{function}", features, 4, self.in_channels)
+        check_features(f"{type(self).__name__}.{function}", features, 4, self.in_channels, self)
 
     def _projected(self, features: Tensor) -> Tensor:
         return features if self.projection is None else self.projection(features)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_integer, check_value, whole_number
+from ..errors import check_integer, check_value, label_fix, whole_number
 from ..ops._common import full_precision
 from ._labels import left_out_below_zero
 
@@ -75,7 +75,8 @@ class FeatureMemory(nn.Module):
         op = f"{type(self).__name__}.push"
         check_value(features.ndim == 2 and features.shape[1] == self.channels, op, "features", f"[N,{self.channels}]", features)
         check_integer(op, "labels", labels)
-        check_value(list(labels.shape) == [len(features)], op, "labels", lambda: f"[{len(features)}] to match features", labels)
+        if list(labels.shape) != [len(features)]:
+            check_value(False, op, "labels", f"[{len(features)}] to match features", labels, label_fix(labels, features))
         self._push(features.detach(), left_out_below_zero(op, "labels", labels, self.num_classes, "C"))
 
     def _push(self, features: Tensor, labels: Tensor) -> None:
