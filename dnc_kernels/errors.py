@@ -56,16 +56,29 @@ def check_float(op: str, argument: str, tensor: Any) -> None:
     """Raise TypeError unless `tensor` is a float32, float64, float16 or bfloat16 tensor."""
     check_dtype(
         isinstance(tensor, Tensor) and tensor.dtype in FLOATS,
-        op, argument, "a float32, float64, float16 or bfloat16 tensor", tensor,
+        op, argument, "a float32, float64, float16 or bfloat16 tensor", tensor, _float_fix(tensor),
     )  # fmt: skip
     check_strided(op, argument, tensor)
+
+
+def _float_fix(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return tensor_fix(value)
+    return "" if value.is_complex() else "convert it with .float()"
+
+
+def tensor_fix(value: Any) -> str:
+    """How a tensor is made of what is none."""
+    if hasattr(value, "__array__"):
+        return "convert it with torch.as_tensor(...)"
+    return "convert it with torch.tensor(...)" if isinstance(value, (list, tuple, int, float)) else ""
 
 
 def check_integer(op: str, argument: str, tensor: Any) -> None:
     """Raise TypeError unless `tensor` is an integer tensor (bool does not count)."""
     ok = isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    fix = "labels are ids; convert them with .long()" if isinstance(tensor, Tensor) else "labels are ids"
-    check_dtype(ok, op, argument, "an integer tensor", tensor, fix)
+    if not ok:
+        check_dtype(False, op, argument, "an integer tensor", tensor, _integer_fix(tensor))
     check_strided(op, argument, tensor)
 
 
@@ -75,9 +88,77 @@ def check_strided(op: str, argument: str, tensor: Tensor) -> None:
         check_dtype(False, op, argument, "a dense tensor", f"one of layout {tensor.layout}", "convert it with .to_dense()")
 
 
-def label_fix(labels: Tensor) -> str:
-    """What to do about labels of another shape, where that is clear."""
-    return "drop the channel axis with labels[:, 0]" if labels.ndim == 4 and labels.shape[1] == 1 else ""
+def _integer_fix(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return tensor_fix(value)
+    if value.is_complex():
+        return ""
+    if value.is_floating_point() and _seen(value) and not bool((value == value.round()).all()):
+        # .long() would make them 0 without a word
+        return "ids have no fractions: ToTensor divides a mask by 255, PILToTensor does not; of shares take .argmax(1)"
+    return "convert it with .long()"
+
+
+def label_fix(labels: Tensor, like: Tensor) -> str:
+    """What to do about labels of another shape than `like` asks for, [N,...] or [B,...,h,w], where that is clear."""
+    shape, ndim = list(labels.shape), 3 if like.ndim == 4 else 1
+    if labels.ndim == ndim + 1:
+        if shape[1] == 1:
+            return "drop the channel axis with labels[:, 0]"
+        if shape[-1] == 1:
+            return "drop the channel axis with labels[..., 0]"
+        for dim in (1, -1)[: labels.ndim - 1]:
+            if _one_hot(labels, dim):
+                return f"these are one-hot: labels.argmax({dim})"
+        if ndim == 3 and {3, 4} & {shape[1], shape[-1]}:
+            return "a mask in colour: replace each colour by the id of its class"
+    if ndim == 3 and labels.ndim == 2 and like.shape[0] == 1:
+        return "add the batch axis with labels[None]"
+    return SWAPPED if ndim == 3 and labels.ndim == 3 and shape[0] == like.shape[0] and swapped(labels, like) else ""
+
+
+#: What to do about labels that are `swapped`.
+SWAPPED = "rows and columns are swapped: labels.transpose(1, 2)"
+
+
+def swapped(labels: Tensor, like: Tensor) -> bool:
+    """Whether labels [B,H,W] have the rows of the columns of `like` [B,...,h,w], and the other way round, at any scale.
+
+    Sizes are not looked at under tracing, where they may vary.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    (rows, columns), (height, width) = labels.shape[1:], like.shape[2:]
+    if height == width or height * width == 0 or rows % width:
+        return False
+    return bool(rows // width * height == columns)
+
+
+def _seen(t: Tensor) -> bool:
+    """Whether an error may look at what a tensor holds."""
+    return type(t) is Tensor and not t.is_meta and not torch.compiler.is_compiling()
+
+
+def _one_hot(labels: Tensor, dim: int) -> bool:
+    return _seen(labels) and bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(dim) == 1).all())
+
+
+def feature_fix(features: Tensor, ndim: int, channels: int) -> str:
+    """What to do about features of another shape than [N,channels] (`ndim` 2) or [B,channels,h,w] (4), where that is clear."""
+    shape = list(features.shape)
+    if ndim == 4 and features.ndim == 4 and shape[3] == channels:
+        return "channels come second: features.permute(0, 3, 1, 2)"
+    if ndim == 4 and features.ndim == 3 and shape[0] == channels:
+        return "add the batch axis with features[None]"
+    if ndim == 4 and features.ndim == 3 and shape[2] == channels:
+        return "of tokens make a map: features.transpose(1, 2).unflatten(2, (h, w))"
+    if ndim == 2 and features.ndim == 4 and shape[1] == channels:
+        return "pool them first: features.mean((2, 3))"
+    if ndim == 2 and features.ndim == 3 and shape[2] == channels:
+        return "of tokens take their mean, features.mean(1), or the class token, features[:, 0]"
+    if ndim == 2 and features.ndim == 1 and shape[0] == channels:
+        return "add the batch axis with features[None]"
+    return f"make the head for {shape[1]} channels" if features.ndim == ndim and shape[1] else ""
 
 
 def check_device(op: str, argument: str, tensor: Tensor, like: Tensor, like_name: str = "x") -> None:

@@ -340,7 +340,7 @@ def test_dtypes_are_checked():
     x, labels = batch()
     with pytest.raises(TypeError, match="labels must be an integer tensor"):
         make_head().loss(x, labels.float())
-    with pytest.raises(TypeError, match="features must be a float tensor"):
+    with pytest.raises(TypeError, match=r"features must be a float32, .* tensor; .* \(convert it with \.float\(\)\)"):
         make_head().loss(x.long(), labels)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import check_dtype, check_integer, check_value, describe, label_fix
+from ..errors import SWAPPED, check_dtype, check_integer, check_value, describe, label_fix, swapped
 from ..nn import DNCClassifier, DNCHead
 from ..nn._batches import evaluated
 from ..nn._labels import sort_out_labels
@@ -107,7 +107,9 @@ def stream(op: str, model: Model, data: Data, prepare: Prepare | None) -> Iterat
         _check_images(op, images)
         check_integer(op, "labels", labels)
         fits = labels.ndim == (3 if segmentation else 1) and labels.shape[0] == images.shape[0]
-        check_value(fits, op, "labels", f"{shape} with B={images.shape[0]} like images", labels, label_fix(labels))
+        if not fits or (segmentation and swapped(labels, images)):
+            fix = SWAPPED if fits else label_fix(labels, images if segmentation else images.flatten(1))
+            check_value(False, op, "labels", f"{shape} with B={images.shape[0]} like images", labels, fix)
         ids = None
         if more and not isinstance(more[0], (str, bytes)) and isinstance(more[0], (Sequence, Tensor)):
             ids = [str(name) for name in (more[0].tolist() if isinstance(more[0], Tensor) else more[0])]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import transformed
-from ..errors import check_device, check_dtype, check_flag, check_float, check_number, check_value, holds_a_loss
+from ..errors import check_dtype, check_flag, check_float, check_number, check_value, feature_fix, holds_a_loss
 from ..ops._common import check_ignore_index, flat_pixels, full_precision
 from . import _sync
 from ._choices import Recipe, Sync, check_word
@@ -321,9 +321,13 @@ _OWN_OPTIONS = (
 def check_features(op: str, features: Tensor, ndim: int, channels: int, head: SubCentroids) -> None:
     """Check float features [N,D] or [B,D,h,w] of a given number of channels, on the device of the head."""
     check_float(op, "features", features)
-    expected = f"[N,{channels}]" if ndim == 2 else f"[B,{channels},h,w]"
-    check_value(features.ndim == ndim and features.shape[1] == channels, op, "features", expected, features)
-    check_device(op, "features", features, head.prototypes, "head.prototypes")
+    if features.ndim != ndim or features.shape[1] != channels:
+        expected = f"[N,{channels}]" if ndim == 2 else f"[B,{channels},h,w]"
+        check_value(False, op, "features", expected, features, feature_fix(features, ndim, channels))
+    there = head.prototypes.device
+    if features.device != there:
+        fix = "move the head with .to(features.device), or the features to it"
+        check_value(False, op, "features", f"on {there} like the head", str(features.device), fix)
 
 
 class _WithGradient(torch.autograd.Function):

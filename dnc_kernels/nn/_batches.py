@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import check_device, check_dtype, check_value
+from ..errors import check_device, check_dtype, check_value, describe
 from ..ops._common import check_pixels, flat_pixels, without_ignored
 from ._labels import check_labels, left_out_below_zero, pixels_at, sort_out_labels
 
@@ -89,7 +89,10 @@ class Batches:
             return
         for batch in self.data:
             ok = isinstance(batch, (tuple, list)) and len(batch) >= 2 and all(isinstance(t, Tensor) for t in batch[:2])
-            check_dtype(ok, self.op, "data", "batches (features, labels) of tensors", batch)
+            if not ok:
+                got = f"({', '.join(map(describe, batch))})" if isinstance(batch, (tuple, list)) else describe(batch)
+                fix = "convert arrays with torch.as_tensor(...)" if isinstance(batch, (tuple, list)) else ""
+                check_dtype(False, self.op, "data", "batches (features, labels) of tensors", got, fix)
             yield self._embedded(batch[0], batch[1])
 
     @torch.no_grad()

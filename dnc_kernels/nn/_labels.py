@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from ..errors import check_device, check_integer, check_value, label_fix, map_size
+from ..errors import SWAPPED, check_device, check_integer, check_value, label_fix, map_size, swapped
 from ..ops._common import as_int64, first_of
 from ._choices import LabelMode, check_word
 from ._starts import uniform
@@ -24,7 +24,12 @@ def check_labels(op: str, labels: Tensor, features: Tensor) -> None:
     if labels.ndim != ndim or labels.shape[0] != batch:
         # the message is made on failure alone: torch.compile cannot format a symbolic size
         expected = f"[{batch}{',H,W' if ndim == 3 else ''}] to match features"
-        check_value(False, op, "labels", expected, labels, label_fix(labels))
+        check_value(False, op, "labels", expected, labels, label_fix(labels, features))
+    if ndim == 3:
+        check_value(labels.shape[1] > 0 and labels.shape[2] > 0, op, "labels", "of at least one row and column", labels)
+    if ndim == 3 and swapped(labels, features):
+        expected = f"[B,H,W] laid out as features, {features.shape[2]} rows by {features.shape[3]} columns"
+        check_value(False, op, "labels", expected, labels, SWAPPED)
     check_device(op, "labels", labels, features, "features")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import check_device, check_instance, check_integer, check_value, whole_number
+from ..errors import check_device, check_instance, check_integer, check_value, label_fix, swapped, whole_number
 from ..ops._common import check_pixels, flat_pixels, without_ignored
 from ._labels import left_out_below_zero, pixels_at, sort_out_labels
 from .subcentroids import SubCentroids
@@ -94,8 +94,9 @@ class NearestSamples:
         if len(size) == 2 and labels.ndim == 3:
             # smaller ones are likelier to be transposed than meant
             fits = labels.shape[0] == batch and labels.shape[1] >= size[0] and labels.shape[2] >= size[1]
+            fits = fits and not swapped(labels, embedding)
         maps = f" or [B,H,W]={[batch, *size]}, or larger," if len(size) == 2 else ""
-        check_value(fits, op, "labels", f"[N]=[{pixels}]{maps} to match embedding", labels)
+        check_value(fits, op, "labels", f"[N]=[{pixels}]{maps} to match embedding", labels, label_fix(labels, embedding))
         channels = self.prototypes.shape[2]
         check_value(
             embedding.shape[1] == channels, op, "embedding", f"of {channels} channels, as head.embed gives it", embedding

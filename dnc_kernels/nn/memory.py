@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import FLOATS, check_device, check_dtype, check_float, check_integer, check_value, whole_number
+from ..errors import FLOATS, check_device, check_dtype, check_float, check_integer, check_value, label_fix, whole_number
 from ..ops._common import full_precision
 from ._labels import left_out_below_zero
 
@@ -80,7 +80,8 @@ class FeatureMemory(nn.Module):
         check_value(features.ndim == 2 and features.shape[1] == self.channels, op, "features", f"[N,{self.channels}]", features)
         check_device(op, "features", features, self.storage, "memory.storage")
         check_integer(op, "labels", labels)
-        check_value(list(labels.shape) == [len(features)], op, "labels", lambda: f"[{len(features)}] to match features", labels)
+        if list(labels.shape) != [len(features)]:
+            check_value(False, op, "labels", f"[{len(features)}] to match features", labels, label_fix(labels, features))
         self._push(features.detach(), left_out_below_zero(op, "labels", labels, self.num_classes, "C"))
 
     def _push(self, features: Tensor, labels: Tensor) -> None:

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from .. import ops
-from ..errors import check_device, check_dtype, check_float, check_number, check_value, renamed, whole_number
+from ..errors import (
+    check_device,
+    check_dtype,
+    check_float,
+    check_number,
+    check_value,
+    label_fix,
+    renamed,
+    tensor_fix,
+    whole_number,
+)
 from ..ops._common import check_pixels, flat_pixels, pixel_count
 from ..ops._op import NAMESPACE
 from . import _starts, _sync
@@ -333,6 +343,8 @@ class SubCentroids(nn.Module):
         if own_similarity is not None:
             check_pixels(op, own_similarity, "own_similarity")
             check_device(op, "own_similarity", own_similarity, x)
+            if x.ndim == 4 and own_similarity.ndim == 4:
+                _check_pixels_of(op, "own_similarity", own_similarity[:, 0], x)
             own_similarity = flat_pixels(own_similarity)
             check_value(
                 list(own_similarity.shape) == [len(cluster), self.num_subcentroids], op, "own_similarity",
@@ -778,7 +790,7 @@ def _unit_rows(rows: Tensor, length: Tensor) -> Tensor:
 
 def _check_pixels_of(op: str, argument: str, values: Tensor, x: Tensor, name: str = "x") -> None:
     """Check values [N] (of any shape) for rows x [N,...], [B,H,W] or [N] for a map x [B,...,H,W], on its device."""
-    check_dtype(isinstance(values, Tensor), op, argument, "a tensor", values)
+    check_dtype(isinstance(values, Tensor), op, argument, "a tensor", values, tensor_fix(values))
     pixels = pixel_count(x)
     fits = values.numel() == pixels
     if x.ndim == 4 and values.ndim != 1:
@@ -786,7 +798,7 @@ def _check_pixels_of(op: str, argument: str, values: Tensor, x: Tensor, name: st
     if not fits:
         # the message is made on failure alone: torch.compile cannot format a symbolic size
         maps = "" if x.ndim == 2 else f" or [B,H,W]={[x.shape[0], *x.shape[2:]]}"
-        check_value(False, op, argument, f"[N]=[{pixels}]{maps} to match {name}", values)
+        check_value(False, op, argument, f"[N]=[{pixels}]{maps} to match {name}", values, label_fix(values, x))
     check_device(op, argument, values, x, name)
 
 

@@ -72,7 +72,9 @@ def remembered(check: Callable[..., None]) -> Callable[..., None]:
 def check_pixels(op: str, x: Tensor, argument: str = "x") -> tuple[int, int]:
     """Check that `x` is float [N,D] or [B,D,H,W]; return (pixels, channels)."""
     check_float(op, argument, x)
-    check_value(x.ndim in (2, 4), op, argument, "[N,D] or [B,D,H,W]", x)
+    if x.ndim not in (2, 4):
+        fix = f"tokens [B,N,D] are rows {argument}.flatten(0, 1), a map [D,H,W] is {argument}[None]" if x.ndim == 3 else ""
+        check_value(False, op, argument, "[N,D] or [B,D,H,W]", x, fix)
     check_value(x.shape[1] > 0, op, argument, "of at least one channel", x)
     return pixel_count(x), x.shape[1]
 
@@ -92,11 +94,12 @@ def check_labels(op: str, labels: Tensor, x: Tensor, name: str = "x") -> None:
     """Check labels [N] of rows x [N,D], or [B,H,W] (or flat [N]) of a map x [B,D,H,W]; `name` is that of `x`."""
     check_integer(op, "labels", labels)
     if x.ndim == 2:
-        check_value(list(labels.shape) == [x.shape[0]], op, "labels", lambda: f"[N]=[{x.shape[0]}] to match {name}", labels)
+        if list(labels.shape) != [x.shape[0]]:
+            check_value(False, op, "labels", f"[N]=[{x.shape[0]}] to match {name}", labels, label_fix(labels, x))
     elif labels.ndim != 1 or labels.shape[0] != pixel_count(x):
         expected = [x.shape[0], x.shape[2], x.shape[3]]
         if list(labels.shape) != expected:  # the text on failure alone: it would pin the sizes under torch.compile
-            check_value(False, op, "labels", f"[B,H,W]={expected} to match {name}", labels, label_fix(labels))
+            check_value(False, op, "labels", f"[B,H,W]={expected} to match {name}", labels, label_fix(labels, x))
     check_device(op, "labels", labels, x, name)
 
 

@@ -144,7 +144,7 @@ def _check_loss(
     _check_scores(op, scores, align_corners)
     check_integer(op, "labels", labels)
     if labels.ndim != 3 or labels.shape[0] != scores.shape[0]:
-        check_value(False, op, "labels", f"[B,H,W] with B={scores.shape[0]} to match scores", labels, label_fix(labels))
+        check_value(False, op, "labels", f"[B,H,W] with B={scores.shape[0]} to match scores", labels, label_fix(labels, scores))
     check_value(labels.shape[1] > 0 and labels.shape[2] > 0, op, "labels", "of at least one row and column", labels)
     check_device(op, "labels", labels, scores, "scores")
     classes = scores.shape[1]
