@@ -141,9 +141,9 @@ class SubCentroids(nn.Module):
         wins = torch.zeros(size, device=device, dtype=torch.float32)
         self.register_buffer("wins", wins, persistent=bool(revive_after))
         # sums and counts of the updates since the last move, and how many: no buffers, which DistributedDataParallel would
-        # overwrite with rank 0's; counted on the host, where the decision to move is made
+        # overwrite with rank 0's; counted on the host, where the decision to move is made, apart from graphs (0-d int64)
         self._pending: tuple[Tensor, Tensor] | None = None
-        self._pending_updates = 0
+        self._pending_updates: int | Tensor = 0
         self._start_pending = False
         self._updates_before_start = 0
         self.reset_prototypes()
@@ -297,25 +297,47 @@ class SubCentroids(nn.Module):
             counts, won, tally = packed[:rows], packed[rows : 2 * rows], None if tally is None else packed[2 * rows :]
         if not started:  # else they are those of sub-centroids that are no more
             self._count_wins(won)
+        moves = None
         if self.accumulation_steps > 1:
             if started:  # these pixels were clustered by sub-centroids that are no more
                 totals, counts = torch.zeros_like(totals), torch.zeros_like(counts)
             if self._pending is not None:
                 totals, counts = totals + self._pending[0].to(totals), counts + self._pending[1].to(counts)
-            self._pending, self._pending_updates = (totals, counts), self._pending_updates + 1
-            if self._pending_updates < self.accumulation_steps:
-                return tally
-            self._pending, self._pending_updates = None, 0
+            if torch.compiler.is_compiling():
+                moves = self._last_of_accumulation(totals, counts)
+            else:
+                self._pending, self._pending_updates = (totals, counts), int(self._pending_updates) + 1
+                if self._pending_updates < self.accumulation_steps:
+                    return tally
+                self._pending, self._pending_updates = None, 0
+        changed = (self.prototypes, self.num_updates, self.last_counts, self.idle_updates, self.wins)
+        held = [] if moves is None else [buffer.clone() for buffer in changed]
         self._finish_update(totals, counts, started)
         if self.revive_after is not None and own_similarity is not None and not started:
             assert x is not None
             self._revive(x.detach(), group, own_similarity, self.revive_after, gathered)
+        if moves is not None:
+            for buffer, value in zip(changed, held, strict=True):
+                buffer.copy_(torch.where(moves, buffer, value))
         if before is not None:
-            self._observe(before, own_similarity, assigned)
+            self._observe(before, own_similarity, assigned, moves)
         return tally
 
+    def _last_of_accumulation(self, totals: Tensor, counts: Tensor) -> Tensor:
+        """[] bool: whether these are the sums of `accumulation_steps` updates; else they are kept for the next one.
+
+        Counted on the device: a number of the host would be a constant of the graph, and every update would make a new one.
+        """
+        done = torch.zeros((), dtype=torch.int64, device=counts.device) + self._pending_updates + 1
+        moves = done >= self.accumulation_steps
+        self._pending = torch.where(moves, 0, totals), torch.where(moves, 0, counts)
+        self._pending_updates = torch.where(moves, 0, done)
+        return moves
+
     @torch._disable_dynamo  # as in `_sync`
-    def _observe(self, before: Tensor, own_similarity: Tensor | None, cluster: Tensor) -> None:
+    def _observe(self, before: Tensor, own_similarity: Tensor | None, cluster: Tensor, moves: Tensor | None) -> None:
+        if moves is not None and not moves:
+            return
         for observer in self._observers:
             observer.see(before, own_similarity, cluster)
 
