@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dnc_kernels import nn
-from tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
