@@ -140,12 +140,9 @@ class CentroidModel(SubCentroids):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start over, as the constructor left it: parameters, also those of the modules within, sub-centroids and counters.
-
-        On the meta device there is nothing to draw; after ``to_empty(device=...)`` this, or a state dict, sets every tensor.
-        """
+        """Start over, as the constructor left it: see `SubCentroids.reset_parameters`."""
         if self.scores == "scale":
-            self.logit_scale.fill_(math.log(self.scale))
+            nn.init.constant_(self.logit_scale, math.log(self.scale))
         super().reset_parameters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

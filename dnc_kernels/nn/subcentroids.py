@@ -204,7 +204,8 @@ class SubCentroids(nn.Module):
     def reset_parameters(self) -> None:
         """Start over, as the constructor left it: parameters, also those of the modules within, sub-centroids and counters.
 
-        On the meta device there is nothing to draw; after ``to_empty(device=...)`` this, or a state dict, sets every tensor.
+        On the meta device there is nothing to draw; after ``to_empty(device=...)`` this, or a state dict, sets every tensor. As
+        part of `from_pretrained` of transformers (``_init_weights``) it leaves what was loaded.
         """
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
@@ -216,11 +217,12 @@ class SubCentroids(nn.Module):
         """Start the sub-centroids over: as `init` says, counters at zero. Parameters stay."""
         self._reset_counters(self._counters)
         self._forget_pending()
+        loaded = _is_marked(self.prototypes) and nn.init.zeros_.__module__ != "torch.nn.init"  # within its guard alone
         if self.init == "data":
             assert self.start_in is not None
             self._start_pending, self._drawn = True, (self.prototypes, self.start_in)
-            self.start_in.fill_(self.init_step + 1)
-        if self.prototypes.is_meta:
+            nn.init.constant_(self.start_in, 0 if loaded else self.init_step + 1)
+        if self.prototypes.is_meta or loaded:
             return
         make = _starts.orthogonal_directions if self.init == "orthogonal" else _starts.random_directions
         rows = make(self.num_classes * self.num_subcentroids, self.channels, self.prototypes.device, self.generator)
@@ -235,7 +237,7 @@ class SubCentroids(nn.Module):
             if counter is not None and counter.is_meta and not self.prototypes.is_meta:
                 self._buffers[name] = torch.zeros_like(counter, device=self.prototypes.device)
             elif counter is not None:
-                counter.zero_()
+                nn.init.zeros_(counter)
 
     def _forget_pending(self, *, start: bool = False) -> None:
         """Drop the sums of an unfinished accumulation, and with `start` a start from data that is to come."""
@@ -663,10 +665,11 @@ class SubCentroids(nn.Module):
         if name == "__class__":
             self._register_with_fsdp()
         elif before is not None and isinstance(value, Tensor):
-            # as `from_pretrained` loads: tensor by tensor, and with whatever lies in memory for what is in no state dict
+            # as `from_pretrained` loads: tensor by tensor, and with whatever lies in memory for what the checkpoint lacks
+            lacks = name in self._non_persistent_buffers_set or (_is_marked(self.prototypes) and not _is_marked(value))
             if name in ("prototypes", "wins") and value.dtype in _HALF:
                 self._buffers[name] = _widened(value, unit=name == "prototypes")
-            elif before.is_meta and not value.is_meta and name in self._non_persistent_buffers_set:
+            elif before.is_meta and not value.is_meta and lacks:
                 value.zero_()
 
     def _register_with_fsdp(self) -> None:
@@ -762,8 +765,17 @@ def _(rows: Tensor) -> Tensor:
 
 def _widened(t: Tensor, *, unit: bool) -> Tensor:
     """Half precision in float32, rows of unit length again."""
-    t = t.detach().to(torch.float32)
-    return _unit_rows(t, t.norm(dim=2, keepdim=True)) if unit and not t.is_meta else t
+    wide = t.detach().to(torch.float32)
+    if unit and not t.is_meta:
+        wide = _unit_rows(wide, wide.norm(dim=2, keepdim=True))
+    if _is_marked(t):
+        wide._is_hf_initialized = True  # type: ignore[attr-defined]
+    return wide
+
+
+def _is_marked(t: Tensor) -> bool:
+    """Whether `from_pretrained` of transformers has loaded it: its functions in the place of `torch.nn.init` leave it alone."""
+    return getattr(t, "_is_hf_initialized", False)
 
 
 def _unit_rows(rows: Tensor, length: Tensor) -> Tensor:
