@@ -134,8 +134,10 @@ class CentroidModel(SubCentroids):
             device = value.device if isinstance(value, Tensor) else "cpu"
             weight = torch.as_tensor(value, dtype=torch.float32, device=device)
             check_value(list(weight.shape) == [self.num_classes], op, "class_weight", f"[C]=[{self.num_classes}]", weight)
-            check_value(not weight.requires_grad, op, "class_weight", "without a gradient", weight, "pass class_weight.detach()")
-            check_value(weight.is_meta or bool((weight >= 0).all()), op, "class_weight", "non-negative", str(value))
+            fix = "pass class_weight.detach()"
+            check_value(not weight.requires_grad, op, "class_weight", "without a gradient", weight, fix)
+            if not weight.is_meta:
+                check_value(bool((weight >= 0).all()), op, "class_weight", "non-negative", str(weight.tolist()))
         self._class_weight = weight
 
     @torch.no_grad()

@@ -87,8 +87,8 @@ class SubCentroids(nn.Module):
             sync is ``average`` or ``none``). Zero again where sub-centroids start from data. In the state dict with
             `revive_after`.
 
-    The sums of an unfinished accumulation are in the state dict too, while there are any. A state dict without a counter sets it
-    to 0, and sub-centroids that were loaded, by whatever way, are never started over.
+    The sums of an unfinished accumulation are in the state dict too, while there are any. A state dict without a counter sets
+    it to 0. Sub-centroids that were loaded, whichever way, are never started over.
     """
 
     prototypes: Tensor
@@ -716,8 +716,9 @@ class SubCentroids(nn.Module):
         accumulated = [state_dict.pop(prefix + part, None) for part in _ACCUMULATED]
         start_in = state_dict.pop(f"{prefix}start_in", None)
         rows = state_dict.get(name)
-        loads = isinstance(rows, Tensor) and rows.shape == self.prototypes.shape
-        if loads:
+        loads = False
+        if isinstance(rows, Tensor) and rows.shape == self.prototypes.shape:
+            loads = True
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             length = rows.norm(dim=2, keepdim=True)
             if not rows.is_meta and not (length.isfinite() & (length > 0)).all():
