@@ -415,7 +415,7 @@ def test_state_dict_holds_the_released_name_alone():
         ({"momentum": (0.9, 0.99, 5)}, ["num_updates"]),
         ({"momentum": nn.Recent(0.5, 0.9)}, ["num_updates"]),
         ({"warmup_steps": 3}, ["num_updates"]),
-        ({"init": "data", "init_step": 1}, ["num_updates"]),
+        ({"init": "data", "init_step": 1}, ["num_updates", "start_in"]),
         ({"revive_after": 2}, ["idle_updates", "wins"]),
     ],
 )

@@ -76,7 +76,7 @@ def anchor(
     op = "anchor"
     head, segmentation = head_of(op, model)
     c, k, _ = head.prototypes.shape
-    if (world := _sync.ranks(head.sync)) > 1:
+    if (world := _sync.ranks(head.peers)) > 1:
         fix = "anchor in one process and save; Anchors.load(folder).apply_(head) then serves every rank"
         raise RuntimeError(message(op, "torch.distributed", "of one rank", f"{world} ranks", fix))
     classes = [str(i) for i in range(c)] if classes is None else [str(name) for name in classes]

@@ -171,7 +171,7 @@ class Anchors:
         )
         head.prototypes.copy_(self.embedding)
         # neither a start that is due nor sums of an unfinished step may move them
-        head._start_pending, head._pending, head._pending_updates = False, None, 0
+        head._forget_pending(start=True)
 
     def save(self, folder: Path | str) -> tuple[Path, Path]:
         """Write ``anchors.safetensors`` (embeddings and crops) and ``anchors.json`` (all else); return both paths.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from ._choices import Recipe, Sync, check_word
 from ._labels import check_labels
 from .recipes import recipe_options
 from .subcentroids import SubCentroids
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @holds_a_loss
@@ -49,10 +53,11 @@ class CentroidModel(SubCentroids):
     """
 
     default_recipe: ClassVar[Recipe]
-    class_weight: Tensor | None
     class_counts: Tensor
     nonfinite_pixels: Tensor
     bad_labels: Tensor
+    _counters = (*SubCentroids._counters, "class_counts", "nonfinite_pixels", "bad_labels")
+    _uses_parameters = ("embed", "logits", "loss", "predict", "explain")
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class CentroidModel(SubCentroids):
         sync: Sync,
         ignore_index: int,
         class_weight: Tensor | list[float] | None,
+        process_group: ProcessGroup | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         options: dict[str, Any],
@@ -73,7 +79,10 @@ class CentroidModel(SubCentroids):
         recipe = self.default_recipe if recipe in (None, "default") else recipe
         chosen = recipe_options(op, recipe, **options)
         own = {key: chosen.pop(key) for key in (*_OWN_OPTIONS,)}
-        super().__init__(num_classes, num_subcentroids, channels, **chosen, **fixed, sync=sync, device=device, dtype=dtype)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            num_classes, num_subcentroids, channels, **chosen, **fixed, sync=sync, process_group=process_group, **where
+        )
         num_classes, channels = self.num_classes, self.channels
         ignore_index = check_ignore_index(op, ignore_index, num_classes)
         for name in ("scores", "confidence", "label_mode"):
@@ -91,17 +100,58 @@ class CentroidModel(SubCentroids):
         self.feat_norm = nn.LayerNorm(channels, device=device, dtype=dtype)
         if self.scores == "norm":
             self.mask_norm = nn.LayerNorm(num_classes, device=device, dtype=dtype)
+        if self.scores == "scale":  # [1]: sharding takes no parameter without a dimension
+            self.logit_scale = nn.Parameter(torch.full((1,), math.log(own["scale"]), **where))
+        self._class_weight: Tensor | None = None
+        self.class_weight = class_weight
+        count: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        self.register_buffer("class_counts", torch.zeros(num_classes, **count), persistent=False)
+        self.register_buffer("nonfinite_pixels", torch.zeros((), **count), persistent=False)
+        self.register_buffer("bad_labels", torch.zeros((), **count), persistent=False)
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """[C] weights of the cross-entropy, on the device of the sub-centroids and in float32 or, as they are, in float64.
+
+        An option and no buffer: no state dict has it, `half()` does not round it, and a start on the meta device keeps it.
+        """
+        weight, like = self._class_weight, self.prototypes
+        if weight is None:
+            return None
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if (weight.device, weight.dtype) == (like.device, dtype):
+            return weight
+        moved = weight.to(like.device, dtype)
+        if not (like.is_meta or torch.compiler.is_compiling()):
+            self._class_weight = moved
+        return moved
+
+    @class_weight.setter
+    def class_weight(self, value: Tensor | Sequence[float] | None) -> None:
+        op, weight = type(self).__name__, None
+        if value is not None:
+            # the values are at hand, even under `torch.device("meta")`
+            device = value.device if isinstance(value, Tensor) else "cpu"
+            weight = torch.as_tensor(value, dtype=torch.float32, device=device)
+            check_value(list(weight.shape) == [self.num_classes], op, "class_weight", f"[C]=[{self.num_classes}]", weight)
+            fix = "pass class_weight.detach()"
+            check_value(not weight.requires_grad, op, "class_weight", "without a gradient", weight, fix)
+            if not weight.is_meta:
+                check_value(bool((weight >= 0).all()), op, "class_weight", "non-negative", str(weight.tolist()))
+        self._class_weight = weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start over, as the constructor left it: see `SubCentroids.reset_parameters`."""
         if self.scores == "scale":
-            self.logit_scale = nn.Parameter(torch.full((), math.log(own["scale"]), device=device, dtype=dtype))
-        weight = None if class_weight is None else torch.as_tensor(class_weight, dtype=torch.float32, device=device)
-        if weight is not None:
-            check_value(list(weight.shape) == [num_classes], op, "class_weight", f"[C]=[{num_classes}]", weight)
-            check_value(bool((weight >= 0).all()), op, "class_weight", "non-negative", str(weight.tolist()))
-        self.register_buffer("class_weight", weight, persistent=False)
-        count = {"dtype": torch.int64, "device": device}
-        self.register_buffer("class_counts", torch.zeros(num_classes, **count), persistent=False)  # type: ignore[arg-type]
-        self.register_buffer("nonfinite_pixels", torch.zeros((), **count), persistent=False)  # type: ignore[arg-type]
-        self.register_buffer("bad_labels", torch.zeros((), **count), persistent=False)  # type: ignore[arg-type]
+            nn.init.constant_(self.logit_scale, math.log(self.scale))
+        super().reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        scale = state_dict.get(f"{prefix}logit_scale")
+        if isinstance(scale, Tensor) and scale.ndim == 0:  # as it was saved at first
+            state_dict[f"{prefix}logit_scale"] = scale.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The parameters as groups for an optimizer: weight decay on matrices alone, none on norms, biases and `logit_scale`.
@@ -150,7 +200,8 @@ class CentroidModel(SubCentroids):
     def logit_temperature(self) -> Tensor | float:
         """What scores are divided by: a number (1 with the norm), or the 0-d tensor ``exp(-logit_scale)``."""
         if self.scores == "scale":
-            return (-self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))).exp()
+            scale = self.logit_scale.reshape(())
+            return (-scale.to(torch.promote_types(scale.dtype, torch.float32))).exp()
         return self.temperature if self.scores == "temperature" else 1.0
 
     def _fused_cross_entropy(self, e: Tensor, p: Tensor, labels: Tensor, gain: Tensor | None) -> ops.CentroidLoss:
@@ -173,22 +224,23 @@ class CentroidModel(SubCentroids):
         average of the ranks' gradients is the gradient of the mean over all pixels, however they are spread.
         """
         kept = labels != ignored
-        if self.class_weight is None:
+        weights = self.class_weight
+        if weights is None:
             weight = kept.sum().to(torch.float64)
         else:
-            weight = torch.where(kept, self.class_weight[torch.where(kept, labels, 0)], 0).sum(dtype=torch.float64)
+            weight = torch.where(kept, weights[torch.where(kept, labels, 0)], 0).sum(dtype=torch.float64)
         count = (sampled >= 0).sum().to(torch.float64)
-        if joint and self.sync != "average" and (world := _sync.ranks(self.sync)) > 1:
-            (both,) = _sync.sum_over_ranks(torch.stack([weight, count]))
+        if joint and self.sync != "average" and (world := _sync.ranks(self.peers)) > 1:
+            (both,) = _sync.sum_over_ranks(self.peers, torch.stack([weight, count]))
             weight, count = (both / world).unbind()
-        dtype = self.prototypes.dtype
+        dtype = torch.promote_types(self.prototypes.dtype, torch.float32)
         return torch.where(weight > 0, weight, 1).to(dtype), torch.where(count > 0, count, 1).to(dtype)
 
     def _judge(self, prediction: Tensor, finite: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Labels [N] with -1 where the feature is not finite, which predictions are right, and the share of right ones."""
         group = torch.where(finite, labels.reshape(-1), -1)
         correct = (prediction == group) & (group >= 0)
-        return group, correct, correct.sum() / (group >= 0).sum().clamp(min=1)
+        return group, correct, correct.sum(dtype=torch.float32) / (group >= 0).sum().clamp(min=1)
 
     def _contrast(self, e: Tensor, p: Tensor, target: Tensor, own: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """PPC and PPD (ProtoSeg, eq. 11 and 12): sums over the pixels that have a target [N], over `count`; zeros where their

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from .. import ops
 from . import _starts, _sync
+from ._sync import Peers
 
 #: Elements of a reservoir, at most, unless 4 K samples of each class are more: 64 MB in float32.
 RESERVOIR = 2**24
@@ -49,9 +50,9 @@ class Totals(NamedTuple):
             self.counts.flatten().index_add_(0, met[real], won.counts[real])
         return own
 
-    def over_ranks(self, sync: str) -> Totals:
+    def over_ranks(self, peers: Peers) -> Totals:
         """Those of all ranks; all call it together."""
-        return Totals(*_sync.sum_over_ranks(*self)) if _sync.ranks(sync) > 1 else self
+        return Totals(*_sync.sum_over_ranks(peers, *self)) if _sync.ranks(peers) > 1 else self
 
     def cosine(self, centroids: Tensor) -> Tensor:
         """[C]: sum of the cosines of the samples to the sub-centroids [C,K,D] that they were added for."""
@@ -67,12 +68,12 @@ class Totals(NamedTuple):
         return torch.where(length > 0, self.sums / length, otherwise.double()).to(otherwise.dtype)
 
 
-def totals_of(source: Iterable[tuple[Tensor, Tensor]], centroids: Tensor, sync: str) -> Totals:
+def totals_of(source: Iterable[tuple[Tensor, Tensor]], centroids: Tensor, peers: Peers) -> Totals:
     """One pass: `Totals` of all batches ``(e, group)`` of all ranks."""
     totals = Totals.zeros(centroids)
     for e, group in source:
         totals.add_(e, group, centroids)
-    return totals.over_ranks(sync)
+    return totals.over_ranks(peers)
 
 
 class Reservoir:
@@ -121,17 +122,17 @@ class Reservoir:
         """Rows [n,D] and their classes [n], by class."""
         return self._filled(self.rows, self.seen.clamp(max=self.size))
 
-    def held_by_all(self, sync: str) -> tuple[Tensor, Tensor]:
+    def held_by_all(self, peers: Peers) -> tuple[Tensor, Tensor]:
         """An even draw of the samples of all ranks, of the same size, the same on each; all call it together.
 
         Each rank gives slots in proportion to what it has seen; where all fits, the order is that of the ranks.
         """
-        if (world := _sync.ranks(sync)) == 1:
+        if (world := _sync.ranks(peers)) == 1:
             return self.held()
-        rank = dist.get_rank()
+        rank = dist.get_rank(peers.group)
         mine = self.seen.new_zeros(world, self.classes)
         mine[rank] = self.seen
-        (seen,) = _sync.sum_over_ranks(mine)
+        (seen,) = _sync.sum_over_ranks(peers, mine)
         upto, total = seen.cumsum(0), seen.sum(0)
         ends = torch.where(total > self.size, upto * self.size // total.clamp(min=1), upto)
         first = ends[rank - 1] if rank else torch.zeros_like(total)
@@ -142,7 +143,7 @@ class Reservoir:
         target = torch.arange(self.classes, device=slots.device)[:, None] * most + first[:, None] + slots
         rows = self.rows.new_zeros(self.classes * most, self.rows.shape[1])
         rows[target[taken]] = self.rows[taken.flatten()]
-        (rows,) = _sync.sum_over_ranks(rows)
+        (rows,) = _sync.sum_over_ranks(peers, rows)
         return self._filled(rows, total.clamp(max=self.size))
 
     def _filled(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,11 +159,11 @@ def fitted(
     refinements: int,
     restarts: int,
     generator: Generator | None,
-    sync: str,
+    peers: Peers,
 ) -> Tensor:
     """[C,K,D]: centres of k-means on rows [n,D] of classes group [n]; of `restarts` runs each class takes its best, by cosine.
 
-    `otherwise` [C,K,D] where a class has too few distinct rows. With several ranks, those of rank 0.
+    `otherwise` [C,K,D] where a class has too few distinct rows. With several ranks, those of the first.
     """
     best, score = otherwise, otherwise.new_full((len(otherwise),), -torch.inf)
     for _ in range(restarts):
@@ -171,7 +172,7 @@ def fitted(
         total = ops.cluster_sums(nearest[:, None], group, len(centres)).sums[:, 0].to(score.dtype)
         best = torch.where((total > score)[:, None, None], centres, best)
         score = torch.maximum(score, total)
-    if _sync.ranks(sync) > 1:
+    if _sync.ranks(peers) > 1:
         best = best.contiguous()
-        _sync.take_from_first_rank_(best)
+        _sync.take_from_first_rank_(peers, best)
     return best

@@ -13,7 +13,7 @@ from ..ops._common import flat_pixels, full_precision
 def uniform(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
     """Uniform numbers in (0,1), fp32, drawn where the generator lives so that a CPU generator serves every device."""
     if generator is None:
-        drawn = torch.rand(shape, device=device)
+        drawn = torch.rand(shape, device=device, dtype=torch.float32)
     else:  # outside of a graph without what would import the compiler
         draw = _seeded if torch.compiler.is_compiling() else _drawn
         drawn = draw(shape, generator).to(device)
@@ -21,7 +21,7 @@ def uniform(shape: tuple[int, ...], device: torch.device, generator: Generator |
 
 
 def _drawn(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device)
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 #: torch.compile cannot trace a generator.
@@ -36,14 +36,14 @@ def gumbel(shape: tuple[int, ...], device: torch.device, generator: Generator | 
 def random_directions(rows: int, channels: int, device: torch.device, generator: Generator | None) -> Tensor:
     """[M,D] independent directions, uniform on the sphere."""
     where = device if generator is None else generator.device
-    return F.normalize(torch.randn(rows, channels, generator=generator, device=where), dim=1).to(device)
+    return F.normalize(torch.randn(rows, channels, generator=generator, device=where, dtype=torch.float32), dim=1).to(device)
 
 
 def orthogonal_directions(rows: int, channels: int, device: torch.device, generator: Generator | None) -> Tensor:
     """[M,D] directions in blocks of D orthogonal ones; so the K of a class are orthogonal where one block holds them."""
     where = device if generator is None else generator.device
     blocks = -(-rows // channels)
-    square = torch.randn(blocks, channels, channels, generator=generator, device=where)
+    square = torch.randn(blocks, channels, channels, generator=generator, device=where, dtype=torch.float32)
     basis, triangle = torch.linalg.qr(square)
     # QR alone is not uniform: its signs follow the factorisation
     basis = basis * triangle.diagonal(dim1=1, dim2=2).sign()[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Generator, Tensor
@@ -16,6 +16,9 @@ from ._choices import Assignment, Confidence, Init, Recipe, Scores, Sync, Update
 from ._labels import sort_out_labels
 from ._momentum import Momentum
 from .memory import FeatureMemory
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DNCClassifier(CentroidModel):
@@ -63,6 +66,7 @@ class DNCClassifier(CentroidModel):
         accumulation_steps: losses whose sums of samples add up before the sub-centroids move once: those of a step whose
             gradients add up; or many batches, as the released code moves once in 300 to 1000.
         recipe: name in `RECIPES`; None: ``default``, which is ``classification``.
+        process_group: the ranks that `sync` is about (`SubCentroids`); None: all.
         generator: source of every draw; None: torch's global one.
         device, dtype: of parameters; None: torch's defaults. Sub-centroids stay in float32 at least.
 
@@ -103,6 +107,7 @@ class DNCClassifier(CentroidModel):
         label_smoothing: float | None = None,
         accumulation_steps: int = 1,
         recipe: Recipe | None = None,
+        process_group: ProcessGroup | None = None,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -113,7 +118,7 @@ class DNCClassifier(CentroidModel):
         super().__init__(
             in_features, num_classes, num_subcentroids,
             recipe=recipe, ignore_index=ignore_index, class_weight=class_weight, sync=sync,
-            accumulation_steps=accumulation_steps, generator=generator, device=device, dtype=dtype,
+            process_group=process_group, accumulation_steps=accumulation_steps, generator=generator, device=device, dtype=dtype,
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
@@ -175,6 +180,8 @@ class DNCClassifier(CentroidModel):
         self._check_features("loss", features)
         check_labels(op, labels, features)
         update = self.training if update is None else update
+        if update:
+            self._agree()
         labels, ignored, wrong = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
         labels = without_ignored(labels.to(torch.int64), ignored)
         (e, gain), p = self._embed_with_gain(features), self.snapshot(update)
@@ -203,14 +210,14 @@ class DNCClassifier(CentroidModel):
     def _cluster_and_update(self, e: Tensor, p: Tensor, group: Tensor, own: Tensor, correct: Tensor, tally: Tensor) -> Tensor:
         """Cluster, update and remember the batch of all ranks; return the clusters of this rank's samples."""
         n, first = len(group), 0
-        joint = self.sync != "average" and _sync.ranks(self.sync) > 1
+        joint = self.sync != "average" and _sync.ranks(self.peers) > 1
         if joint:
-            first, (e, group, own, flags) = _sync.gather_rows(e, group, own, correct.to(torch.int64))
+            first, (e, group, own, flags) = _sync.gather_rows(self.peers, e, group, own, correct.to(torch.int64))
             correct = flags > 0
-            (tally,) = _sync.sum_over_ranks(tally)
+            (tally,) = _sync.sum_over_ranks(self.peers, tally)
         cluster = self._cluster_with_memory(p, group, own)
         if joint and self.assignment == "gumbel":
-            _sync.take_from_first_rank_(cluster)  # every rank has drawn noise of its own
+            _sync.take_from_first_rank_(self.peers, cluster)  # every rank has drawn noise of its own
         start_from = None
         if self.memory is not None and self._start_pending:
             held = self.memory.read()
@@ -237,6 +244,11 @@ class DNCClassifier(CentroidModel):
         """The sub-centroid that each sample is nearest to: (label, sub, score), each [N]; see `NearestSamples`."""
         self._check_features("explain", features)
         return ops.nearest_centroid(self.embed(features), self.snapshot())
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.memory is not None and self.memory.pushed.is_meta and not self.prototypes.is_meta:  # loaded with assign=True
+            self.memory.to_empty(device=self.prototypes.device)
 
     @torch.no_grad()
     def initialize_from_(self, features: Tensor, labels: Tensor, *, refinements: int = 5) -> Tensor:

@@ -116,14 +116,14 @@ def diagnosed(head: SubCentroids, batches: Batches, start: Tensor | None) -> Dia
         error = (mass / n[:, None] - 1 / k).abs().sum(1) / 2
         unevenness.add_(torch.where(n > 1, n * error, 0))
         clustered.add_(torch.where(n > 1, n, 0))
-    totals = totals.over_ranks(head.sync)
-    if _sync.ranks(head.sync) > 1:
-        unevenness, clustered = _sync.sum_over_ranks(unevenness, clustered)
-    rows, group = reservoir.held_by_all(head.sync)
+    totals = totals.over_ranks(head.peers)
+    if _sync.ranks(head.peers) > 1:
+        unevenness, clustered = _sync.sum_over_ranks(head.peers, unevenness, clustered)
+    rows, group = reservoir.held_by_all(head.peers)
     # draws of its own: training goes on as it would have
     seeded = Generator().manual_seed(0)
-    centres = fitted(rows, group, p, refinements=15, restarts=1, generator=seeded, sync=head.sync)
-    best = totals_of([(rows, group)], centres, "none")
+    centres = fitted(rows, group, p, refinements=15, restarts=1, generator=seeded, peers=head.peers)
+    best = totals_of([(rows, group)], centres, _sync.Peers("none"))
 
     share = shares(totals.counts.double())
     counts, seen = totals.counts.sum(1), totals.counts.any(1)

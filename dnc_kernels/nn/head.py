@@ -34,6 +34,9 @@ from ._labels import pixels_at, sample_of_each_class, sort_out_labels
 from ._made import Again, Factors, Made, MadeInParts, run_second, to_target
 from ._momentum import Momentum
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class DNCHead(CentroidModel):
     """Pixels are classified by their nearest sub-centroid; the loss trains the features, clustering moves the sub-centroids.
@@ -90,6 +93,7 @@ class DNCHead(CentroidModel):
         accumulation_steps: losses of a training step whose gradients add up: their sums of pixels add up too, and the
             sub-centroids move once, at the last.
         recipe: name in `RECIPES`; None: ``default``, which is ``segmentation``.
+        process_group: the ranks that `sync` is about (`SubCentroids`); None: all.
         generator: source of every draw; None: torch's global one.
         device, dtype: of parameters; None: torch's defaults. Sub-centroids stay in float32 at least.
 
@@ -138,6 +142,7 @@ class DNCHead(CentroidModel):
         pixels_per_class: int | None = None,
         accumulation_steps: int = 1,
         recipe: Recipe | None = None,
+        process_group: ProcessGroup | None = None,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -155,7 +160,7 @@ class DNCHead(CentroidModel):
         super().__init__(
             embed_channels or in_channels, num_classes, num_subcentroids,
             recipe=recipe, ignore_index=ignore_index, class_weight=class_weight, sync=sync,
-            accumulation_steps=accumulation_steps, generator=generator, device=device, dtype=dtype,
+            process_group=process_group, accumulation_steps=accumulation_steps, generator=generator, device=device, dtype=dtype,
             options={
                 "momentum": momentum, "epsilon": epsilon, "iterations": iterations, "assignment": assignment,
                 "ppc_weight": ppc_weight, "ppd_weight": ppd_weight, "ppc_temperature": ppc_temperature,
@@ -233,6 +238,8 @@ class DNCHead(CentroidModel):
             check_value(False, op, "features", "of at least one row and column", features)
         check_labels(op, labels, features)
         update = self.training if update is None else update
+        if update:
+            self._agree()
         if update and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"{op}: run again inside a backward pass, as activation checkpointing does, it would move the "
@@ -252,6 +259,7 @@ class DNCHead(CentroidModel):
     def _step_in_bands(
         self, x: Tensor, labels: Tensor, ignored: int, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool
     ) -> DNCLoss:
+        self._in_full_precision()
         dtype = compute_dtype(x, self.prototypes)
         p = (self.prototypes if self.training else self.snapshot()).to(dtype)
         weight, bias = (t.to(compute_dtype(x)) for t in (self.feat_norm.weight, self.feat_norm.bias))
@@ -259,7 +267,7 @@ class DNCHead(CentroidModel):
         if self.scores == "norm":
             gains, shift = self.mask_norm.weight.to(dtype), self.mask_norm.bias.to(dtype)
         elif self.scores == "scale":
-            scale = self.logit_scale.to(dtype).exp()
+            scale = self.logit_scale.to(dtype).reshape(()).exp()
         else:
             temperature = self.temperature
         inputs = (x, weight, bias, scale, gains, shift)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class FeatureMemory(nn.Module):
             for name, value in (("num_classes", num_classes), ("size", size), ("channels", channels))
         )
         self.num_classes, self.size, self.channels = num_classes, size, channels
+        dtype = torch.float32 if dtype is None else dtype
         self.register_buffer("storage", torch.zeros(num_classes * size + 1, channels, device=device, dtype=dtype))
         self.register_buffer("pushed", torch.zeros(num_classes, dtype=torch.int64, device=device))
 
@@ -115,8 +117,19 @@ class FeatureMemory(nn.Module):
     @torch.no_grad()
     def clear(self) -> None:
         """Forget everything."""
-        self.storage.zero_()
-        self.pushed.zero_()
+        nn.init.zeros_(self.storage)
+        nn.init.zeros_(self.pushed)
+
+    def reset_parameters(self) -> None:
+        """`clear`, by the name that modules have for it."""
+        self.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureMemory:
+        empty = self.pushed.is_meta
+        super()._apply(fn, recurse)
+        if empty:  # moved from the meta device, where there are no values
+            self.clear()
+        return self
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -129,5 +142,6 @@ class FeatureMemory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         names = [f"{prefix}storage", f"{prefix}pushed"]
         if all(name in missing_keys for name in names):  # a checkpoint without memory: the memory fills again
+            self.clear()
             for name in names:
                 missing_keys.remove(name)

@@ -32,18 +32,18 @@ class Refit(NamedTuple):
 @torch.no_grad()
 def refitted_(head: SubCentroids, batches: Batches, iterations: int, tolerance: float, start: str, restarts: int) -> Refit:
     """Does `SubCentroids.refit_`."""
-    sync, p = head.sync, F.normalize(head.prototypes, dim=2)
+    peers, p = head.peers, F.normalize(head.prototypes, dim=2)
     totals, reservoir = Totals.zeros(p), Reservoir(p)
     for e, group in batches:
         totals.add_(e, group, p)
         reservoir.add(e, group)
-    totals = totals.over_ranks(sync)
+    totals = totals.over_ranks(peers)
     before = after = totals.mean_cosine(p)
     source = [reservoir.held()] if reservoir.complete() else batches  # what fits need not be computed again
-    rows, classes = reservoir.held_by_all(sync)
+    rows, classes = reservoir.held_by_all(peers)
     if start == "data":
-        p = fitted(rows, classes, p, refinements=10, restarts=restarts, generator=head.generator, sync=sync)
-        totals = totals_of(source, p, sync)
+        p = fitted(rows, classes, p, refinements=10, restarts=restarts, generator=head.generator, peers=peers)
+        totals = totals_of(source, p, peers)
         after = totals.mean_cosine(p)
     done = 0
     while done < iterations:
@@ -51,11 +51,11 @@ def refitted_(head: SubCentroids, batches: Batches, iterations: int, tolerance: 
         empty = (totals.counts == 0) & totals.counts.any(1, keepdim=True)
         if empty.any():
             spread, _ = _starts.spread(rows, classes, centres, ~empty, head.generator)
-            if _sync.ranks(sync) > 1:
+            if _sync.ranks(peers) > 1:
                 spread = spread.contiguous()
-                _sync.take_from_first_rank_(spread)
+                _sync.take_from_first_rank_(peers, spread)
             centres, refilled = spread, not torch.equal(spread, centres)
-        p, totals, last = centres, totals_of(source, centres, sync), after
+        p, totals, last = centres, totals_of(source, centres, peers), after
         done, after = done + 1, totals.mean_cosine(p)
         if not (refilled or after - last >= tolerance):
             break

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,14 @@ from ._batches import Data, Prepare, embedded
 from ._choices import Assignment, Init, Sync, UpdateFrom, check_word
 from ._labels import left_out_below_zero
 from ._momentum import Momentum, check_momentum
+from ._sync import Group, Peers
 from ._usage import DeadSubCentroidsWarning, dead_below, shares, usage
 from .diagnosis import Diagnosis, check_start, diagnosed
 from .recipes import options_of
 from .refit import Refit, refitted_
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Self
 
     from .monitor import Monitor
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 WINS_DECAY = 0.99
 #: Updates after the warm-up before dead sub-centroids are a matter to warn of.
 UPDATES_BEFORE_WARNING = 100
+_HALF = (torch.float16, torch.bfloat16)
+#: Names in a state dict of what an unfinished accumulation has added up: [M,D], [M], and of how many updates.
+_ACCUMULATED = ("accumulated_sums", "accumulated_counts", "accumulated_updates")
 
 
 class SubCentroids(nn.Module):
@@ -52,6 +58,9 @@ class SubCentroids(nn.Module):
         sync: data parallel. ``auto`` and ``sums``: all ranks cluster jointly and add up their sums before one momentum step,
             which equals one process with all the data. ``average``: each rank clusters and updates alone, then the
             sub-centroids are averaged, which dilutes classes that few ranks saw (as released). ``none``: ranks drift apart.
+            Unless ``none``, the first update gives all ranks the buffers of the first one.
+        process_group: the ranks that `sync` is about, such as those of a pipeline stage; None: all. A copy has it too, a pickle
+            has none.
         init: ``random`` directions; ``orthogonal`` (blocks of D orthogonal rows); ``data``: k-means++ on the pixels of update
             `init_step`, random until then.
         init_step: the update that ``init="data"`` replaces; 0 is the first.
@@ -67,8 +76,9 @@ class SubCentroids(nn.Module):
         prototypes: [C,K,D] buffer, the released name. float32 or float64 always: `half()` and `bfloat16()` leave it in float32,
             because a 16-bit average would lose updates of a momentum near 1; `double()` makes it float64. Loading
             normalises rows that are not of unit length and refuses rows that have no direction.
-        num_updates: int64, updates done. In the state dict only where a ramp, a warm-up, a data start or revival needs it to
-            resume.
+        num_updates: int64, updates done. In the state dict only where a ramp, a warm-up or a data start needs it to resume.
+        start_in: int64, calls of `update_` up to that which ``init="data"`` replaces, 1 the next; 0: no start is to come. Only
+            with ``init="data"``, then in the state dict; else None.
         last_counts: [C,K] int64, pixels that moved each sub-centroid in the last update (of all ranks). Not in the state dict.
         idle_updates: [C,K] int64, updates since each had 1 % of the wins of its class, among those in which its class had
             pixels. In the state dict with `revive_after`.
@@ -76,13 +86,21 @@ class SubCentroids(nn.Module):
             moved: an update in which a class has pixels multiplies the class's row by 0.99 and adds them (of all ranks, unless
             sync is ``average`` or ``none``). Zero again where sub-centroids start from data. In the state dict with
             `revive_after`.
+
+    The sums of an unfinished accumulation are in the state dict too, while there are any. A state dict without a counter sets
+    it to 0. Sub-centroids that were loaded, whichever way, are never started over.
     """
 
     prototypes: Tensor
     num_updates: Tensor
+    start_in: Tensor | None
     last_counts: Tensor
     idle_updates: Tensor
     wins: Tensor
+    # methods apart from `forward` that compute with parameters
+    _uses_parameters: ClassVar[tuple[str, ...]] = ()
+    # buffers that are zero at first
+    _counters: ClassVar[tuple[str, ...]] = ("num_updates", "last_counts", "idle_updates", "wins")
     # not of an instance, so that copies and files of it have none
     _observers: tuple[Monitor, ...] = ()
     _warned_of_dead = False
@@ -99,6 +117,7 @@ class SubCentroids(nn.Module):
         assignment: Assignment = "argmax",
         update_from: UpdateFrom = "correct",
         sync: Sync = "auto",
+        process_group: ProcessGroup | None = None,
         init: Init = "random",
         init_step: int = 0,
         warmup_steps: int = 0,
@@ -124,18 +143,21 @@ class SubCentroids(nn.Module):
         if revive_after is not None:
             revive_after = whole_number(op, "revive_after", revive_after, 0, "None or a non-negative integer") or None
         accumulation_steps = whole_number(op, "accumulation_steps", accumulation_steps)
-        dtype = torch.float32 if dtype is None or dtype in (torch.float16, torch.bfloat16) else dtype
+        dtype = torch.float32 if dtype is None or dtype in _HALF else dtype
         check_value(dtype in (torch.float32, torch.float64), op, "dtype", "a float dtype", dtype)
         self.num_classes, self.num_subcentroids, self.channels = num_classes, num_subcentroids, channels
-        self.momentum, self.epsilon, self.iterations = momentum, epsilon, iterations
+        self.momentum = momentum if isinstance(momentum, tuple) or callable(momentum) else float(momentum)
+        self.epsilon, self.iterations = float(epsilon), iterations
         self.assignment, self.update_from, self.sync = assignment, update_from, sync
         self.init, self.init_step, self.warmup_steps, self.revive_after = init, init_step, warmup_steps, revive_after
         self.accumulation_steps, self.generator = accumulation_steps, generator
+        self._group = Group(process_group)
         size = (num_classes, num_subcentroids)
-        needs_count = not isinstance(momentum, (int, float)) or warmup_steps > 0 or init == "data"
+        needs_count = not isinstance(self.momentum, float) or warmup_steps > 0 or init == "data"
         count = {"dtype": torch.int64, "device": device}
         self.register_buffer("prototypes", torch.empty(*size, channels, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), **count), persistent=needs_count)  # type: ignore[arg-type]
+        self.register_buffer("start_in", torch.zeros((), **count) if init == "data" else None)  # type: ignore[arg-type]
         self.register_buffer("last_counts", torch.zeros(size, **count), persistent=False)  # type: ignore[arg-type]
         self.register_buffer("idle_updates", torch.zeros(size, **count), persistent=bool(revive_after))  # type: ignore[arg-type]
         wins = torch.zeros(size, device=device, dtype=torch.float32)
@@ -144,24 +166,89 @@ class SubCentroids(nn.Module):
         # overwrite with rank 0's; counted on the host, where the decision to move is made, apart from graphs (0-d int64)
         self._pending: tuple[Tensor, Tensor] | None = None
         self._pending_updates: int | Tensor = 0
+        # whether `start_in` is worth a look, and the tensors of when it was set
         self._start_pending = False
-        self._updates_before_start = 0
+        self._drawn: tuple[Tensor | None, Tensor | None] = None, None
+        self._agreed = False  # whether all ranks have taken the buffers of the first
+        self.reset_prototypes()
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that `sync` is about; None: all."""
+        return self._group.held
+
+    @property
+    def peers(self) -> Peers:
+        """`sync` and `process_group`."""
+        return Peers(self.sync, self._group.held)
+
+    # attributes, as every name in a state dict is one: torch.distributed.checkpoint looks them up
+
+    @property
+    def accumulated_sums(self) -> Tensor | None:
+        """[M,D], sums of the pixels of an unfinished accumulation; None without one."""
+        return None if self._pending is None or not self._pending_updates else self._pending[0]
+
+    @property
+    def accumulated_counts(self) -> Tensor | None:
+        """[M] int64, pixels of an unfinished accumulation; None without one."""
+        return None if self._pending is None or not self._pending_updates else self._pending[1]
+
+    @property
+    def accumulated_updates(self) -> Tensor | None:
+        """[] int64, updates of an unfinished accumulation; None without one."""
+        counts = self.accumulated_counts
+        return None if counts is None else torch.tensor(int(self._pending_updates), device=counts.device)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start over, as the constructor left it: parameters, also those of the modules within, sub-centroids and counters.
+
+        On the meta device there is nothing to draw; after ``to_empty(device=...)`` this, or a state dict, sets every tensor. As
+        part of `from_pretrained` of transformers (``_init_weights``) it leaves what was loaded.
+        """
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
         self.reset_prototypes()
 
     @torch.no_grad()
     def reset_prototypes(self) -> None:
-        """Start over: sub-centroids as `init` says, counters at zero."""
-        for counter in (self.num_updates, self.last_counts, self.idle_updates, self.wins):
-            counter.zero_()
-        self._pending, self._pending_updates = None, 0
-        self._start_pending, self._updates_before_start = self.init == "data", self.init_step
-        if self.prototypes.is_meta:
+        """Start the sub-centroids over: as `init` says, counters at zero. Parameters stay."""
+        self._reset_counters(self._counters)
+        self._forget_pending()
+        loaded = _is_marked(self.prototypes) and nn.init.zeros_.__module__ != "torch.nn.init"  # within its guard alone
+        if self.init == "data":
+            assert self.start_in is not None
+            self._start_pending, self._drawn = True, (self.prototypes, self.start_in)
+            nn.init.constant_(self.start_in, 0 if loaded else self.init_step + 1)
+        if self.prototypes.is_meta or loaded:
             return
         make = _starts.orthogonal_directions if self.init == "orthogonal" else _starts.random_directions
         rows = make(self.num_classes * self.num_subcentroids, self.channels, self.prototypes.device, self.generator)
         self.prototypes.copy_(rows.view_as(self.prototypes))
         # again in the buffer's own precision
         self.prototypes.copy_(F.normalize(self.prototypes, dim=2))
+
+    def _reset_counters(self, names: Iterable[str]) -> None:
+        """Counters at zero, on the device of the sub-centroids."""
+        for name in names:
+            counter = self._buffers.get(name)
+            if counter is not None and counter.is_meta and not self.prototypes.is_meta:
+                self._buffers[name] = torch.zeros_like(counter, device=self.prototypes.device)
+            elif counter is not None:
+                nn.init.zeros_(counter)
+
+    def _forget_pending(self, *, start: bool = False) -> None:
+        """Drop the sums of an unfinished accumulation, and with `start` a start from data that is to come."""
+        self._pending, self._pending_updates = None, 0
+        if start:
+            self._no_start()
+
+    def _no_start(self) -> None:
+        self._start_pending, self._drawn = False, (None, None)
+        if self.start_in is not None:
+            self.start_in.zero_()
 
     @torch.no_grad()
     def cluster(self, own_similarity: Tensor, labels: Tensor, *, joint: bool = True) -> Tensor:
@@ -199,8 +286,8 @@ class SubCentroids(nn.Module):
         inside = (group >= 0) & own.isfinite().all(1)
         group = torch.where(inside, group, -1)
         own, classes = own.detach(), self.num_classes
-        if joint and self.sync != "average" and _sync.ranks(self.sync) > 1:
-            logits = _sync.sinkhorn_over_ranks(own, group, classes, self.epsilon, self.iterations)
+        if joint and self.sync != "average" and _sync.ranks(self.peers) > 1:
+            logits = _sync.sinkhorn_over_ranks(self.peers, own, group, classes, self.epsilon, self.iterations)
             sub = logits.argmax(1) if self.assignment == "argmax" else self._draw(logits.softmax(1))
         elif self.assignment == "argmax":
             sub = ops.sinkhorn_assign(own, group, classes, epsilon=self.epsilon, iterations=self.iterations)
@@ -277,6 +364,8 @@ class SubCentroids(nn.Module):
         Returns:
             `tally`, summed.
         """
+        self._in_full_precision()
+        self._agree()
         rows = self.num_classes * self.num_subcentroids
         group = torch.div(cluster, self.num_subcentroids, rounding_mode="floor")
         assigned, before = cluster, self.prototypes.clone() if self._observers else None
@@ -291,9 +380,9 @@ class SubCentroids(nn.Module):
             sums = ops.cluster_sums(x.detach(), cluster, rows)
         totals, counts = sums
         won = self._won(own_similarity, group)
-        if not gathered and self.sync != "average" and _sync.ranks(self.sync) > 1:
+        if not gathered and self.sync != "average" and _sync.ranks(self.peers) > 1:
             packed = torch.cat([counts, won] if tally is None else [counts, won, tally])
-            totals, packed = _sync.sum_over_ranks(totals, packed)
+            totals, packed = _sync.sum_over_ranks(self.peers, totals, packed)
             counts, won, tally = packed[:rows], packed[rows : 2 * rows], None if tally is None else packed[2 * rows :]
         if not started:  # else they are those of sub-centroids that are no more
             self._count_wins(won)
@@ -309,7 +398,7 @@ class SubCentroids(nn.Module):
                 self._pending, self._pending_updates = (totals, counts), int(self._pending_updates) + 1
                 if self._pending_updates < self.accumulation_steps:
                     return tally
-                self._pending, self._pending_updates = None, 0
+                self._forget_pending()
         changed = (self.prototypes, self.num_updates, self.last_counts, self.idle_updates, self.wins)
         held = [] if moves is None else [buffer.clone() for buffer in changed]
         self._finish_update(totals, counts, started)
@@ -368,8 +457,8 @@ class SubCentroids(nn.Module):
 
     def _move(self, sums: Tensor, counts: Tensor) -> None:
         ops.apply_momentum_(self.prototypes, sums, counts, momentum=self.momentum_now())
-        if self.sync == "average" and (world := _sync.ranks(self.sync)) > 1:
-            (total,) = _sync.sum_over_ranks(self.prototypes)
+        if self.sync == "average" and (world := _sync.ranks(self.peers)) > 1:
+            (total,) = _sync.sum_over_ranks(self.peers, self.prototypes)
             self.prototypes.copy_(F.normalize(total / world, dim=2))
 
     def momentum_now(self) -> float | Tensor:
@@ -377,10 +466,11 @@ class SubCentroids(nn.Module):
         momentum = self.momentum
         if isinstance(momentum, tuple):
             start, end, steps = momentum
-            done = (self.num_updates / steps).clamp(max=1)
+            done = (self.num_updates.to(torch.float32) / steps).clamp(max=1)
             return end - (end - start) * (1 + torch.cos(math.pi * done)) / 2
         if callable(momentum):
-            return torch.as_tensor(momentum(self.num_updates.to(torch.float32)), device=self.prototypes.device)
+            now, device = momentum(self.num_updates.to(torch.float32)), self.prototypes.device
+            return now.to(device) if isinstance(now, Tensor) else torch.tensor(now, dtype=torch.float32, device=device)
         return float(momentum)
 
     def _revive(self, x: Tensor, group: Tensor, own_similarity: Tensor, after: int, gathered: bool) -> None:
@@ -393,8 +483,8 @@ class SubCentroids(nn.Module):
             pixels = x.new_zeros(self.num_classes, self.channels)
         pixels = F.normalize(torch.where((best > -torch.inf)[:, None], pixels.to(self.prototypes.dtype), 0), dim=1)
         key = -best  # the similarity of the least similar pixel; Inf without pixels
-        if not gathered and _sync.ranks(self.sync) > 1:
-            key, pixels = _sync.rows_of_lowest_key(key, pixels)
+        if not gathered and _sync.ranks(self.peers) > 1:
+            key, pixels = _sync.rows_of_lowest_key(self.peers, key, pixels)
         longest, which = self.idle_updates.max(1)
         due = (longest >= after) & key.isfinite()
         each = torch.arange(self.num_classes, device=which.device)
@@ -436,14 +526,14 @@ class SubCentroids(nn.Module):
         start, counts = _starts.data_start(
             x.detach(), group, self.prototypes, refinements=refinements, generator=self.generator
         )
-        if _sync.ranks(self.sync) > 1:
+        if _sync.ranks(self.peers) > 1:
             key = torch.where(counts > 0, -counts.to(start.dtype), torch.inf)
-            key, rows = _sync.rows_of_lowest_key(key, start)
+            key, rows = _sync.rows_of_lowest_key(self.peers, key, start)
             start = torch.where(key.isfinite()[:, None, None], rows, self.prototypes)
             counts = torch.where(key.isfinite(), -key, 0).to(torch.int64)
         self.prototypes.copy_(start)
         self.wins.zero_()
-        self._start_pending = False
+        self._no_start()
         return counts
 
     @torch.no_grad()
@@ -496,7 +586,7 @@ class SubCentroids(nn.Module):
         result = refitted_(self, batches, iterations, tolerance, start, restarts)
         for counter in (self.wins, self.idle_updates):
             counter.zero_()
-        self._pending, self._pending_updates, self._start_pending = None, 0, False
+        self._forget_pending(start=True)
         return result
 
     def diagnose(
@@ -561,18 +651,24 @@ class SubCentroids(nn.Module):
 
     @torch._disable_dynamo  # as in `_sync`
     def _start_when_due(self, x: Tensor, group: Tensor) -> bool:
-        # counted on the host so that no step has to read a device counter
-        due = self._updates_before_start <= 0
-        self._updates_before_start -= 1
-        if due:
+        assert self.start_in is not None
+        left = int(self.start_in)
+        # loaded without a word: sub-centroids that are other tensors, without a count; or by `copy_`, with many updates
+        loaded = self.prototypes is not self._drawn[0] and self.start_in is self._drawn[1]
+        if loaded or not 0 < left <= self.init_step + 1 or int(self.num_updates) > self.init_step:
+            self._no_start()
+            return False
+        self.start_in.sub_(1)
+        if left == 1:
             self._start_from_(x, group)
-        return due
+        return left == 1
 
     def snapshot(self, update: bool = False) -> Tensor:
         """The sub-centroids to compute with, [C,K,D]: a copy where an update could come before backward, else the buffer.
 
         Out of training they are of unit length, also where a moving average of models has shortened the buffer's rows.
         """
+        self._in_full_precision()
         if (update or self.training) and torch.is_grad_enabled():
             # of itself a custom operator would import the compiler: seconds, in the first step
             return _copy(self.prototypes) if torch.compiler.is_compiling() else self.prototypes.clone()
@@ -585,13 +681,52 @@ class SubCentroids(nn.Module):
         """Sizes, the recipe, and every option that differs from it or from its default."""
         return options_of(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get("_buffers", {}).get(name)
+        super().__setattr__(name, value)
+        if name == "__class__":
+            self._register_with_fsdp()
+        elif before is not None and isinstance(value, Tensor):
+            # as `from_pretrained` loads: tensor by tensor, and with whatever lies in memory for what the checkpoint lacks
+            lacks = name in self._non_persistent_buffers_set or (_is_marked(self.prototypes) and not _is_marked(value))
+            if name in ("prototypes", "wins") and value.dtype in _HALF:
+                self._buffers[name] = _widened(value, unit=name == "prototypes")
+            elif before.is_meta and not value.is_meta and lacks:
+                value.zero_()
+
+    def _register_with_fsdp(self) -> None:
+        """`fully_shard` makes its own class of a module's, and gathers the parameters for `forward` alone unless told."""
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is not None and isinstance(self, fsdp.FSDPModule):
+            for method in self._uses_parameters:
+                fsdp.register_fsdp_forward_method(self, method)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubCentroids:
-        masters = {"prototypes": self.prototypes, "wins": self.wins}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, master in masters.items():
-            if (moved := getattr(self, name)).dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, master.to(moved.device))
+        for name in ("prototypes", "wins"):
+            if (moved := getattr(self, name)).dtype in _HALF:
+                self._buffers[name] = before[name].to(moved.device)  # type: ignore[union-attr]
+        self._reset_counters(name for name, old in before.items() if name in self._counters and _materialised(old, self, name))
+        drawn = zip(("prototypes", "start_in"), self._drawn, strict=True)
+        self._drawn = tuple(self._buffers[name] if old is before[name] else old for name, old in drawn)  # type: ignore[assignment]
         return self
+
+    def _in_full_precision(self) -> None:
+        """Undo a cast from outside, such as that of ``MixedPrecision(buffer_dtype=...)`` of FullyShardedDataParallel."""
+        for name in ("prototypes", "wins"):
+            if (buffer := getattr(self, name)).dtype in _HALF:
+                buffer.data = _widened(buffer, unit=name == "prototypes")
+
+    def _agree(self) -> None:
+        """All ranks take the buffers of the first, once: without DistributedDataParallel nobody else sees to that."""
+        if not self._agreed and _sync.ranks(self.peers) > 1:
+            _sync.take_from_first_rank_(self.peers, *self.buffers())
+            self._agreed = True
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: value for name in _ACCUMULATED if (value := getattr(self, name)) is not None})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
@@ -600,8 +735,12 @@ class SubCentroids(nn.Module):
         name, older = f"{prefix}prototypes", f"{prefix}subcentroids"
         if older in state_dict and name not in state_dict:
             state_dict[name] = state_dict.pop(older)
+        accumulated = [state_dict.pop(prefix + part, None) for part in _ACCUMULATED]
+        start_in = state_dict.pop(f"{prefix}start_in", None)
         rows = state_dict.get(name)
+        loads = False
         if isinstance(rows, Tensor) and rows.shape == self.prototypes.shape:
+            loads = True
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             length = rows.norm(dim=2, keepdim=True)
             if not rows.is_meta and not (length.isfinite() & (length > 0)).all():
@@ -609,15 +748,31 @@ class SubCentroids(nn.Module):
                     f"{name}: every sub-centroid must be finite and not zero; got {int((~(length > 0)).sum())} zero or NaN"
                 )
             state_dict[name] = _unit_rows(rows, length)
-            self._pending, self._pending_updates = None, 0
-            done = state_dict.get(f"{prefix}num_updates")
-            done = int(done) if isinstance(done, Tensor) and not done.is_meta else None
-            self._start_pending = self.init == "data" and done is not None and done <= self.init_step
-            self._updates_before_start = 0 if done is None else max(0, self.init_step - done)
+            self._forget_pending()
+            if self.accumulation_steps > 1 and accumulated[0] is not None:
+                self._pending, self._pending_updates = (accumulated[0], accumulated[1]), int(accumulated[2])
+            if self.start_in is not None:
+                if start_in is None:  # the updates done say it too, unless `initialize_from_` came first
+                    done = state_dict.get(f"{prefix}num_updates")
+                    done = int(done) if isinstance(done, Tensor) and not done.is_meta else None
+                    left = 0 if done is None else max(0, self.init_step + 1 - done)
+                    start_in = torch.tensor(left, device=rows.device)
+                state_dict[f"{prefix}start_in"] = start_in
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        for counter in ("num_updates", "idle_updates", "wins"):  # a released checkpoint has none
+        for counter in ("num_updates", "idle_updates", "wins", "start_in"):  # a released checkpoint has none
             if f"{prefix}{counter}" in missing_keys:
                 missing_keys.remove(f"{prefix}{counter}")
+        if loads:
+            self._reset_counters(counter for counter in self._counters if f"{prefix}{counter}" not in state_dict)
+            if self.start_in is not None:
+                self._start_pending = self.start_in.is_meta or int(self.start_in) > 0
+                self._drawn = self.prototypes, self.start_in
+
+
+def _materialised(before: Tensor | None, module: nn.Module, name: str) -> bool:
+    """Whether a buffer that was on the meta device is on another now, where it has no value."""
+    now = module._buffers[name]
+    return before is not None and before.is_meta and now is not None and not now.is_meta
 
 
 @torch.library.custom_op(f"{NAMESPACE}::copy_of_subcentroids", mutates_args=())
@@ -629,6 +784,21 @@ def _copy(rows: Tensor) -> Tensor:
 @_copy.register_fake
 def _(rows: Tensor) -> Tensor:
     return torch.empty_like(rows)
+
+
+def _widened(t: Tensor, *, unit: bool) -> Tensor:
+    """Half precision in float32, rows of unit length again."""
+    wide = t.detach().to(torch.float32)
+    if unit and not t.is_meta:
+        wide = _unit_rows(wide, wide.norm(dim=2, keepdim=True))
+    if _is_marked(t):
+        wide._is_hf_initialized = True  # type: ignore[attr-defined]
+    return wide
+
+
+def _is_marked(t: Tensor) -> bool:
+    """Whether `from_pretrained` of transformers has loaded it: its functions in the place of `torch.nn.init` leave it alone."""
+    return getattr(t, "_is_hf_initialized", False)
 
 
 def _unit_rows(rows: Tensor, length: Tensor) -> Tensor:
