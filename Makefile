@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help install install-demo demo test test-gpu-versions bench lint gpu-wheel gpu-build gpu-run clean
+.PHONY: help install install-demo demo test test-gpu-versions test-newest-versions bench lint gpu-wheel gpu-build gpu-run clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1: /'
 
@@ -65,16 +65,24 @@ WORKERS ?= 2
 test: install ## run the whole test suite (marked gpu: skipped without a GPU)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The Python of GPU machines: the first 3.12 that runs (a shim of pyenv need not), on PATH or of pyenv.
-GPU_PYTHON ?= $(shell for p in python3.12 $$(pyenv root 2>/dev/null)/versions/3.12*/bin/python3.12; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
-define NEEDS_PYTHON312
-@"$(GPU_PYTHON)" -c 'import sys; assert sys.version_info[:2] == (3, 12)' 2>/dev/null || \
-	{ echo "make $@ needs CPython 3.12, and found '$(GPU_PYTHON)': put python3.12 on PATH, or run \`pyenv install 3.12\`, or name it with GPU_PYTHON=" >&2; exit 1; }
+# The first Python of a version that runs (a shim of pyenv need not), on PATH or of pyenv.
+find_python = $(shell for p in python$(1) $$(pyenv root 2>/dev/null)/versions/$(1)*/bin/python$(1); do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
+GPU_PYTHON ?= $(call find_python,3.12)
+NEWEST_PYTHON ?= $(call find_python,3.13)
+# needs_python VARIABLE,VERSION
+define needs_python
+@"$($(1))" -c 'import sys; assert "%d.%d" % sys.version_info[:2] == "$(2)"' 2>/dev/null || \
+	{ echo "make $@ needs CPython $(2), and found '$($(1))': put python$(2) on PATH, or run \`pyenv install $(2)\`, or name it with $(1)=" >&2; exit 1; }
 endef
 GPU_VENV ?= .venv-3.12
 test-gpu-versions: ## the same with Python 3.12 and the versions of GPU machines, in .venv-3.12 (5 GB)
-	$(NEEDS_PYTHON312)
+	$(call needs_python,GPU_PYTHON,3.12)
 	$(MAKE) test PYTHON="$(GPU_PYTHON)" VENV=$(GPU_VENV) CONSTRAINTS=constraints-gpu.txt
+
+NEWEST_VENV ?= .venv-3.13
+test-newest-versions: ## the same with Python 3.13 and torch 2.14, in .venv-3.13 (6 GB)
+	$(call needs_python,NEWEST_PYTHON,3.13)
+	$(MAKE) test PYTHON="$(NEWEST_PYTHON)" VENV=$(NEWEST_VENV) CONSTRAINTS=constraints-newest.txt
 
 bench: install ## compare the kernels with their baselines on this machine
 	$(BIN)/python -m benchmarks run
@@ -90,7 +98,7 @@ lint: install ## ruff, clang-format and mypy; changes nothing
 TOOLS := .venv-gpu
 GPU_TREE = build/cmake-$(shell $(TOOLS)/bin/python -c 'import sys, sysconfig; print(sysconfig.get_platform(), sys.implementation.cache_tag, sep="-")')
 $(TOOLS)/.installed: pyproject.toml
-	$(NEEDS_PYTHON312)
+	$(call needs_python,GPU_PYTHON,3.12)
 	"$(GPU_PYTHON)" -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install $(BUILD_TOOLS)
 	touch $@
@@ -112,6 +120,6 @@ gpu-run: $(if $(DRY),install) ## make the most of MINUTES on a GPU: PHASE=works|
 		$(if $(PARTS),--parts $(PARTS)) $(if $(FAMILIES),--families $(FAMILIES)) $(if $(TESTS),--tests $(TESTS))
 
 clean: ## remove builds, caches and venvs
-	rm -rf build dist *.egg-info $(VENV) $(GPU_VENV) $(TOOLS) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out gpu-out
+	rm -rf build dist *.egg-info $(VENV) $(GPU_VENV) $(NEWEST_VENV) $(TOOLS) .pytest_cache .hypothesis .mypy_cache .ruff_cache demo-out train-out gpu-out
 	find dnc_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	rm -f dnc_kernels/_C*.so

@@ -110,6 +110,37 @@ def test_packages_run_in_python_and_that_of_the_reference_in_libtorch_alone(fold
     assert done.returncode != 0 and "dnc_kernels" in done.stderr
 
 
+class PredictsAll(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.classifier = nn.DNCHead(8, 5, 2), nn.DNCClassifier(8, 5, 2)
+        self.released = nn.DNCClassifier(8, 5, 2, recipe="released")
+
+    def forward(self, features, images, rows):
+        labels = self.head.predict(features, size=images.shape[2:])
+        return labels, self.classifier.predict(rows), self.released.predict(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.filterwarnings("ignore")
+def test_a_package_of_predictions_runs_at_other_sizes(tmp_path):
+    def inputs(batch, size, image_size):
+        return torch.randn(batch, 8, *size), torch.randn(batch, 3, *image_size), torch.randn(3 * batch - 2, 8)
+
+    network = PredictsAll().eval().requires_grad_(False)
+    dynamic = torch.export.Dim.DYNAMIC
+    sizes = {0: dynamic, 2: dynamic, 3: dynamic}
+    program = torch.export.export(network, inputs(2, (4, 6), (16, 24)), dynamic_shapes=(sizes, sizes, {0: dynamic}))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "predict.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for other in ((1, (5, 3), (11, 9)), (3, (4, 6), (4, 6))):
+        given = inputs(*other)
+        for actual, expected in zip(loaded(*given), network(*given), strict=True):
+            # another order of additions may decide a tie
+            assert actual.shape == expected.shape and (actual == expected).double().mean() > 0.99
+
+
 @pytest.mark.slow
 def test_onnx_runtime_gives_the_same_labels(folder):
     pytest.importorskip("onnxscript")

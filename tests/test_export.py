@@ -137,6 +137,18 @@ def test_a_head_is_exported_with_dynamic_sizes(options, function, strict):
     assert_exports(Call(function, head), *((features(n),) for n in MAP), strict=strict)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_prediction_takes_images_of_any_size_even_that_of_the_features(strict):
+    torch._dynamo.reset()
+    call = Call(lambda h, x, i: h.predict(x, size=i.shape[2:]), nn.DNCHead(D, C, K).eval())
+    sizes = tuple(dict.fromkeys((0, 2, 3), DYNAMIC) for _ in range(2))
+    example = features((2, 4, 6)), image((2, 16, 24))
+    program = torch.export.export(call, example, dynamic_shapes=(sizes,), strict=strict).module()
+    for batch, size, image_size in ((3, (5, 9), (20, 18)), (1, (4, 6), (8, 12)), (2, (4, 6), (4, 6)), (2, (6, 5), (6, 10))):
+        inputs = features((batch, *size)), image((batch, *image_size))
+        assert torch.equal(program(*inputs), call(*inputs))
+
+
 @pytest.mark.parametrize("name", ["forward", "predict", "explain"])
 def test_a_classifier_is_exported_with_a_dynamic_batch(name):
     classifier = nn.DNCClassifier(D, C, K).eval()

@@ -259,3 +259,82 @@ def test_torchvision_that_fails_for_another_reason_raises_that_reason(tmp_path):
     )
     done = in_a_fresh_process(code)
     assert done.returncode == 1 and "another reason" in done.stderr
+
+
+def pretrained_class():
+    """A model of transformers with a head in it."""
+    transformers = pytest.importorskip("transformers")
+    integrations.declare_missing_torchvision_ops()
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "small_dnc"
+
+        def __init__(self, init="data", momentum=None, **options):
+            super().__init__(**options)
+            self.init, self.momentum = init, momentum
+
+    class Model(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.backbone = nn.Conv2d(3, 8, 1)
+            weight = [1.0, 2.0, 3.0, 4.0]
+            self.head = DNCHead(8, 4, 2, init=config.init, momentum=config.momentum, class_weight=weight)
+            self.post_init()
+
+        def forward(self, x, labels):
+            return self.head(self.backbone(x), labels).loss
+
+        def _init_weights(self, module):
+            super()._init_weights(module)
+            if isinstance(module, DNCHead):
+                module.reset_parameters()
+
+    return Model, Config
+
+
+@pytest.fixture
+def filled_memory():
+    """Empty memory reads as NaN and as the largest integers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("own_init", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_pretrained_gives_the_head_that_was_saved(own_init, dtype, tmp_path, filled_memory):
+    Model, Config = pretrained_class()
+    if not own_init:
+        del Model._init_weights
+    torch.manual_seed(0)
+    model, x, labels = Model(Config()).train(), torch.randn(2, 3, 8, 8), torch.randint(0, 4, (2, 8, 8))
+    model(x, labels)
+    model.save_pretrained(tmp_path)
+    loaded = Model.from_pretrained(tmp_path, dtype=dtype).train()
+    head, source = loaded.head, model.head
+    assert torch.equal(head.prototypes, source.prototypes)
+    assert torch.equal(head.class_weight, source.class_weight)
+    assert int(head.num_updates) == 1 and int(head.start_in) == 0
+    for name in ("last_counts", "idle_updates", "wins", "class_counts", "nonfinite_pixels", "bad_labels"):
+        assert not getattr(head, name).any(), name
+    loaded(x.to(dtype), labels)
+    assert (head.prototypes - source.prototypes).abs().max() < 0.05  # moved, not started over
+    if dtype == torch.float32:
+        model(x, labels)
+        assert torch.equal(head.prototypes, source.prototypes)
+
+
+def test_from_pretrained_completes_what_a_checkpoint_lacks(tmp_path, filled_memory):
+    Model, Config = pretrained_class()
+    model = Model(Config(init="orthogonal", momentum=0.9))
+    model.save_pretrained(tmp_path / "constant")  # without `num_updates` and `start_in`
+    head = Model.from_pretrained(tmp_path / "constant", config=Config(init="data")).head
+    assert torch.equal(head.prototypes, model.head.prototypes)
+    assert int(head.num_updates) == int(head.start_in) == 0
+    backbone = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
+    model.save_pretrained(tmp_path / "backbone", state_dict=backbone)
+    head = Model.from_pretrained(tmp_path / "backbone", config=Config(init="data")).head
+    assert (head.prototypes.norm(dim=2) - 1).abs().max() < 1e-5 and int(head.start_in) == 1
+    assert head.logit_scale.item() == pytest.approx(math.log(10))

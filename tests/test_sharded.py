@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from tolerances import assert_golden
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dnc_kernels import nn
@@ -18,6 +16,18 @@ from dnc_kernels import nn
 C, K, D, STEPS, WORLD = 3, 2, 8, 2, 2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def fully_shard(module):
+    from torch.distributed.fsdp import fully_shard  # 8 s of CPU time: in the ranks alone
+
+    return fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+
+
+def flattened(module, **options):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True, **options)
 
 
 class Net(torch.nn.Module):
@@ -49,12 +59,15 @@ def whole(tensor):
 def run(net, data, model=None):
     """Train; losses (averaged over the ranks by `result`), sub-centroids and parameters."""
     model = net if model is None else model
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    losses = []
     for step in range(STEPS):
-        optimizer.zero_grad()
         loss = model(*data(step)).loss
         loss.backward()
-        optimizer.step()
+        with torch.no_grad():  # an optimizer would import the compiler
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.sub_(0.1 * p.grad)
+                    p.grad = None
         losses.append(loss.detach())
     return {"loss": torch.stack(losses), "prototypes": net.head.prototypes.clone()}
 
@@ -67,23 +80,25 @@ def result(record, parameters=()):
 
 def sharded_network(rank):
     """The ranks start with sub-centroids of their own, which nobody but the head brings together."""
-    net = fully_shard(Net(seed=rank), mesh=init_device_mesh("cpu", (WORLD,)))
+    net = fully_shard(Net(seed=rank))
     return result(run(net, lambda step: batch(step, rank)), net.named_parameters())
 
 
 def flattened_network(rank):
     net = Net()
-    model = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+    model = flattened(net)
     record = run(net, lambda step: batch(step, rank), model)
-    with FullyShardedDataParallel.summon_full_params(model):
+    with type(model).summon_full_params(model):
         return result(record, net.named_parameters())
 
 
 def flattened_in_half_precision(rank):
+    from torch.distributed.fsdp import MixedPrecision
+
     net, half = Net(), torch.bfloat16
     policy = MixedPrecision(param_dtype=half, reduce_dtype=half, buffer_dtype=half)
-    model = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True, mixed_precision=policy)
-    return result(run(net, lambda step: batch(step, rank), model)) | {"wins": net.head.wins.clone()}
+    record = run(net, lambda step: batch(step, rank), flattened(net, mixed_precision=policy))
+    return result(record) | {"wins": net.head.wins.clone()}
 
 
 def sharded_head(rank):
@@ -93,7 +108,7 @@ def sharded_head(rank):
     for name, head in (("scale", Net().head), ("norm", Net(scores="norm").head), ("none", Net(checkpoint="none").head)):
         plain = copy.deepcopy(head)
         plain.sync = "none"
-        fully_shard(head, mesh=init_device_mesh("cpu", (WORLD,)))
+        fully_shard(head)
         mine = features.clone().requires_grad_()
         loss = head.loss(mine, labels).loss
         loss.backward()
@@ -105,7 +120,7 @@ def sharded_head(rank):
         assert torch.equal(head.explain(features).label, plain.explain(features).label)
         assert torch.equal(head.embed(features), plain.embed(features)) and torch.equal(head(features), plain(features))
         head.diagnose(features, labels), head.initialize_from_(features, labels), head.refit_(features, labels)
-    classifier = fully_shard(nn.DNCClassifier(D, C, K), mesh=init_device_mesh("cpu", (WORLD,)))
+    classifier = fully_shard(nn.DNCClassifier(D, C, K))
     rows = features.movedim(1, -1).flatten(0, 2)
     classifier.loss(rows, labels.flatten()).loss.backward()
     assert classifier.feat_norm.weight.grad is not None and classifier.predict(rows).shape == (len(rows),)
@@ -113,9 +128,11 @@ def sharded_head(rank):
 
 
 def deferred(rank):
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
     with torch.device("meta"):
         net = Net(class_weight=[1.0, 2.0, 3.0], accumulation_steps=2)
-    fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)))
+    fully_shard(net)
     net.to_empty(device="cpu")
     torch.manual_seed(rank)
     net.head.generator = None
@@ -124,7 +141,7 @@ def deferred(rank):
             module.reset_parameters()
     net(*batch(0, rank)).loss.backward()
     state = get_model_state_dict(net)
-    twin = fully_shard(Net(class_weight=[1.0, 2.0, 3.0], accumulation_steps=2), mesh=init_device_mesh("cpu", (WORLD,)))
+    twin = fully_shard(Net(class_weight=[1.0, 2.0, 3.0], accumulation_steps=2))
     set_model_state_dict(twin, state)
     for some in (net, twin):
         some(*batch(1, rank))

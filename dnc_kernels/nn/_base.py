@@ -140,20 +140,17 @@ class CentroidModel(SubCentroids):
             )
             weight = torch.as_tensor(value, dtype=torch.float32, device=device)
             check_value(list(weight.shape) == [self.num_classes], op, "class_weight", f"[C]=[{self.num_classes}]", weight)
-            check_value(
-                not weight.requires_grad, op, "class_weight", "without a gradient", weight, "pass class_weight.detach()"
-            )
-            check_value(weight.is_meta or bool((weight >= 0).all()), op, "class_weight", "non-negative", str(value))
+            fix = "pass class_weight.detach()"
+            check_value(not weight.requires_grad, op, "class_weight", "without a gradient", weight, fix)
+            if not weight.is_meta:
+                check_value(bool((weight >= 0).all()), op, "class_weight", "non-negative", str(weight.tolist()))
         self._class_weight = weight
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start over, as the constructor left it: parameters, also those of the modules within, sub-centroids and counters.
-
-        On the meta device there is nothing to draw; after ``to_empty(device=...)`` this, or a state dict, sets every tensor.
-        """
+        """Start over, as the constructor left it: see `SubCentroids.reset_parameters`."""
         if self.scores == "scale":
-            self.logit_scale.fill_(math.log(self.scale))
+            nn.init.constant_(self.logit_scale, math.log(self.scale))
         super().reset_parameters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

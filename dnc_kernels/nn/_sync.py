@@ -17,7 +17,7 @@ from ..errors import message
 
 
 class Group:
-    """Holds a process group, or None for the default one. A copy has the same group, a file has none: it belongs to the process."""
+    """Holds a process group, or None for the default one. A copy has the same; a file has none, as it is of this process."""
 
     def __init__(self, held: Any = None) -> None:
         self.held = held

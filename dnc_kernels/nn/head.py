@@ -419,11 +419,11 @@ class DNCHead(CentroidModel):
             size: (H, W), or one number for both; None: that of the features.
         """
         self._check_features("predict", features)
-        height, width = features.shape[2:] if size is None else map_size(f"{type(self).__name__}.predict", size)
-        logits = self(features)
-        if (height, width) == (features.shape[2], features.shape[3]):
-            return logits.argmax(1)
-        return ops.upsample_argmax(logits, (height, width), align_corners=self.align_corners)
+        if size is None:
+            return self(features).argmax(1)
+        # also to the size of the features: asking whether it is that would tie an exported program to the answer
+        size = map_size(f"{type(self).__name__}.predict", size)
+        return ops.upsample_argmax(self(features), size, align_corners=self.align_corners)
 
     @torch.no_grad()
     def explain(self, features: Tensor) -> ops.NearestCentroid:

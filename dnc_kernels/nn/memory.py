@@ -121,8 +121,8 @@ class FeatureMemory(nn.Module):
     @torch.no_grad()
     def clear(self) -> None:
         """Forget everything."""
-        self.storage.zero_()
-        self.pushed.zero_()
+        nn.init.zeros_(self.storage)
+        nn.init.zeros_(self.pushed)
 
     def reset_parameters(self) -> None:
         """`clear`, by the name that modules have for it."""

@@ -97,8 +97,8 @@ class SubCentroids(nn.Module):
             sync is ``average`` or ``none``). Zero again where sub-centroids start from data. In the state dict with
             `revive_after`.
 
-    The sums of an unfinished accumulation are in the state dict too, while there are any. A state dict without a counter sets it
-    to 0, and sub-centroids that were loaded, by whatever way, are never started over.
+    The sums of an unfinished accumulation are in the state dict too, while there are any. A state dict without a counter sets
+    it to 0. Sub-centroids that were loaded, whichever way, are never started over.
     """
 
     prototypes: Tensor
@@ -173,9 +173,9 @@ class SubCentroids(nn.Module):
         wins = torch.zeros(size, device=device, dtype=torch.float32)
         self.register_buffer("wins", wins, persistent=bool(revive_after))
         # sums and counts of the updates since the last move, and how many: no buffers, which DistributedDataParallel would
-        # overwrite with rank 0's; counted on the host, where the decision to move is made
+        # overwrite with rank 0's; counted on the host, where the decision to move is made, apart from graphs (0-d int64)
         self._pending: tuple[Tensor, Tensor] | None = None
-        self._pending_updates = 0
+        self._pending_updates: int | Tensor = 0
         # whether `start_in` is worth a look, and the tensors of when it was set
         self._start_pending = False
         self._drawn: tuple[Tensor | None, Tensor | None] = None, None
@@ -214,7 +214,8 @@ class SubCentroids(nn.Module):
     def reset_parameters(self) -> None:
         """Start over, as the constructor left it: parameters, also those of the modules within, sub-centroids and counters.
 
-        On the meta device there is nothing to draw; after ``to_empty(device=...)`` this, or a state dict, sets every tensor.
+        On the meta device there is nothing to draw; after ``to_empty(device=...)`` this, or a state dict, sets every tensor. As
+        part of `from_pretrained` of transformers (``_init_weights``) it leaves what was loaded.
         """
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
@@ -226,11 +227,12 @@ class SubCentroids(nn.Module):
         """Start the sub-centroids over: as `init` says, counters at zero. Parameters stay."""
         self._reset_counters(self._counters)
         self._forget_pending()
+        loaded = _is_marked(self.prototypes) and nn.init.zeros_.__module__ != "torch.nn.init"  # within its guard alone
         if self.init == "data":
             assert self.start_in is not None
             self._start_pending, self._drawn = True, (self.prototypes, self.start_in)
-            self.start_in.fill_(self.init_step + 1)
-        if self.prototypes.is_meta:
+            nn.init.constant_(self.start_in, 0 if loaded else self.init_step + 1)
+        if self.prototypes.is_meta or loaded:
             return
         make = _starts.orthogonal_directions if self.init == "orthogonal" else _starts.random_directions
         rows = make(self.num_classes * self.num_subcentroids, self.channels, self.prototypes.device, self.generator)
@@ -245,7 +247,7 @@ class SubCentroids(nn.Module):
             if counter is not None and counter.is_meta and not self.prototypes.is_meta:
                 self._buffers[name] = torch.zeros_like(counter, device=self.prototypes.device)
             elif counter is not None:
-                counter.zero_()
+                nn.init.zeros_(counter)
 
     def _forget_pending(self, *, start: bool = False) -> None:
         """Drop the sums of an unfinished accumulation, and with `start` a start from data that is to come."""
@@ -401,25 +403,47 @@ class SubCentroids(nn.Module):
             counts, won, tally = packed[:rows], packed[rows : 2 * rows], None if tally is None else packed[2 * rows :]
         if not started:  # else they are those of sub-centroids that are no more
             self._count_wins(won)
+        moves = None
         if self.accumulation_steps > 1:
             if started:  # these pixels were clustered by sub-centroids that are no more
                 totals, counts = torch.zeros_like(totals), torch.zeros_like(counts)
             if self._pending is not None:
                 totals, counts = totals + self._pending[0].to(totals), counts + self._pending[1].to(counts)
-            self._pending, self._pending_updates = (totals, counts), self._pending_updates + 1
-            if self._pending_updates < self.accumulation_steps:
-                return tally
-            self._forget_pending()
+            if torch.compiler.is_compiling():
+                moves = self._last_of_accumulation(totals, counts)
+            else:
+                self._pending, self._pending_updates = (totals, counts), int(self._pending_updates) + 1
+                if self._pending_updates < self.accumulation_steps:
+                    return tally
+                self._forget_pending()
+        changed = (self.prototypes, self.num_updates, self.last_counts, self.idle_updates, self.wins)
+        held = [] if moves is None else [buffer.clone() for buffer in changed]
         self._finish_update(totals, counts, started)
         if self.revive_after is not None and own_similarity is not None and not started:
             assert x is not None
             self._revive(x.detach(), group, own_similarity, self.revive_after, gathered)
+        if moves is not None:
+            for buffer, value in zip(changed, held, strict=True):
+                buffer.copy_(torch.where(moves, buffer, value))
         if before is not None:
-            self._observe(before, own_similarity, assigned)
+            self._observe(before, own_similarity, assigned, moves)
         return tally
 
+    def _last_of_accumulation(self, totals: Tensor, counts: Tensor) -> Tensor:
+        """[] bool: whether these are the sums of `accumulation_steps` updates; else they are kept for the next one.
+
+        Counted on the device: a number of the host would be a constant of the graph, and every update would make a new one.
+        """
+        done = torch.zeros((), dtype=torch.int64, device=counts.device) + self._pending_updates + 1
+        moves = done >= self.accumulation_steps
+        self._pending = torch.where(moves, 0, totals), torch.where(moves, 0, counts)
+        self._pending_updates = torch.where(moves, 0, done)
+        return moves
+
     @torch._disable_dynamo  # as in `_sync`
-    def _observe(self, before: Tensor, own_similarity: Tensor | None, cluster: Tensor) -> None:
+    def _observe(self, before: Tensor, own_similarity: Tensor | None, cluster: Tensor, moves: Tensor | None) -> None:
+        if moves is not None and not moves:
+            return
         for observer in self._observers:
             observer.see(before, own_similarity, cluster)
 
@@ -680,10 +704,11 @@ class SubCentroids(nn.Module):
         if name == "__class__":
             self._register_with_fsdp()
         elif before is not None and isinstance(value, Tensor):
-            # as `from_pretrained` loads: tensor by tensor, and with whatever lies in memory for what is in no state dict
+            # as `from_pretrained` loads: tensor by tensor, and with whatever lies in memory for what the checkpoint lacks
+            lacks = name in self._non_persistent_buffers_set or (_is_marked(self.prototypes) and not _is_marked(value))
             if name in ("prototypes", "wins") and value.dtype in _HALF:
                 self._buffers[name] = _widened(value, unit=name == "prototypes")
-            elif before.is_meta and not value.is_meta and name in self._non_persistent_buffers_set:
+            elif before.is_meta and not value.is_meta and lacks:
                 value.zero_()
 
     def _register_with_fsdp(self) -> None:
@@ -730,8 +755,9 @@ class SubCentroids(nn.Module):
         accumulated = [state_dict.pop(prefix + part, None) for part in _ACCUMULATED]
         start_in = state_dict.pop(f"{prefix}start_in", None)
         rows = state_dict.get(name)
-        loads = isinstance(rows, Tensor) and rows.shape == self.prototypes.shape
-        if loads:
+        loads = False
+        if isinstance(rows, Tensor) and rows.shape == self.prototypes.shape:
+            loads = True
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             length = rows.norm(dim=2, keepdim=True)
             if not rows.is_meta and not (length.isfinite() & (length > 0)).all():
@@ -779,8 +805,17 @@ def _(rows: Tensor) -> Tensor:
 
 def _widened(t: Tensor, *, unit: bool) -> Tensor:
     """Half precision in float32, rows of unit length again."""
-    t = t.detach().to(torch.float32)
-    return _unit_rows(t, t.norm(dim=2, keepdim=True)) if unit and not t.is_meta else t
+    wide = t.detach().to(torch.float32)
+    if unit and not t.is_meta:
+        wide = _unit_rows(wide, wide.norm(dim=2, keepdim=True))
+    if _is_marked(t):
+        wide._is_hf_initialized = True  # type: ignore[attr-defined]
+    return wide
+
+
+def _is_marked(t: Tensor) -> bool:
+    """Whether `from_pretrained` of transformers has loaded it: its functions in the place of `torch.nn.init` leave it alone."""
+    return getattr(t, "_is_hf_initialized", False)
 
 
 def _unit_rows(rows: Tensor, length: Tensor) -> Tensor:
