@@ -6,8 +6,8 @@ from functools import cache
 def quicken():
     """Let a launch ready Triton's language once; what kernels compute stays the same.
 
-    The interpreter puts functions of its own in place of Triton's, which it finds by listing whole modules: at a launch, and again
-    whenever a kernel calls a function. That took two fifths of the time. Here a call readies only what its launch has not met.
+    The interpreter puts functions of its own in place of Triton's, which it finds by listing whole modules: at a launch, and
+    again whenever a kernel calls a function. That took two fifths of the time. Here a call readies only what its launch has not met.
     """
     import triton.language as tl
     from triton.runtime import interpreter

@@ -266,7 +266,7 @@ def test_a_cpp_program_is_built_against_the_installed_library(built, mode):
     options = ["-DDNC_PYTHON=OFF", "-DDNC_TESTS=ON", f"-DDNC_BUILD={mode}"]
     if GPU:
         options.append("-DDNC_CUDA_ARCHS=native")
-    elif "CMAKE_CUDA_COMPILER_LAUNCHER" not in os.environ:  # else the objects of the set-up are found
+    elif not os.environ.get("CMAKE_CUDA_COMPILER_LAUNCHER"):  # else ccache has the objects of the set-up
         # kernels that nothing runs are compiled in a ninth of the time
         options += ["-DDNC_CUDA_ARCHS=80-real", "-DCMAKE_CUDA_FLAGS=-Xcicc -O0 -Xptxas -O0"]
     run([cmake("cmake"), "-S", built.tree, "-B", built.objects, *options], cwd=built.work)
@@ -515,6 +515,17 @@ def test_the_extension_is_built_in_place_before_pip_looks_for_it(tmp_path, goal,
 def test_developers_build_cuda_where_nvcc_is_found(tmp_path, environment, mode):
     for goal in ("test", "install", "lint", "bench"):
         assert set(re.findall(r"DNC_KERNELS_BUILD=(\w+)", commands(goal, tmp_path, **environment))) == {mode}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_make_compiles_through_ccache_where_it_is(tmp_path, monkeypatch, there):
+    for language in ("CXX", "CUDA"):
+        monkeypatch.delenv(f"CMAKE_{language}_COMPILER_LAUNCHER", raising=False)
+    if there:
+        (tmp_path / "ccache").touch(mode=0o755)
+    text = run([shutil.which("make"), "-pn", "help"], cwd=ROOT, PATH=str(tmp_path))
+    found = re.findall(r"^CMAKE_(\w+)_COMPILER_LAUNCHER \??= ccache$", text, re.MULTILINE)
+    assert sorted(found) == (["CUDA", "CXX"] if there else [])
 
 
 def test_modes(setup, monkeypatch):

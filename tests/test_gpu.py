@@ -20,8 +20,10 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.cuda, pytest.mark.triton, pytest.mark.usefixtures("cuda")]
 GPU = torch.cuda.is_available()
 RERUNS = 50 if GPU else 1
-PIXELS, CHANNELS = (20_000, 256) if GPU else (96, 16)
 CLASSES, K = 5, 3  # the doctor's
+PIXELS, CHANNELS = (20_000, 256) if GPU else (96, 16)
+#: Of scores and labels; the interpreter takes a second for each few pixels.
+MAPS = ((2, CLASSES, 5, 4), (2, 13, 10)) if GPU else ((2, CLASSES, 3, 2), (2, 7, 5))
 
 
 def deterministic(d):
@@ -58,12 +60,12 @@ def problem(seed, device=DEVICE):
 
     label = torch.randint(-1, CLASSES, (PIXELS,), generator=generator)
     cluster = torch.where(label < 0, -1, label * K + torch.randint(K, (PIXELS,), generator=generator))
-    maps = torch.randint(-1, CLASSES, (2, 13, 10), generator=generator)
+    maps = torch.randint(-1, CLASSES, MAPS[1], generator=generator)
     d = _selftest.Data(
         x=F.normalize(normal(PIXELS, CHANNELS, dtype=torch.float32), dim=1).bfloat16(),
         centroids=F.normalize(normal(CLASSES, K, CHANNELS, dtype=torch.float32), dim=2),
         labels=torch.where(label < 0, -100, label), cluster=cluster, group=label, similarity=(normal(PIXELS, K) / 4),
-        weight=normal(PIXELS, K), maps=normal(2, CLASSES, 5, 4), map_labels=torch.where(maps < 0, -100, maps),
+        weight=normal(PIXELS, K), maps=normal(*MAPS[0]), map_labels=torch.where(maps < 0, -100, maps),
     )  # fmt: skip
     return _selftest.Data(**{name: tensor.to(device) for name, tensor in vars(d).items()})
 

@@ -27,6 +27,15 @@ MIXTURES = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def mixed(each, turns):
+    """Every mixture with each of the first, the second in turn: all pairs of two are there, in half as many cases as of all three."""
+    return [
+        pytest.param(mixture, value, turns[(i + j) % len(turns)], id=f"{name}-{value}-{turns[(i + j) % len(turns)]}")
+        for i, (name, mixture) in enumerate(MIXTURES.items())
+        for j, value in enumerate(each)
+    ]
+
+
 @pytest.fixture(autouse=True)
 def small_bands(monkeypatch):
     monkeypatch.setattr(bands, "BAND_PIXELS", 40)
@@ -77,9 +86,7 @@ def assert_same(actual, expected, terms):
 # gradients
 
 
-@pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
-@pytest.mark.parametrize("checkpoint", ("none", "scores", "all"))
-@pytest.mark.parametrize("update", (False, True))
+@pytest.mark.parametrize(("mixture", "checkpoint", "update"), mixed(("none", "scores", "all"), (False, True)))
 def test_gradients_of_parts_are_those_of_plain_torch(mixture, checkpoint, update):
     head, (x, labels) = make_head(checkpoint=checkpoint), problem()
     # with update=True the sub-centroids have moved when backward comes
@@ -109,10 +116,14 @@ def test_the_weights_of_the_loss_give_its_gradient(dtype, layout):
     assert_same(gradients(head, x, labels, mixture), gradients(head, x, labels, {"loss": 1.0}), x.numel())
 
 
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
-@pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
-@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 65536.0)], ids=str)
-def test_half_precision_neither_under_nor_overflows(dtype, scale, mixture, layout):
+@pytest.mark.parametrize(
+    ("mixture", "numbers", "layout"),
+    mixed(
+        [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 65536.0)], (torch.contiguous_format, torch.channels_last)
+    ),
+)
+def test_half_precision_neither_under_nor_overflows(numbers, mixture, layout):
+    dtype, scale = numbers
     # one sub-centroid of each class: with more, rounding decides which of two equally near ones gets a gradient
     # a contrast temperature of 1: the two parts of its gradient are rounded before they meet, and at a lower one they nearly cancel
     torch.manual_seed(1)
