@@ -102,6 +102,12 @@ def whole_number(op: str, argument: str, value: Any, least: int | None = 1, expe
     return number
 
 
+def check_no_tensor(op: str, argument: str, value: Any) -> None:
+    """Raise TypeError for a tensor where a number is taken: it would get no gradient, without a word."""
+    fix = "it gets no gradient here; pass .item() of it"
+    check_dtype(not isinstance(value, Tensor), op, argument, "a number", value, fix)
+
+
 def map_size(op: str, size: int | Sequence[int], argument: str = "size") -> tuple[int, int]:
     """(H, W) of one whole number for both or of a pair of them, each as `whole_number` takes it.
 

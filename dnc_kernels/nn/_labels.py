@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import check_device, check_integer, check_value, label_fix, map_size
-from ..ops._common import first_of
+from ..ops._common import as_int64, first_of
 from ._choices import LabelMode, check_word
 from ._starts import uniform
 
@@ -35,8 +35,10 @@ def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int
     it can be read without a sync (on CPU, outside torch.compile) or under DNC_KERNELS_DEBUG=1; then the labels come back as
     they are if one id means "leave out". Elsewhere it counts as wrong; then whatever is left out comes back as -1.
     """
-    if labels.dtype not in (torch.int64, torch.int32):
-        labels = labels.to(torch.int32)  # an ignore_index of -1 or 1000 cannot be compared with uint8
+    narrow = abs(ignore_index) < 2**31
+    if labels.dtype != torch.int64 and not (labels.dtype == torch.int32 and narrow):
+        # an ignore_index of -1 or 1000 cannot be compared with uint8
+        labels = labels.to(torch.int32) if labels.dtype.itemsize < 4 and narrow else as_int64(labels)
     if torch.compiler.is_compiling() or not (DEBUG or labels.device.type == "cpu"):
         beyond = labels >= num_classes
         wrong = (beyond & (labels != ignore_index)).sum()
@@ -64,7 +66,7 @@ def left_out_below_zero(op: str, argument: str, labels: Tensor, bound: int, name
     An id at or beyond `bound`, called `name`, is a ValueError on CPU, and left out elsewhere and under torch.compile.
     """
     check_integer(op, argument, labels)
-    labels = labels.reshape(-1).to(torch.int64)
+    labels = as_int64(labels.reshape(-1))
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
         return torch.where((labels >= 0) & (labels < bound), labels, -1)
     if labels.numel() and int(labels.max()) >= bound:

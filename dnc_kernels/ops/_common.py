@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..errors import check_device, check_float, check_integer, check_value, label_fix, whole_number
+from ..errors import check_device, check_float, check_integer, check_value, describe, label_fix, whole_number
 
 Metric = Literal["dot", "cosine", "sqeuclidean"]
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -42,6 +42,8 @@ def contiguous_in(dtype: torch.dtype, t: Tensor | None) -> Tensor | None:
     """An optional tensor in a dtype, contiguous."""
     return t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous()
 
+
+_INT64 = torch.iinfo(torch.int64)
 
 #: Calls that a process remembers for each op, at most.
 _REMEMBERED = 4096
@@ -102,12 +104,21 @@ def flat_labels(labels: Tensor) -> Tensor:
     """Labels [N] int64, contiguous."""
     if labels.ndim == 1 and labels.dtype == torch.int64 and labels.is_contiguous():
         return labels
-    return labels.reshape(-1).to(torch.int64).contiguous()
+    return as_int64(labels.reshape(-1)).contiguous()
+
+
+def as_int64(ids: Tensor) -> Tensor:
+    """Ids of any integer dtype in int64. One of uint64 beyond it becomes its largest number: no id either, and not negative."""
+    wide = ids.to(torch.int64)
+    return torch.where(wide < 0, _INT64.max, wide) if ids.dtype == torch.uint64 else wide
 
 
 def check_ignore_index(op: str, ignore_index: int, bound: int) -> int:
-    """`ignore_index` as an int. One that is an id below `bound` would drop that class without a word."""
+    """`ignore_index` as an int of 64 bits. One that is an id below `bound` would drop that class without a word."""
     ignore_index = whole_number(op, "ignore_index", ignore_index, least=None)
+    if not _INT64.min <= ignore_index <= _INT64.max:
+        fix = "-1 leaves out any negative id"
+        check_value(False, op, "ignore_index", "an integer of 64 bits, as labels are", ignore_index, fix)
     if 0 <= ignore_index < bound:
         fix = "use -100, or 255 beyond the classes"
         check_value(False, op, "ignore_index", f"outside [0,{bound})", ignore_index, fix)
@@ -117,6 +128,13 @@ def check_ignore_index(op: str, ignore_index: int, bound: int) -> int:
 def without_ignored(labels: Tensor, ignore_index: int) -> Tensor:
     """Labels with -1 for `ignore_index`: for kernels that leave out negative labels alone."""
     return labels if ignore_index < 0 else torch.where(labels == ignore_index, -1, labels)
+
+
+def check_no_gradient(op: str, argument: str, tensor: Tensor) -> None:
+    """Raise ValueError where a gradient would be wanted that is not made, as torch does for a weight."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        got = f"{describe(tensor)} that requires grad"
+        check_value(False, op, argument, "without gradient: it gets none", got, f"pass {argument}.detach()")
 
 
 def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:

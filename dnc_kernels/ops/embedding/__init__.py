@@ -8,7 +8,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_float, check_value
+from ...errors import check_device, check_float, check_no_tensor, check_value
 from .._common import check_pixels, compute_dtype, contiguous_in, like_pixels, remembered
 from . import op as ops
 from .calls import NormalizeCall
@@ -69,6 +69,7 @@ def normalize_embedding(
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     op = "normalize_embedding"
     check_pixels(op, x)
+    check_no_tensor(op, "eps", eps)
     check_value(0 <= eps < math.inf, op, "eps", "finite and not negative", eps)
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_dtype, check_float, check_value, holds_a_loss, renamed
+from ...errors import check_device, check_dtype, check_float, check_no_tensor, check_value, holds_a_loss, renamed
 from .._common import (
     METRICS,
     REDUCTIONS,
@@ -17,6 +17,7 @@ from .._common import (
     check_choice,
     check_ignore_index,
     check_labels,
+    check_no_gradient,
     check_pixels,
     compute_dtype,
     contiguous_in,
@@ -186,7 +187,7 @@ def centroid_cross_entropy(
         norm_bias: [C], its shift; None: none.
         norm_eps: added to the variance over classes.
         temperature: positive number, or a one-element tensor that may get a gradient (a learnable scale s is temperature 1/s).
-        weight: [C] non-negative weights of the classes, as in torch; gets no gradient.
+        weight: [C] non-negative weights of the classes, as in torch, and as there without gradient.
         ignore_index: outside [0,C).
         label_smoothing: in [0,1].
         reduction: ``mean`` (over the class weights of the pixels that count), ``sum`` or ``none``.
@@ -217,7 +218,8 @@ def centroid_cross_entropy(
         reduction,
     )  # fmt: skip
     (classes, k, _), dtype = centroids.shape, compute_dtype(x, centroids)
-
+    if weight is not None:
+        check_no_gradient(op, "weight", weight)
     scale = None
     if isinstance(temperature, Tensor):
         scale, temperature = temperature.reshape(()).to(dtype).reciprocal(), 1.0
@@ -339,6 +341,8 @@ def _check_loss(
     check_choice(op, "metric", metric, METRICS)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_ignore_index(op, ignore_index, classes)
+    for name, number in (("label_smoothing", label_smoothing), ("norm_eps", norm_eps)):
+        check_no_tensor(op, name, number)
     check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
     check_value(norm_eps >= 0, op, "norm_eps", "non-negative", norm_eps)
     check_value(norm_weight is not None or norm_bias is None, op, "norm_bias", "None without norm_weight", norm_bias)
@@ -366,7 +370,7 @@ def _check_contrast(
     check_labels(op, labels, x)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_ignore_index(op, ignore_index, classes * k)
-    fix = "it gets no gradient here; `centroid_cross_entropy` has one"
+    fix = "pass .item() of a tensor: it gets no gradient here; with `centroid_cross_entropy` it gets one"
     check_dtype(isinstance(temperature, (int, float)), op, "temperature", "a number", temperature, fix)
     check_value(0 < temperature < float("inf"), op, "temperature", "positive and finite", temperature)
 

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_float, check_value, renamed, whole_number
+from ...errors import check_float, check_no_tensor, check_value, renamed, whole_number
 from .._common import (
     check_ignore_index,
     check_labels,
@@ -157,6 +157,8 @@ def _check(
     check_value(
         similarity.ndim in (2, 4) and similarity.shape[1] > 0, op, "similarity", "[N,K] or [B,K,H,W] with K > 0", similarity
     )
+    for name, number in (("epsilon", epsilon), ("tolerance", tolerance)):
+        check_no_tensor(op, name, number)
     check_value(0 < epsilon < math.inf, op, "epsilon", "finite and positive", epsilon)
     whole_number(op, "iterations", iterations, least=0)
     check_value(tolerance is None or tolerance >= 0, op, "tolerance", "None or 0 or more", tolerance)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...backends import Backend, pick
-from ...errors import check_device, check_float, check_integer, check_value, label_fix, map_size, renamed
-from .._common import REDUCTIONS, Reduction, check_choice, check_ignore_index, compute_dtype, contiguous_in, remembered
+from ...errors import check_device, check_float, check_integer, check_no_tensor, check_value, label_fix, map_size, renamed
+from .._common import (
+    REDUCTIONS,
+    Reduction,
+    as_int64,
+    check_choice,
+    check_ignore_index,
+    check_no_gradient,
+    compute_dtype,
+    contiguous_in,
+    remembered,
+)
 from . import op as ops
 from .calls import LABEL_DTYPES, ArgmaxCall, UpsampleCall
 
@@ -37,7 +46,7 @@ def upsample_cross_entropy(
         labels: [B,H,W], any strides, any integer dtype, in [0,C); `ignore_index` or any negative id leaves a pixel out. The
             kernel reads int64, int32 and uint8 in place.
         align_corners: whether corner pixels (True) or corners of corner pixels (False) of both grids coincide.
-        weight: [C] weights of the classes, not differentiated; None: 1. It also weights the mean, as in torch.
+        weight: [C] weights of the classes; None: 1. It also weights the mean, as in torch, and as there may not require grad.
         ignore_index: outside [0,C).
         label_smoothing: share of the target that is spread over all classes, in [0,1].
         reduction: ``mean`` (over the class weights of the pixels that count), ``sum`` or ``none``.
@@ -57,10 +66,11 @@ def upsample_cross_entropy(
     """
     _check_loss(scores, labels, weight, ignore_index, label_smoothing, reduction)
     if weight is not None:
+        check_no_gradient("upsample_cross_entropy", "weight", weight)
         weight = contiguous_in(compute_dtype(scores), weight.detach())
     call = UpsampleCall(
         scores=scores,
-        labels=labels if labels.dtype in LABEL_DTYPES else labels.to(torch.int64),
+        labels=labels if labels.dtype in LABEL_DTYPES else as_int64(labels),
         source_rows=0,
         source_row0=0,
         target_rows=0,
@@ -124,6 +134,7 @@ def _check_loss(
     classes = scores.shape[1]
     check_ignore_index(op, ignore_index, classes)
     check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_no_tensor(op, "label_smoothing", label_smoothing)
     check_value(0 <= label_smoothing <= 1, op, "label_smoothing", "in [0,1]", label_smoothing)
     if weight is not None:
         check_float(op, "weight", weight)
