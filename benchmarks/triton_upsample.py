@@ -38,11 +38,12 @@ def _log_sum_exp(device: torch.device, when: dict[str, int]) -> Callable[[], Non
 
 def _gradient(device: torch.device, when: dict[str, int]) -> Callable[[], None]:
     call = _inputs(device, when)
-    lse, grad_scores = torch.empty(call.labels.shape, device=device), torch.empty_like(call.scores, dtype=torch.float32)
+    shift, lse = torch.empty((2, *call.labels.shape), device=device)
+    grad_scores = torch.empty_like(call.scores, dtype=torch.float32)
     axes = kernels.axes_of(call)
     if device.type == "cuda":
-        kernels.log_sum_exp(call, axes, lse, None)
-    return partial(kernels.gradient, call, axes, lse, grad_scores)
+        kernels.log_sum_exp(call, axes, shift, lse, None)
+    return partial(kernels.gradient, call, axes, shift, lse, grad_scores)
 
 
 def _argmax(device: torch.device, when: dict[str, int]) -> Callable[[], None]:

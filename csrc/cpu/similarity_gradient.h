@@ -128,6 +128,7 @@ T total_gradient(const TileGradient<T>& t, int64_t r) {
 }
 
 // From u = sum g q to the gradient of x, in place. cosine: (u - xn <xn,u>) / |x| with xn = x/|x|; sqeuclidean: u - 2 x sum(g).
+// A pixel that is sent nothing gets exactly 0, whatever its features.
 template <class T>
 void finish_pixel_gradient(const TileGradient<T>& t, Metric metric, const T* x, const T* terms, T* u) {
   const int64_t D = t.lay.D;
@@ -137,13 +138,15 @@ void finish_pixel_gradient(const TileGradient<T>& t, Metric metric, const T* x, 
     const T* v = x + r * D;
     if (metric == Metric::cosine) {
       const T inverse = terms[r];
-      T along = 0;
-      for (int64_t d = 0; d < D; d++) along += v[d] * o[d];
+      T along = 0, sent = 0;
+      for (int64_t d = 0; d < D; d++) along += v[d] * o[d], sent += std::fabs(o[d]);
+      if (sent == 0) continue;
       along *= inverse * inverse;
       if (inverse >= T(1e12)) along = 0;  // |x| was clamped: a constant
       for (int64_t d = 0; d < D; d++) o[d] = (o[d] - along * v[d]) * inverse;
     } else {
       const T s = 2 * total_gradient(t, r);
+      if (s == 0) continue;
       for (int64_t d = 0; d < D; d++) o[d] -= s * v[d];
     }
   }
@@ -175,13 +178,14 @@ struct CentroidGradient {
     for (int64_t c0 = 0; c0 < t.lay.C; c0 += step)
       for (int64_t r = 0; r < t.rows; r++)
         for (int64_t c = c0; c < min64(c0 + step, t.lay.C); c++) {
-          const T g = t.g[r * t.lay.width + c] * factor(r);
-          if (g != 0) add_row(t.centroid(r, c), g, x + r * D);
+          const T g = t.g[r * t.lay.width + c];  // a pixel that sends nothing must not send 0 * NaN
+          if (g != 0) add_row(t.centroid(r, c), g * factor(r), x + r * D);
         }
     if (t.own_g)
       for (int64_t r = 0; r < t.rows; r++)
         if (t.label[r] >= 0)
-          for (int64_t k = 0; k < K; k++) add_row(t.label[r] * K + k, t.own_g[r * K + k] * factor(r), x + r * D);
+          for (int64_t k = 0; k < K; k++)
+            if (const T g = t.own_g[r * K + k]; g != 0) add_row(t.label[r] * K + k, g * factor(r), x + r * D);
   }
 
   // Sums `parts` partial gradients in order into out [M][D] and applies what depends on the centroid alone.

@@ -48,8 +48,11 @@ struct LossRow {
     const int64_t C = lay.C, W = lay.width;
     for (int64_t c = C; c < W; c++) r[c] = 0;
     const V zero = V::splat(0);
-    V total = zero;
-    for (int64_t c = 0; c < W; c += L) total = total + V::load(r + c);
+    V total = zero, poison = zero;  // the second stays 0 unless one is NaN or Inf: a sum of finite ones may overflow
+    for (int64_t c = 0; c < W; c += L) {
+      const V score = V::load(r + c);
+      total = total + score, poison = fma(score, zero, poison);
+    }
     const T sum = total.sum();
     T mean = 0, rstd = 1;
     if (norm_weight) {
@@ -75,8 +78,8 @@ struct LossRow {
       top = max(o, top);
     }
     const T most = top.max();
-    // every similarity of a pixel with a NaN or Inf feature is itself NaN or Inf, and so is their sum
-    const bool finite = std::isfinite(sum) && std::isfinite(most);
+    // every similarity of a pixel with a NaN or Inf feature is itself NaN or Inf
+    const bool finite = poison.sum() == 0 && std::isfinite(most);
     *prediction = -1;
     if (finite)
       for (int64_t c = 0;; c += L)
@@ -88,21 +91,25 @@ struct LossRow {
     V exps = zero, weighted = zero;
     const V high = V::splat(most);
     for (int64_t c = 0; c < W; c += L) {
-      const V logit = V::load(z + c);
-      exps = exps + exp(logit - high);
+      const V logit = V::load(z + c) - high;  // taken from the maximum first: an offset of all classes must not cost digits
+      exps = exps + exp(logit);
       if (a.label_smoothing > 0)
         weighted = weighted + V::select(V::first(valid(c)), class_weight ? logit * V::load(class_weight + c) : logit, zero);
     }
-    const double sum_exp = double(exps.sum()), lse = double(most) + std::log(sum_exp);
+    const double sum_exp = double(exps.sum()), lse = std::log(sum_exp);
     const double smooth = a.label_smoothing / double(C),
                  wy = (1 - a.label_smoothing) * (class_weight ? double(class_weight[y]) : 1.0);
-    double loss = wy * (lse - double(z[y]));
-    if (a.label_smoothing > 0) loss += smooth * (class_weight_sum * lse - double(weighted.sum()));
+    double loss = wy * (lse + (double(most) - double(z[y]))), spread = 0;
+    if (a.label_smoothing > 0) {
+      // infinite as soon as a weight is, and not 0 * inf
+      loss += smooth * (class_weight_sum < INFINITY ? class_weight_sum * lse - double(weighted.sum()) : class_weight_sum);
+      spread = smooth * class_weight_sum;
+    }
     if (!finite) loss = NAN;
     if (!want) return loss;
     if (!finite) coefficient = NAN;
-    gradient(r, y, V::splat(most), coefficient / sum_exp * (wy + smooth * class_weight_sum), coefficient * smooth,
-             coefficient * wy, mean, rstd, sums);
+    gradient(r, y, V::splat(most), coefficient / sum_exp * (wy + spread), coefficient * smooth, coefficient * wy, mean, rstd,
+             sums);
     return loss;
   }
 

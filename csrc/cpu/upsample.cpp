@@ -48,7 +48,7 @@ struct ArgmaxUnit {
  private:
   const T* source(int64_t b, int64_t r) {
     bool fresh;
-    const T* data = rows.get(a.scores, b, r, plan.width, T(1), &fresh);
+    const T* data = rows.get(a.scores, b, r, plan.width, &fresh);
     if (!fresh) return data;
     for (int64_t x = 0; x < plan.w; x++) {
       V sum = V::splat(0);

@@ -46,8 +46,9 @@ Status loss(const UpsampleCrossEntropy& a) {
   const double smooth = a.label_smoothing / double(C);
   for (int64_t c = 0; c < width; c++) weight[c] = c < C ? T(counted[c]) : T(0);
   for (int64_t c = 0; c < C; c++) {
-    const double mine = (1 - a.label_smoothing) * counted[c], all = mine + smooth * weight_sum;
-    own[c] = T(mine), on[c] = T(all), kept[c] = all != 0 ? T(mine / all) : T(1);
+    // without smoothing an infinite weight of another class is no business of this one
+    const double mine = (1 - a.label_smoothing) * counted[c], all = smooth > 0 ? mine + smooth * weight_sum : mine;
+    own[c] = T(mine), on[c] = T(all), kept[c] = mine == all ? T(1) : T(mine / all);
   }
   const LossTables<T> tables{share, first, on, own, kept, smooth > 0 ? weight : nullptr, weight_sum, smooth, counted};
 

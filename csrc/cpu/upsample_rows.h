@@ -91,9 +91,9 @@ struct UpsamplePlan {
   }
 };
 
-// out[x*width + c] = scores[b,c,r,x] * factor; classes beyond C are lower than any.
+// out[x*width + c] = scores[b,c,r,x]; classes beyond C are lower than any.
 template <class T, class S>
-void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T factor, T* out) {
+void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T* out) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int64_t C = v.size[1], w = v.size[3], sc = v.stride[1], sw = v.stride[3];
@@ -107,11 +107,11 @@ void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T factor, 
           if (c + k >= C) {
             tile[k] = V::splat(kLowest<T>);
           } else if (n == L) {
-            tile[k] = Load<T, S>::at(in + (c + k) * sc + x) * V::splat(factor);
+            tile[k] = Load<T, S>::at(in + (c + k) * sc + x);
           } else {
             T t[L] = {};
             read_n(t, in + (c + k) * sc + x, n);
-            tile[k] = V::load(t) * V::splat(factor);
+            tile[k] = V::load(t);
           }
         }
         transpose<T>(tile);
@@ -126,17 +126,28 @@ void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T factor, 
       read_n(pixel, in + x * sw, C);
     else
       for (int64_t c = 0; c < C; c++) pixel[c] = read<T>(in + x * sw + c * sc);
-    for (int64_t c = 0; c < C; c++) pixel[c] *= factor;
     for (int64_t c = C; c < width; c++) pixel[c] = kLowest<T>;
   }
 }
 template <class T>
-void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T factor, T* out) {
+void load_classes(const View& v, int64_t b, int64_t r, int64_t width, T* out) {
   switch (v.dtype) {
-    case DType::float64: return load_classes<T, double>(v, b, r, width, factor, out);
-    case DType::float16: return load_classes<T, Float16>(v, b, r, width, factor, out);
-    case DType::bfloat16: return load_classes<T, BFloat16>(v, b, r, width, factor, out);
-    default: return load_classes<T, float>(v, b, r, width, factor, out);
+    case DType::float64: return load_classes<T, double>(v, b, r, width, out);
+    case DType::float16: return load_classes<T, Float16>(v, b, r, width, out);
+    case DType::bfloat16: return load_classes<T, BFloat16>(v, b, r, width, out);
+    default: return load_classes<T, float>(v, b, r, width, out);
+  }
+}
+
+// scores[b,c,r,x].
+template <class T>
+T score_at(const View& v, int64_t b, int64_t c, int64_t r, int64_t x) {
+  const int64_t at = b * v.stride[0] + c * v.stride[1] + r * v.stride[2] + x * v.stride[3];
+  switch (v.dtype) {
+    case DType::float64: return read<T>(v.as<double>() + at);
+    case DType::float16: return read<T>(v.as<Float16>() + at);
+    case DType::bfloat16: return read<T>(v.as<BFloat16>() + at);
+    default: return read<T>(v.as<float>() + at);
   }
 }
 
@@ -187,10 +198,10 @@ struct RowPair {
   T* data[2];
   int64_t held[2] = {-1, -1};
   // Returns the row; *fresh: it was loaded now.
-  const T* get(const View& scores, int64_t b, int64_t r, int64_t width, T factor, bool* fresh) {
+  const T* get(const View& scores, int64_t b, int64_t r, int64_t width, bool* fresh) {
     const int slot = int(r & 1);
     *fresh = held[slot] != r;
-    if (*fresh) load_classes(scores, b, r, width, factor, data[slot]);
+    if (*fresh) load_classes(scores, b, r, width, data[slot]);
     held[slot] = r;
     return data[slot];
   }

@@ -1,9 +1,11 @@
 // A unit of work of upsample_loss.cpp: the cross-entropy of the target rows of a block of cell rows, and its gradient.
 //
+// Scores of a source pixel are taken from its largest one, times log2(e), when they are loaded: what is interpolated from them
+// is then u less the interpolated maximum, an upper bound of max_c u that needs no pass of its own, and goes through 2^x as it
+// is. An offset that all classes share is gone before anything is rounded.
 // Source rows are blended into v [columns][width], a strip of columns at a time. Pixels between the same two columns go in
-// groups through 2^x, and back into the gradient of v, which then goes to the gradients of both source rows. The shift of the
-// exponentials is the interpolated maximum of the source pixels, an upper bound of max_c u that needs no pass of its own; a
-// pixel for which it is far too high gets its own maximum, and one with a NaN or Inf goes class by class (`exact`).
+// groups through 2^x, and back into the gradient of v, which then goes to the gradients of both source rows. A pixel for which
+// the bound is far too high gets its own maximum, and one with a NaN, an Inf or too wide a range goes class by class (`exact`).
 #pragma once
 #include "upsample_math.h"
 #include "upsample_rows.h"
@@ -12,7 +14,6 @@ namespace dnc::cpu::DNC_ISA {
 
 constexpr int kGroup = 4;  // pixels that go through exp2 together: four chains hide its latency
 
-// Scores are multiplied by log2(e) when they are loaded, so that exponentials are powers of 2.
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Below this sum of exponentials the shift was too high, and small terms are lost: exp2 ends at 2^-126.
@@ -29,19 +30,14 @@ struct LossTables {
   const double* counted;      // [C] class weights
 };
 
-// What is kept of a source or blended row beside its scores.
-template <class T>
-struct Extremes {
-  T* high;      // [w] largest score of a pixel
-  T* weighted;  // [w] sum_c w_c score_c, with smoothing
-};
-
-// The label pixels of a strip of one target row that count, side by side.
+// The label pixels of a strip of one target row that count, side by side. `own` and `weighted` are in the unit of v, and taken
+// from the same maximum as `sum`.
 template <class T>
 struct RowPixels {
-  T *share, *high, *sum, *own_score, *weighted;  // [W]
-  int64_t *label, *column;                       // [W]
-  int64_t* begin;                                // [strip+1] first pixel of a cell column
+  T *share, *sum;           // [W]: share of the next column, sum of the exponentials
+  double *own, *weighted;   // [W]: score of the label; sum_c w_c score_c, with smoothing
+  int64_t *label, *column;  // [W]
+  int64_t* begin;           // [strip+1] first pixel of a cell column
 };
 
 struct UnitSums {
@@ -57,39 +53,41 @@ struct LossUnit {
   const UpsamplePlan<T>& plan;
   const LossTables<T>& tables;
   RowPair<T> rows;
-  T* gradient[2];  // [w][width] of the same two source rows
-  Extremes<T> extremes[2];
-  T* row;               // [strip+1][width] blended row
-  T* row_gradient;      // likewise
-  T* exps;              // [kGroup][width]
-  Extremes<T> blended;  // [strip+1]
-  T* on_weight;         // [strip+1]: how much of the class weights to take from the gradient of a column
+  T* gradient[2];   // [w][width] of the same two source rows
+  T* weighted[2];   // [w] sum_c w_c score_c of a pixel, with smoothing
+  T* row;           // [strip+1][width] blended row
+  T* row_gradient;  // likewise
+  T* exps;          // [kGroup][width]
+  T* row_weighted;  // [strip+1]: of the blended row
+  T* on_weight;     // [strip+1]: how much of the class weights to take from the gradient of a column
   RowPixels<T> pixels;
   UnitSums sums;
   bool want;
+  int64_t cell_row, column0;  // of the strip that is worked on
+  T down;                     // share of row cell_row + 1 in it
 
   static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
   static size_t bytes(const UpsamplePlan<T>& p) {
-    return size_t(4 * p.w * p.width + (2 * (p.strip + 1) + kGroup) * p.width + 4 * p.w + 3 * (p.strip + 1) + 5 * padded(p.W)) *
+    return size_t(4 * p.w * p.width + (2 * (p.strip + 1) + kGroup) * p.width + 2 * p.w + 2 * (p.strip + 1) + 2 * padded(p.W)) *
                sizeof(T) +
-           size_t(2 * p.W + p.strip + 1) * sizeof(int64_t);
+           size_t(2 * p.W) * sizeof(double) + size_t(2 * p.W + p.strip + 1) * sizeof(int64_t);
   }
   LossUnit(const UpsampleCrossEntropy& args, const UpsamplePlan<T>& p, const LossTables<T>& t, void* memory)
       : a(args), plan(p), tables(t), want(bool(args.grad_scores)) {
     int64_t* indices = static_cast<int64_t*>(memory);
     pixels.label = indices, pixels.column = indices + p.W, pixels.begin = indices + 2 * p.W;
-    T* next = reinterpret_cast<T*>(indices + 2 * p.W + p.strip + 1);
+    double* numbers = reinterpret_cast<double*>(indices + 2 * p.W + p.strip + 1);
+    pixels.own = numbers, pixels.weighted = numbers + p.W;
+    T* next = reinterpret_cast<T*>(numbers + 2 * p.W);
     const auto take = [&next](int64_t n) {
       T* at = next;
       next += n;
       return at;
     };
-    for (int i = 0; i < 2; i++) rows.data[i] = take(p.w * p.width), gradient[i] = take(p.w * p.width);
+    for (int i = 0; i < 2; i++) rows.data[i] = take(p.w * p.width), gradient[i] = take(p.w * p.width), weighted[i] = take(p.w);
     row = take((p.strip + 1) * p.width), row_gradient = take((p.strip + 1) * p.width), exps = take(kGroup * p.width);
-    const int64_t W = padded(p.W);
-    pixels.share = take(W), pixels.high = take(W), pixels.sum = take(W), pixels.own_score = take(W), pixels.weighted = take(W);
-    for (Extremes<T>& e : extremes) e.high = take(p.w), e.weighted = take(p.w);
-    blended.high = take(p.strip + 1), blended.weighted = take(p.strip + 1), on_weight = take(p.strip + 1);
+    pixels.share = take(padded(p.W)), pixels.sum = take(padded(p.W));
+    row_weighted = take(p.strip + 1), on_weight = take(p.strip + 1);
   }
 
   // Cell rows [r0,r1) of sample b (rows of the window). Row r1's gradient goes to `border` [w][width], where there is one.
@@ -112,19 +110,22 @@ struct LossUnit {
   }
 
  private:
+  // Source row r, each pixel taken from its largest score.
   const T* source(int64_t b, int64_t r) {
     bool fresh;
-    const T* data = rows.get(a.scores, b, r, plan.width, T(kLog2e), &fresh);
+    const T* data = rows.get(a.scores, b, r, plan.width, &fresh);
     if (!fresh) return data;
-    const Extremes<T>& e = extremes[r & 1];
+    const V unit = V::splat(T(kLog2e));
     for (int64_t x = 0; x < plan.w; x++) {
-      const T* pixel = data + x * plan.width;
-      V high = V::splat(kLowest<T>), weighted = V::splat(0);
+      T* pixel = rows.data[r & 1] + x * plan.width;
+      V high = V::splat(kLowest<T>), sum = V::splat(0);
       for (int64_t c = 0; c < plan.width; c += L) high = max(V::load(pixel + c), high);
-      e.high[x] = high.max();
+      high = V::splat(high.max());
+      for (int64_t c = 0; c < plan.width; c += L) ((V::load(pixel + c) - high) * unit).store(pixel + c);
+      for (int64_t c = plan.C; c < plan.width; c++) pixel[c] = kLowest<T>;
       if (!tables.weight) continue;
-      for (int64_t c = 0; c < plan.width; c += L) weighted = fma(V::load(pixel + c), V::load(tables.weight + c), weighted);
-      e.weighted[x] = weighted.sum();
+      for (int64_t c = 0; c < plan.width; c += L) sum = fma(V::load(pixel + c), V::load(tables.weight + c), sum);
+      weighted[r & 1][x] = sum.sum();
     }
     return data;
   }
@@ -134,18 +135,17 @@ struct LossUnit {
     const T share = T(plan.rows.share(i));
     const T* low = source(b, r);
     const T* high = share == 0 ? low : source(b, r + 1);
-    const Extremes<T>&e0 = extremes[r & 1], &e1 = extremes[(r + (share != 0)) & 1];
-    i -= plan.target_row0;
+    const T *weighted0 = weighted[r & 1], *weighted1 = weighted[(r + (share != 0)) & 1];
+    i -= plan.target_row0, cell_row = r, down = share;
     for (int64_t x0 = 0; x0 < plan.w; x0 += plan.strip) {
       const int64_t x1 = x0 + plan.strip < plan.w ? x0 + plan.strip : plan.w;
       const int64_t n = read_pixels(b, i, x0, x1);
       if (n == 0) continue;
       const int64_t columns = (x1 < plan.w ? x1 + 1 : x1) - x0, size = columns * plan.width;
       const T* v = blend(low + x0 * plan.width, high + x0 * plan.width, share, size, row);
-      for (int64_t x = 0; x < columns; x++) {
-        blended.high[x] = mix(e0.high[x0 + x], e1.high[x0 + x], share);
-        if (tables.weight) blended.weighted[x] = mix(e0.weighted[x0 + x], e1.weighted[x0 + x], share);
-      }
+      column0 = x0;
+      if (tables.weight)
+        for (int64_t x = 0; x < columns; x++) row_weighted[x] = mix(weighted0[x0 + x], weighted1[x0 + x], share);
       if (want) {
         std::memset(row_gradient, 0, size_t(size) * sizeof(T));
         for (int64_t x = 0; x < columns; x++) on_weight[x] = 0;
@@ -205,24 +205,24 @@ struct LossUnit {
     T* const e = exps;
     const int64_t* label = pixels.label + p;
     const T* share = pixels.share + p;
-    T *sum = pixels.sum + p, *high = pixels.high + p, *own_score = pixels.own_score + p;
-    for (int k = 0; k < G; k++) {
-      high[k] = blended.high[at] + share[k] * (blended.high[next] - blended.high[at]);
-      own_score[k] = left[label[k]] + share[k] * (right[label[k]] - left[label[k]]);
-    }
-    softmax<G>(left, right, share, high, width, e, sum);
+    T* sum = pixels.sum + p;
+    double *own = pixels.own + p, *all = pixels.weighted + p;
+    softmax<G>(left, right, share, width, e, sum);
     bool regular = true;
-    for (int k = 0; k < G; k++) regular &= usable(sum[k]);
+    for (int k = 0; k < G; k++) {
+      own[k] = left[label[k]] + share[k] * (right[label[k]] - left[label[k]]);
+      all[k] = tables.weight ? mix(row_weighted[at], row_weighted[next], share[k]) : T(0);
+      regular &= usable(sum[k]) && std::isfinite(own[k]) && std::isfinite(all[k]);
+    }
     if (__builtin_expect(!regular, false))
       for (int k = 0; k < G; k++) {
-        if (!usable(sum[k])) {
-          high[k] = largest(left, right, share[k], width);
-          softmax<1>(left, right, share + k, high + k, width, e + k * width, sum + k);
-        }
-        if (!usable(sum[k])) own_score[k] = exact(left, right, share[k], label[k], e + k * width, high + k, sum + k);
+        if (usable(sum[k]) && std::isfinite(own[k]) && std::isfinite(all[k])) continue;
+        T most;
+        if (own_softmax(left, right, share[k], width, e + k * width, &most, sum + k) && std::isfinite(all[k]))
+          own[k] -= double(most), all[k] -= tables.weight ? tables.weight_sum * double(most) : 0;
+        else
+          exact(b, at, next, p + k, e + k * width);
       }
-    if (tables.weight)
-      for (int k = 0; k < G; k++) pixels.weighted[p + k] = mix(blended.weighted[at], blended.weighted[next], share[k]);
     if (!want || plan.C == 1) return;  // the gradient of one class is exactly 0
     T coefficient[G];
     for (int k = 0; k < G; k++) {
@@ -247,25 +247,34 @@ struct LossUnit {
 
   static DNC_INLINE bool usable(T sum) { return sum > T(kSmallestSum) && sum < T(INFINITY); }
 
-  // max_c u_c of finite scores.
-  static T largest(const T* left, const T* right, T share, int64_t width) {
-    V most = V::splat(kLowest<T>);
+  // e = 2^(u - max u), the maximum and *sum of a pixel that lies far below its bound. False: it is no number for this.
+  static bool own_softmax(const T* left, const T* right, T share, int64_t width, T* e, T* high, T* sum) {
+    V most = V::splat(kLowest<T>), poison = V::splat(0), total = V::splat(0);
     for (int64_t c = 0; c < width; c += L) {
-      const V from = V::load(left + c);
-      most = max(fma(V::splat(share), V::load(right + c) - from, from), most);
+      const V from = V::load(left + c), u = fma(V::splat(share), V::load(right + c) - from, from);
+      most = max(u, most), poison = fma(u, V::splat(0), poison);
+      u.store(e + c);
     }
-    return most.max();
+    *high = most.max();
+    if (poison.sum() != 0 || *high < kLowest<T> / 2) return false;
+    for (int64_t c = 0; c < width; c += L) {
+      const V power = exp2(V::load(e + c) - V::splat(*high));
+      total = total + power;
+      power.store(e + c);
+    }
+    *sum = total.sum();
+    return usable(*sum);
   }
 
-  // e[k] = 2^(u - high), sum[k] their sums.
+  // e[k] = 2^u, sum[k] their sums.
   template <int G>
-  static DNC_INLINE void softmax(const T* left, const T* right, const T* share, const T* high, int64_t width, T* e, T* sum) {
-    V s[G], h[G], total[G];
-    for (int k = 0; k < G; k++) s[k] = V::splat(share[k]), h[k] = V::splat(high[k]), total[k] = V::splat(0);
+  static DNC_INLINE void softmax(const T* left, const T* right, const T* share, int64_t width, T* e, T* sum) {
+    V s[G], total[G];
+    for (int k = 0; k < G; k++) s[k] = V::splat(share[k]), total[k] = V::splat(0);
     for (int64_t c = 0; c < width; c += L) {
       const V from = V::load(left + c), step = V::load(right + c) - from;
       for (int k = 0; k < G; k++) {
-        const V power = exp2(fma(s[k], step, from) - h[k]);
+        const V power = exp2(fma(s[k], step, from));
         total[k] = total[k] + power;
         power.store(e + k * width + c);
       }
@@ -293,18 +302,26 @@ struct LossUnit {
     }
   }
 
-  // One pixel with its own maximum, whatever its scores; returns u_y.
-  T exact(const T* left, const T* right, T share, int64_t y, T* e, T* high, T* sum) const {
+  // Pixel p from the scores as they were given, whatever they are.
+  void exact(int64_t b, int64_t at, int64_t next, int64_t p, T* e) {
+    const auto blended = [&](int64_t c, int64_t x) {
+      const T low = score_at<T>(a.scores, b, c, cell_row, column0 + x);
+      return down == 0 ? low : mix(low, score_at<T>(a.scores, b, c, cell_row + 1, column0 + x), down);
+    };
+    const T share = pixels.share[p];
     T most = -INFINITY, total = 0;
     for (int64_t c = 0; c < plan.C; c++) {
-      e[c] = mix(left[c], right[c], share);
+      e[c] = blended(c, at);
+      if (share != 0) e[c] = mix(e[c], blended(c, next), share);
       if (e[c] > most || e[c] != e[c]) most = e[c];
     }
-    const T own = e[y];
-    for (int64_t c = 0; c < plan.C; c++) e[c] = std::exp2(e[c] - most), total += e[c];
+    const auto from_most = [&](int64_t c) { return kLog2e * (double(e[c]) - double(most)); };
+    pixels.own[p] = from_most(pixels.label[p]), pixels.weighted[p] = 0;
+    if (tables.weight)
+      for (int64_t c = 0; c < plan.C; c++) pixels.weighted[p] += tables.counted[c] * from_most(c);
+    for (int64_t c = 0; c < plan.C; c++) e[c] = std::exp(e[c] - most), total += e[c];
     for (int64_t c = plan.C; c < plan.width; c++) e[c] = 0;
-    *high = most, *sum = total;
-    return own;
+    pixels.sum[p] = total;
   }
 
   // Losses of the first n pixels, from their sums.
@@ -316,13 +333,18 @@ struct LossUnit {
     double total = 0, weight = 0;
     for (int64_t p = 0; p < n; p++) {
       const int64_t y = in.label[p];
-      double loss = double(tables.on[y]) * double(in.sum[p]) +
-                    kLn2 * double(tables.own[y]) * (double(in.high[p]) - double(in.own_score[p]));
-      if (tables.weight) loss += kLn2 * tables.smooth * (tables.weight_sum * double(in.high[p]) - double(in.weighted[p]));
+      const double lse = double(in.sum[p]);
+      double loss = double(tables.own[y]) * (lse - kLn2 * in.own[p]);
+      if (tables.weight) loss += tables.smooth * smoothed(lse, kLn2 * in.weighted[p]);
       total += loss, weight += tables.counted[y];
       if (out) out[in.column[p]] = T(loss);
     }
     sums.loss += total, sums.weight += weight;
+  }
+
+  // sum_c w_c (lse - u_c): infinite as soon as a weight is, and not 0 * inf.
+  double smoothed(double lse, double all) const {
+    return tables.weight_sum < INFINITY ? tables.weight_sum * lse - all : tables.weight_sum;
   }
 
   // The gradient of the blended row goes to both source rows.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._common import check_label_range, compute_dtype, flat_pixels, full_precision, pixel_map
+from .._common import check_label_range, compute_dtype, flat_pixels, full_precision, like_pixels, pixel_map
 from .calls import (
     ContrastCall,
     DistanceCall,
@@ -76,8 +76,11 @@ def centroid_cross_entropy(call: LossCall, wanted: list[bool]) -> LossOut:
     x, labels, classes = call.x, call.labels, call.centroids.shape[0]
     check_label_range("centroid_cross_entropy", labels, classes, call.ignore_index)
     counts = (labels >= 0) & (labels < classes)  # ignore_index is no class
+    x, finite = _shielded(x, counts)
     logits, _, own = _class_scores(x, call.centroids, labels, call.metric)
     assert own is not None
+    finite &= _finite(logits)
+    logits = torch.where((finite | counts)[:, None], logits, 0)
     with full_precision(x):
         if call.norm_weight is not None:
             logits = F.layer_norm(logits, logits.shape[1:], call.norm_weight, call.norm_bias, call.norm_eps)
@@ -88,15 +91,18 @@ def centroid_cross_entropy(call: LossCall, wanted: list[bool]) -> LossOut:
             logits, torch.where(counts, labels, call.ignore_index), call.class_weight, ignore_index=call.ignore_index,
             reduction=call.reduction, label_smoothing=call.label_smoothing,
         )  # fmt: skip
-    prediction = torch.where(_finite(logits), logits.argmax(1), -1)
+    prediction = torch.where(finite & _finite(logits), logits.argmax(1), -1)
     return LossOut(loss, prediction, own.detach())
 
 
 def subcentroid_cross_entropy(call: ContrastCall, reduction: str) -> Tensor:
     """Cross-entropy over all C*K similarities."""
-    logits = similarity(call.x, call.centroids, "dot").flatten(1) / call.temperature
-    check_label_range("subcentroid_cross_entropy", call.target, logits.shape[1], call.ignore_index)
-    target = torch.where((call.target >= 0) & (call.target < logits.shape[1]), call.target, call.ignore_index)
+    labels = call.centroids.shape[0] * call.centroids.shape[1]
+    check_label_range("subcentroid_cross_entropy", call.target, labels, call.ignore_index)
+    counts = (call.target >= 0) & (call.target < labels)
+    target = torch.where(counts, call.target, call.ignore_index)
+    logits = similarity(_shielded(call.x, counts)[0], call.centroids, "dot").flatten(1) / call.temperature
+    logits = torch.where(counts[:, None], logits, 0)
     with full_precision(call.x):
         return F.cross_entropy(logits, target, ignore_index=call.ignore_index, reduction=reduction)
 
@@ -119,6 +125,7 @@ def similarity_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of pixels [N,D] and sub-centroids [M,D] for that of their similarities [N,M], where wanted. No autograd."""
     grad_pixels = grad_rows = None
+    pixels = torch.where((grad != 0).any(1, keepdim=True), pixels, 0)  # one that is sent nothing must not get 0 * NaN
     if metric == "cosine":
         length_x, length_p = (t.norm(dim=1, keepdim=True).clamp_min(1e-12) for t in (pixels, rows))
         unit_x, unit_p = pixels / length_x, rows / length_p
@@ -170,6 +177,12 @@ def class_scores_backward(call: ScoresBackwardCall, out: ScoresBackwardOut) -> N
         out.grad_x.copy_(total + out.grad_x if call.accumulate else total)
     if out.grad_centroids is not None:
         out.grad_centroids.copy_(to_rows.view_as(call.centroids))
+
+
+def _shielded(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """x with zeros for what is neither counted [N] nor finite, whose gradient would be 0 * NaN; which pixels [N] are finite."""
+    finite = x.detach().isfinite().all(1)
+    return torch.where((finite | like_pixels(x, counts))[:, None], x, 0), finite.flatten()
 
 
 def _finite(scores: Tensor) -> Tensor:

@@ -110,8 +110,8 @@ def _subcentroid_cross_entropy_kernel(
                 store_own(own_ptr, index_ptr, s, first + row, N, class0, k0, C, K, COPIES)
             best, win = score_step(s, best, win, k0, COPIES)
         risen = tl.maximum(top, tl.max(s, axis=1))
-        e = tl.exp2(s * rate - (risen * rate)[:, None])
-        alpha = tl.exp2(top * rate - risen * rate)
+        e = tl.exp2((s - risen[:, None]) * rate)
+        alpha = tl.exp2((top - risen) * rate)
         total = total * alpha + tl.sum(e, axis=1)
         top = risen
         if grad_ptr is not None:

@@ -202,7 +202,7 @@ def _subcentroid_weights_kernel(
         if not EVEN_M:
             s = tl.where(((of_class < C) & (of_k < K))[None, :], s, float("-inf"))
         top = tl.max(s, axis=1)
-        e = tl.exp2(s * rate - (top * rate)[:, None])
+        e = tl.exp2((s - top[:, None]) * rate)
         part = tile.to(tl.int64) * band + place + row
         tl.store(tops_ptr + part, top)
         tl.store(sums_ptr + part, tl.sum(e, axis=1))

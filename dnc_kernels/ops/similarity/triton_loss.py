@@ -174,7 +174,10 @@ def pixel_losses(
     r, mean, rstd, label, own_weight, classes, tau, smoothing, slab, slab_rows, sizes,
     ONE_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Loss, log-sum-exp of the logits and best class of every pixel; the sum of the class weights, for smoothing."""
+    """Loss, largest logit, log-sum-exp less that logit and best class of every pixel; sum of the class weights, for smoothing.
+
+    All is taken from the largest logit: an offset that the classes share must not cost digits.
+    """
     C = sizes.classes
     highest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -192,28 +195,33 @@ def pixel_losses(
         best_class = tl.where(top > highest, at, best_class)
         new = tl.maximum(highest, top)
         total = total * tl.exp(highest - new) + tl.sum(tl.exp(z - new[:, None]), 1)
+        before = highest
         highest = new
         own_logit += tl.sum(tl.where(label[:, None] == c[None, :], z, 0.0), 1)
         if smoothing is not None:
             weight = tl.where(c < C, load_classes(classes.weight, c, C, 1.0), 0.0)
+            # first the tiles before, of weight 0 where there was none
+            weighted += tl.where(weight_sum > 0, weight_sum * (before - new), 0.0)
+            weighted += tl.sum(tl.where(real, (z - new[:, None]) * weight[None, :], 0.0), 1)
             weight_sum += tl.sum(weight)
-            weighted += tl.sum(tl.where(real, z * weight[None, :], 0.0), 1)
-    lse = highest + tl.log(total)
-    each = own_weight * (lse - own_logit)
+    lse = tl.log(total)
+    each = own_weight * (lse + (highest - own_logit))
     if smoothing is not None:
-        each = (1.0 - smoothing) * each + smoothing / C * (weight_sum * lse - weighted)
-    return each, lse, best_class, weight_sum
+        # infinite as soon as a weight is, and not 0 * inf
+        spread = tl.where(weight_sum < float("inf"), weight_sum * lse - weighted, weight_sum)
+        each = (1.0 - smoothing) * each + smoothing / C * spread
+    return each, highest, lse, best_class, weight_sum
 
 
 @triton.jit
-def logits_gradient(z, lse, c, C, label, weight, own_weight, weight_sum, smoothing, counted):
+def logits_gradient(z, top, lse, c, C, label, weight, own_weight, weight_sum, smoothing, counted):
     """dz [BLOCK_N, BLOCK_C] of the pixel's loss; exactly 0 for pixels and classes that do not count."""
     share = own_weight
     total = own_weight
     if smoothing is not None:
         share = (1.0 - smoothing) * own_weight
         total = share + smoothing / C * weight_sum
-    dz = tl.exp(z - lse[:, None]) * total[:, None]
+    dz = tl.exp((z - top[:, None]) - lse[:, None]) * total[:, None]
     if smoothing is not None:
         dz = dz - (smoothing / C * weight)[None, :]
     dz = tl.where(label[:, None] == c[None, :], dz - share[:, None], dz)
@@ -222,7 +230,7 @@ def logits_gradient(z, lse, c, C, label, weight, own_weight, weight_sum, smoothi
 
 @triton.jit
 def norm_slopes(
-    r, mean, rstd, lse, label, own_weight, weight_sum, classes, tau, smoothing, slab, slab_rows, sizes,
+    r, mean, rstd, top, lse, label, own_weight, weight_sum, classes, tau, smoothing, slab, slab_rows, sizes,
     ONE_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Means over the classes of dz gain and of dz gain xhat, which LayerNorm's gradient needs."""
@@ -233,7 +241,7 @@ def norm_slopes(
         for tile in tl.range(0, 1 if ONE_TILE else sizes.tiles, disable_licm=True):
             c, gain, xhat, _, z = tile_logits(r, mean, rstd, classes, tau, slab, slab_rows, tile, C, ONE_TILE, BLOCK_C)
             weight = load_classes(classes.weight, c, C, 1.0)
-            dz = logits_gradient(z, lse, c, C, label, weight, own_weight, weight_sum, smoothing, label >= 0)
+            dz = logits_gradient(z, top, lse, c, C, label, weight, own_weight, weight_sum, smoothing, label >= 0)
             along += tl.sum(dz * gain[None, :], 1)
             slope += tl.sum(dz * gain[None, :] * xhat, 1)
         along = along / C
@@ -243,8 +251,8 @@ def norm_slopes(
 
 @triton.jit
 def score_gradients(
-    r, winner, mean, rstd, along, slope, lse, label, own_weight, weight_sum, factor, classes, tau, smoothing, sums, slab,
-    slab_rows, sizes, pid, SAVE: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    r, winner, mean, rstd, along, slope, top, lse, label, own_weight, weight_sum, factor, classes, tau, smoothing, sums,
+    slab, slab_rows, sizes, pid, SAVE: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dr without factor (of the last tile, all are in the slab), its sum over the classes, and the scale's gradient."""
     C = sizes.classes
@@ -256,7 +264,7 @@ def score_gradients(
         c, gain, xhat, o, z = tile_logits(r, mean, rstd, classes, tau, slab, slab_rows, tile, C, ONE_TILE, BLOCK_C)
         real = (c < C)[None, :]
         weight = load_classes(classes.weight, c, C, 1.0)
-        dz = logits_gradient(z, lse, c, C, label, weight, own_weight, weight_sum, smoothing, counted)
+        dz = logits_gradient(z, top, lse, c, C, label, weight, own_weight, weight_sum, smoothing, counted)
         if sums.scale is not None:
             # where, because 0 * NaN of a pixel that does not count is NaN
             scale_grad += tl.sum(tl.where(counted[:, None] & real, dz * o * factor[:, None], 0.0))
@@ -383,7 +391,7 @@ def centroid_loss_kernel(
         own_weight = tl.where(counted, 1.0, 0.0)
         if classes.weight is not None:
             own_weight = tl.load(classes.weight + label, mask=counted, other=0.0)
-        each, lse, best_class, weight_sum = pixel_losses(
+        each, top, lse, best_class, weight_sum = pixel_losses(
             r, mean, rstd, label, own_weight, classes, tau, smoothing, slab, slab_rows, sizes, ONE_TILE, BLOCK_N, BLOCK_C
         )  # fmt: skip
         if out.prediction is not None:
@@ -395,13 +403,13 @@ def centroid_loss_kernel(
             lse = tl.where(finite, lse, float("nan"))
             weight_row = tl.zeros((BLOCK_N,), tl.float32) + weight_sum
             along, slope = norm_slopes(
-                r, mean, rstd, lse, label, own_weight, weight_row, classes, tau, smoothing, slab, slab_rows, sizes,
+                r, mean, rstd, top, lse, label, own_weight, weight_row, classes, tau, smoothing, slab, slab_rows, sizes,
                 ONE_TILE, BLOCK_N, BLOCK_C,
             )  # fmt: skip
             factor = load_factor(factor_ptr, n, inside, PER_PIXEL)
             dr, row_total, scale_grad = score_gradients(
-                r, winner, mean, rstd, along, slope, lse, label, own_weight, weight_row, factor, classes, tau, smoothing, sums,
-                slab, slab_rows, sizes, pid, SAVE, ONE_TILE, BLOCK_N, BLOCK_C,
+                r, winner, mean, rstd, along, slope, top, lse, label, own_weight, weight_row, factor, classes, tau, smoothing,
+                sums, slab, slab_rows, sizes, pid, SAVE, ONE_TILE, BLOCK_N, BLOCK_C,
             )  # fmt: skip
             if sums.scale is not None:
                 tl.store(sums.scale + (n0 - first) // BLOCK_N, scale_grad * inverse_temperature)

@@ -358,7 +358,7 @@ def metric_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """cosine: (u - y <y,u>) / |x| with y = x/|x|; sqeuclidean: 2 (u - x sum dS). In place."""
+    """cosine: (u - y <y,u>) / |x| with y = x/|x|; sqeuclidean: 2 (u - x sum dS). In place. Of zeros it makes zeros."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     pixels = x_ptr + offset_of(n, x_at, X_MAP)
@@ -370,8 +370,8 @@ def metric_gradient_kernel(
         for d0 in range(0, D, BLOCK_D):
             x = load_x(pixels, inside, d0 + d, D, x_at.stride_d, False, X_MAP).to(tl.float32)
             u = load_x(grads, inside, d0 + d, D, grad_at.stride_d, False, GRAD_MAP).to(tl.float32)
-            along += tl.sum(x * u, 1)
-        slope = along * scale * scale
+            along += tl.sum(tl.where(u == 0.0, 0.0, x * u), 1)
+        slope = tl.where(along == 0.0, 0.0, along * scale * scale)
     else:
         scale = tl.full((BLOCK_N,), 2.0, tl.float32)
         slope = tl.load(total_ptr + n, mask=inside, other=0.0)
@@ -380,7 +380,9 @@ def metric_gradient_kernel(
         x = load_x(pixels, inside, d0 + d, D, x_at.stride_d, False, X_MAP).to(tl.float32)
         target = grads[:, None] + (wide_unless(d0 + d, GRAD_MAP >= 3) * grad_at.stride_d)[None, :]
         u = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-        made = scale[:, None] * (u - x * slope[:, None])
+        # a pixel that is sent nothing must not get 0 * NaN
+        made = u - tl.where(slope[:, None] == 0.0, 0.0, x * slope[:, None])
+        made = tl.where(made == 0.0, 0.0, scale[:, None] * made)
         tl.store(target, rounded(made, grad_ptr.dtype.element_ty), mask=mask)
 
 
@@ -445,10 +447,10 @@ def centroid_gradient_kernel(
             mine = (label[:, None] == (tile * BLOCK_C + j % BLOCK_C)[None, :]) & (k < K)[None, :] & (label < C)[:, None]
             ds += tl.load(grad_own_ptr + (n.to(tl.int64) * K)[:, None] + k[None, :], mask=mine, other=0.0)
         if factor_ptr is not None:
-            ds = ds * tl.load(factor_ptr + n, mask=inside, other=0.0)[:, None]
+            # a pixel that sends nothing here must not send 0 * NaN
+            ds = tl.where(ds == 0.0, 0.0, ds * tl.load(factor_ptr + n, mask=inside, other=0.0)[:, None])
         total += tl.sum(ds, 0)
         pixels = x_ptr + offset_of(n, x_at, X_MAP)
-        # a pixel that sends nothing here must not send 0 * NaN
         sending = inside & (tl.max(tl.abs(ds), 1) > 0.0)
         x = load_x(pixels, sending, d0 + tl.arange(0, BLOCK_D), D, x_at.stride_d, False, X_MAP)
         if x.dtype == tl.float16:

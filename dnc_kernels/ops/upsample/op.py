@@ -58,7 +58,10 @@ def _launch_loss(call: UpsampleCall, out: UpsampleOut, reduction: str, early: bo
     mean = reduction == "mean"
     if sums.is_cpu:
         total, weight = sums.tolist()
-        loss.fill_((total / weight if weight else total * math.inf) if mean else total)
+        if mean:
+            total = total / weight if weight else total * math.inf
+        # torch refuses to fill in a number that is too large
+        loss.fill_(total if abs(total) <= torch.finfo(loss.dtype).max else total * math.inf)
     else:  # numbers would wait for the device
         loss.copy_(sums[0] / sums[1] if mean else sums[0])
 

@@ -25,8 +25,10 @@ def upsample_cross_entropy(call: UpsampleCall, reduction: str) -> Tensor:
     """Cross-entropy of the upsampled scores; a label outside [0,C) is left out where no check sees it."""
     scores, labels, ignore_index = call.scores, call.labels.to(torch.int64), call.ignore_index
     check_label_range("upsample_cross_entropy", labels, scores.shape[1], ignore_index)
-    labels = torch.where((labels >= 0) & (labels < scores.shape[1]), labels, ignore_index)
+    counts = (labels >= 0) & (labels < scores.shape[1])
+    labels = torch.where(counts, labels, ignore_index)
     logits = upsample(scores, (labels.shape[1], labels.shape[2]), call.align_corners)
+    logits = torch.where(counts[:, None], logits, 0)  # torch gives an ignored NaN a NaN gradient
     return F.cross_entropy(
         logits, labels, call.class_weight, ignore_index=ignore_index, label_smoothing=call.label_smoothing, reduction=reduction
     )

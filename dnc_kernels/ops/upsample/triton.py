@@ -2,8 +2,8 @@
 triton_argmax.py, built on triton_cells.py.
 
 Launches: the log-sum-exp 1, the loss 1 more, its sums 1 more, the gradient 1 more; argmax 1.
-Workspace: lse [B,H,W] fp32 (with label smoothing two of them); the gradient's carry, about 1/ROWS of [B,C,h,w] fp32, or 2/ROWS
-where a cell has more than MOST x MOST target pixels; 16 bytes a program of the loss.
+Workspace: shift and lse [B,H,W] fp32 (with label smoothing three of them); the gradient's carry, about 1/ROWS of [B,C,h,w]
+fp32, or 2/ROWS where a cell has more than MOST x MOST target pixels; 16 bytes a program of the loss.
 """
 
 from __future__ import annotations
@@ -36,38 +36,39 @@ def upsample_cross_entropy(call: UpsampleCall, out: UpsampleOut) -> None:
     if grad_scores is None and not wanted:
         return
     axes = axes_of(call)
-    lse = torch.empty(labels.shape, dtype=torch.float32, device=scores.device)
+    shift, lse = torch.empty((2, *labels.shape), dtype=torch.float32, device=scores.device)
     spread = torch.empty_like(lse) if wanted and call.label_smoothing > 0 else None
-    log_sum_exp(call, axes, lse, spread)
+    log_sum_exp(call, axes, shift, lse, spread)
     if wanted:
-        _losses(call, axes, lse, spread, sums, loss)
+        _losses(call, axes, shift, lse, spread, sums, loss)
     if grad_scores is not None:
-        gradient(call, axes, lse, grad_scores)
+        gradient(call, axes, shift, lse, grad_scores)
 
 
-def log_sum_exp(call: UpsampleCall, axes: tuple[Axis, Axis], lse: Tensor, spread: Tensor | None) -> None:
-    """Base-2 log-sum-exp and, if given, the smoothed part of the loss, both [B,H,W] fp32 and contiguous."""
+def log_sum_exp(call: UpsampleCall, axes: tuple[Axis, Axis], shift: Tensor, lse: Tensor, spread: Tensor | None) -> None:
+    """Log-sum-exp as shift + log(2) lse and, if given, the smoothed part of the loss, all [B,H,W] fp32 and contiguous."""
     scores, (rows, columns) = call.scores, axes
     options = _cells("log_sum_exp", scores, axes)
     lanes = scores.shape[0] * columns.cells * options["PARTS_X"]
     blocks = triton.cdiv(lanes, options["BLOCK"])
     launch(
         log_sum_exp_kernel, (blocks * rows.cells * options["PARTS_Y"],),
-        scores, call.class_weight, lse, spread, scores.stride(), rows, columns, scores.shape[1], call.label_smoothing, lanes,
-        blocks, **options,
+        scores, call.class_weight, shift, lse, spread, scores.stride(), rows, columns, scores.shape[1], call.label_smoothing,
+        lanes, blocks, **options,
     )  # fmt: skip
 
 
 def _losses(
-    call: UpsampleCall, axes: tuple[Axis, Axis], lse: Tensor, spread: Tensor | None, sums: Tensor | None, loss: Tensor | None
-) -> None:
+    call: UpsampleCall, axes: tuple[Axis, Axis], shift: Tensor, lse: Tensor, spread: Tensor | None, sums: Tensor | None,
+    loss: Tensor | None,
+) -> None:  # fmt: skip
     """Losses of pixels and their sums, those given."""
     scores, labels, (rows, columns) = call.scores, call.labels, axes
     programs = min(triton.cdiv(lse.numel(), _PIXELS), 8 * processors(lse.device))
     partial = None if sums is None else sums.new_empty((programs, 2))
     launch(
         loss_kernel, (programs,),
-        scores, labels, call.class_weight, lse, spread, loss, partial, scores.stride(), labels.stride(),
+        scores, labels, call.class_weight, shift, lse, spread, loss, partial, scores.stride(), labels.stride(),
         (labels if loss is None else loss).stride(), rows, columns, scores.shape[1], call.ignore_index, call.label_smoothing,
         lse.numel(), WIDE=rows.wide or columns.wide, FLAT_X=columns.flat, FLAT_Y=rows.flat, BLOCK=_PIXELS, num_warps=4,
     )  # fmt: skip
@@ -75,7 +76,7 @@ def _losses(
         launch(add_sums_kernel, (1,), partial, sums, programs, BLOCK=1024, num_warps=4)
 
 
-def gradient(call: UpsampleCall, axes: tuple[Axis, Axis], lse: Tensor, grad_scores: Tensor) -> None:
+def gradient(call: UpsampleCall, axes: tuple[Axis, Axis], shift: Tensor, lse: Tensor, grad_scores: Tensor) -> None:
     """Gradient of the scores, from what `log_sum_exp` left."""
     scores, labels, grad_loss, (rows, columns) = call.scores, call.labels, call.grad_loss, axes
     batch, classes = scores.shape[:2]
@@ -88,7 +89,7 @@ def gradient(call: UpsampleCall, axes: tuple[Axis, Axis], lse: Tensor, grad_scor
     carry = scores.new_empty((programs, planes, options["CLASSES"], options["BLOCK"]), dtype=torch.float32)
     launch(
         gradient_kernel, (programs,),
-        scores, labels, call.class_weight, grad_loss, lse, grad_scores, carry, scores.stride(), labels.stride(),
+        scores, labels, call.class_weight, grad_loss, shift, lse, grad_scores, carry, scores.stride(), labels.stride(),
         (labels if grad_loss is None else grad_loss).stride(), grad_scores.stride(), rows, columns, classes,
         call.ignore_index, call.label_smoothing, lanes, blocks, strips, PLAIN=grad_loss is None and call.class_weight is None,
         SMOOTH=call.label_smoothing > 0, **options,

@@ -1,19 +1,21 @@
 """Gradient of the cross-entropy of bilinearly interpolated scores, in Triton.
 
-    d loss / d u_c = (own + smooth * W) * exp(u_c - lse) - own * [c = y] - smooth * w_c          (names: triton_loss.py)
+    d loss / d u_c = (own + smooth * W) * exp(u_c - shift) 2^-lse - own * [c = y] - smooth * w_c  (names: triton_loss.py)
     grad_scores[b,c,r,x] = sum over target pixels (i,j) of their share of (r,x) * grad_loss * d loss / d u_c
 
-Reads scores [B,C,h,w] (each four times, three of these from L1 and L2), labels and lse [B,H,W], grad_loss and class weights if
-given; writes grad_scores [B,C,h,w]. [B,C,H,W] never exists. E = B*C*H*W exponentials are needed; the cells at the border of a
-program make it (ROWS+1)/ROWS * BLOCK/(BLOCK-1) * E.
+Reads scores [B,C,h,w] (each four times, three of these from L1 and L2), labels, shift and lse [B,H,W], grad_loss and class
+weights if given; writes grad_scores [B,C,h,w]. [B,C,H,W] never exists. E = B*C*H*W exponentials are needed; the cells at the
+border of a program make it (ROWS+1)/ROWS * BLOCK/(BLOCK-1) * E.
 Floors for [8,150,128,128] fp32 -> 512^2, E = 315 M, 1.10 * E with ROWS=16, BLOCK=32 (rates: triton_loss.py):
-  8*B*C*h*w + 12*B*H*W bytes = 182 MB   61 us    1.10 * E exponentials  96 us    1.10 * 13.4 * E operations  166 us
+  8*B*C*h*w + 16*B*H*W bytes = 191 MB   64 us    1.10 * E exponentials  96 us    1.10 * 13.7 * E operations  170 us
 
 Plan: gathers, without atomics. A thread owns a cell (triton_cells.py). A program owns ROWS rows of source pixels, BLOCK-1 wide,
 of CLASSES classes, and walks down their cells; labels, lse and factors of a row of cells lie in registers while the classes
 pass. What a cell gives to its right corners goes to the thread to the right, by a shuffle where a program is one warp; what it
 gives to its lower corners waits for the next row of cells in the workspace carry [programs,CLASSES,BLOCK] fp32 (twice that
-where cells have parts), which stays in L2. A row of cells without a label that counts only passes the carry on.
+where cells have parts), which stays in L2. A row of cells without a label that counts only passes the carry on. The corners of
+a cell are taken from the shift of its pixels before they are interpolated; where one of the pixels has another shift, which
+takes scores 1000 apart in a cell, a row of cells is worked on pixel by pixel.
 
 Deterministic: programs and orders of summation depend on sizes only. exp2 is the hardware's (2^-22 relative).
 Reference: dnc_kernels/ops/upsample/reference.py, csrc/cpu/upsample_unit.h.
@@ -29,6 +31,7 @@ import triton
 import triton.language as tl
 
 from .triton_cells import (
+    EXACT,
     FINITE,
     LOG2E,
     LOWEST,
@@ -41,7 +44,7 @@ from .triton_cells import (
     shares,
 )
 
-# A score of inf: its difference to LOWEST is finite too.
+# A score of inf, or far above a shift: its difference to LOWEST is finite too.
 _HIGHEST = tl.constexpr(1e38)
 # Log-sum-exp of an ignored pixel: whatever its scores, its probabilities are 0.
 _NO_LSE = tl.constexpr(3e38)
@@ -49,8 +52,8 @@ _NO_LSE = tl.constexpr(3e38)
 
 @triton.jit
 def gradient_kernel(
-    scores_ptr, labels_ptr, weight_ptr, grad_loss_ptr, lse_ptr, grad_scores_ptr, carry_ptr, scores_at, labels_at, grad_loss_at,
-    grad_scores_at, rows, columns, C, ignore_index, smoothing, lanes, blocks, strips,
+    scores_ptr, labels_ptr, weight_ptr, grad_loss_ptr, shift_ptr, lse_ptr, grad_scores_ptr, carry_ptr, scores_at, labels_at,
+    grad_loss_at, grad_scores_at, rows, columns, C, ignore_index, smoothing, lanes, blocks, strips,
     PLAIN: tl.constexpr, SMOOTH: tl.constexpr, LARGE: tl.constexpr, WIDE: tl.constexpr, FLAT_X: tl.constexpr,
     FLAT_Y: tl.constexpr, KX: tl.constexpr, KY: tl.constexpr, PARTS_X: tl.constexpr, PARTS_Y: tl.constexpr, ROWS: tl.constexpr,
     CLASSES: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,6 +110,8 @@ def gradient_kernel(
             ons = ()  # factors of the probability
             smooths = ()
             any_counts = tl.zeros([BLOCK], tl.int32)
+            shift = tl.zeros([BLOCK], tl.float32)  # of the first pixel: as a rule of all
+            apart = tl.zeros([BLOCK], tl.int32)
             for k in tl.static_range(KX * KY):
                 i, j = i0 + k % KY, j0 + k // KY
                 inside = here & (i < i1) & (j < j1)
@@ -115,6 +120,10 @@ def gradient_kernel(
                 counts = label >= 0
                 at = (b.to(tl.int64) * rows.targets + i) * columns.targets + j
                 lses += (tl.load(lse_ptr + at, mask=counts, other=_NO_LSE),)
+                own_shift = tl.load(shift_ptr + at, mask=inside, other=0.0)
+                if k == 0:
+                    shift = own_shift
+                apart = tl.maximum(apart, (counts & (own_shift != shift)).to(tl.int32))
                 labels += (label.to(tl.float32),)
                 any_counts = tl.maximum(any_counts, counts.to(tl.int32))
                 factor = counts.to(tl.float32)
@@ -124,7 +133,8 @@ def gradient_kernel(
                 if SMOOTH:
                     smooths += (factor * (smoothing / C),)
                 if not PLAIN:
-                    own = factor * ((1 - smoothing) * class_weight(weight_ptr, tl.maximum(label, 0)))
+                    weight = class_weight(weight_ptr, tl.maximum(label, 0))
+                    own = tl.where(counts, factor * ((1 - smoothing) * weight), 0.0)  # not 0 * inf
                     owns += (own,)
                     ons += (own + factor * (smoothing / C) * all_weights,)
             level = (0.0, 0.0)
@@ -135,27 +145,41 @@ def gradient_kernel(
             coming = corner_scores(row, offsets, here)
             now = class0.to(tl.float32)
             worked = tl.where(work > 0, class1, class0)  # no class where all pixels are ignored
+            together = tl.where(tl.max(apart, 0) > 0, class0, worked)
             out = to_first + tl.maximum(local, 0).to(tl.int64) * grad_scores_at[2] + class0.to(tl.int64) * grad_scores_at[1]
             found = here & (step + part > 0)
             done = writes & (step > 0) & (part == PARTS - 1)
             slot = carry
-            for c in range(class0, worked):
-                s00, s01, s10, s11 = _finite(coming)
+            for c in range(class0, together):
+                s00, s01, s10, s11 = _from_shift(coming, shift)
                 row += tl.where(c + 1 < class1, scores_at[1], 0)
                 coming = corner_scores(row, offsets, here)
                 u = interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, FINITE, KX, KY)
-                each = ()
+                powers = ()
                 for k in tl.static_range(KX * KY):
-                    p = tl.exp2(tl.fma(u[k], LOG2E, -lses[k]))
-                    if PLAIN:
-                        each += (p - tl.where(labels[k] == now, 1 - smoothing, 0.0),)
-                    else:
-                        each += (tl.fma(p, ons[k], -tl.where(labels[k] == now, owns[k], 0.0)),)
-                top, bottom = _gather(each, to_right, to_bottom, before, FLAT_X, FLAT_Y, KX, KY)
-                if SMOOTH:
-                    weight = class_weight(weight_ptr, c)
-                    top -= weight * level[0]
-                    bottom -= weight * level[1]
+                    powers += (tl.exp2(tl.fma(u[k], LOG2E, -lses[k])),)
+                top, bottom = _send(
+                    powers, labels, owns, ons, level, weight_ptr, c, now, smoothing, to_right, to_bottom, before, PLAIN, SMOOTH,
+                    FLAT_X, FLAT_Y, KX, KY,
+                )  # fmt: skip
+                _hand_on(top, bottom, slot, out, step, part, here, found, done, PARTS, PLANE)
+                out += grad_scores_at[1]
+                slot += BLOCK
+                now += 1.0
+            for c in range(together, worked):
+                s00, s01, s10, s11 = corner_scores(row, offsets, here)
+                row += scores_at[1]
+                u = interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, EXACT, KX, KY)
+                powers = ()
+                for k in tl.static_range(KX * KY):
+                    counts = labels[k] >= 0.0
+                    at = (b.to(tl.int64) * rows.targets + (i0 + k % KY - rows.target0)) * columns.targets + j0 + k // KY
+                    own_shift = tl.load(shift_ptr + at, mask=counts, other=0.0)
+                    powers += (tl.where(counts, tl.exp2(tl.fma(u[k] - own_shift, LOG2E, -lses[k])), 0.0),)
+                top, bottom = _send(
+                    powers, labels, owns, ons, level, weight_ptr, c, now, smoothing, to_right, to_bottom, before, PLAIN, SMOOTH,
+                    FLAT_X, FLAT_Y, KX, KY,
+                )  # fmt: skip
                 _hand_on(top, bottom, slot, out, step, part, here, found, done, PARTS, PLANE)
                 out += grad_scores_at[1]
                 slot += BLOCK
@@ -165,6 +189,26 @@ def gradient_kernel(
                 _hand_on(nothing, nothing, slot, out, step, part, here, found, done, PARTS, PLANE)
                 out += grad_scores_at[1]
                 slot += BLOCK
+
+
+@triton.jit
+def _send(
+    powers, labels, owns, ons, level, weight_ptr, c, now, smoothing, to_right, to_bottom, before, PLAIN: tl.constexpr,
+    SMOOTH: tl.constexpr, FLAT_X: tl.constexpr, FLAT_Y: tl.constexpr, KX: tl.constexpr, KY: tl.constexpr,
+):  # fmt: skip
+    """What the pixels' probabilities of class c, less the label's one, give to the upper and lower corners."""
+    each = ()
+    for k in tl.static_range(KX * KY):
+        if PLAIN:
+            each += (powers[k] - tl.where(labels[k] == now, 1 - smoothing, 0.0),)
+        else:
+            each += (tl.fma(powers[k], ons[k], -tl.where(labels[k] == now, owns[k], 0.0)),)
+    top, bottom = _gather(each, to_right, to_bottom, before, FLAT_X, FLAT_Y, KX, KY)
+    if SMOOTH:
+        weight = class_weight(weight_ptr, c)
+        top -= weight * level[0]
+        bottom -= weight * level[1]
+    return top, bottom
 
 
 @triton.jit
@@ -184,13 +228,13 @@ def _hand_on(top, bottom, slot, out, step, part, here, found, done, PARTS: tl.co
 
 
 @triton.jit
-def _finite(scores):
-    """Finite corners. A pixel with a share of a NaN or +inf is known by its log-sum-exp, NaN; no other one may see them."""
+def _from_shift(scores, shift):
+    """Corners less the shift, finite. A pixel with a share of a NaN or +inf is known by its lse, NaN; no other may see them."""
     return (
-        tl.minimum(tl.maximum(scores[0], LOWEST), _HIGHEST),
-        tl.minimum(tl.maximum(scores[1], LOWEST), _HIGHEST),
-        tl.minimum(tl.maximum(scores[2], LOWEST), _HIGHEST),
-        tl.minimum(tl.maximum(scores[3], LOWEST), _HIGHEST),
+        tl.minimum(tl.maximum(scores[0] - shift, LOWEST), _HIGHEST),
+        tl.minimum(tl.maximum(scores[1] - shift, LOWEST), _HIGHEST),
+        tl.minimum(tl.maximum(scores[2] - shift, LOWEST), _HIGHEST),
+        tl.minimum(tl.maximum(scores[3] - shift, LOWEST), _HIGHEST),
     )
 
 
