@@ -194,13 +194,6 @@ def test_expanded_gradient_of_none():
     torch.testing.assert_close(scores.grad, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_class_weight_gets_no_gradient():
-    weight = torch.ones(3, requires_grad=True)
-    loss = ops.upsample_cross_entropy(normal(1, 3, 2, 2).requires_grad_(), random_labels(1, 3, (4, 4), 0), weight=weight)
-    loss.backward()
-    assert weight.grad is None
-
-
 def test_no_samples():
     scores = torch.zeros(0, 3, 4, 4, requires_grad=True)
     loss = ops.upsample_cross_entropy(scores, torch.zeros(0, 8, 8, dtype=torch.int64), reduction="sum")

@@ -87,7 +87,7 @@ def log_sum_exp_kernel(
 
     sums = constants(KX * KY, 0.0, BLOCK, tl.float32)
     highest = tl.full([BLOCK], _FLOOR, tl.float32)
-    # sum_c w_c (s_c - highest) at the corners
+    # sum_c s/C w_c (s_c - highest) at the corners
     weighted00, weighted01 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     weighted10, weighted11 = weighted00, weighted00
     all_weights = 0.0
@@ -109,7 +109,7 @@ def log_sum_exp_kernel(
             new_sums += (tl.fma(sums[k], keep, tl.exp2(u[k])),)
         sums = new_sums
         if spread_ptr is not None:
-            weight = class_weight(weight_ptr, c)
+            weight = class_weight(weight_ptr, c) * (smoothing / C)  # first: sums of differences may be too large
             fallen = tl.where(all_weights > 0, all_weights * risen, 0.0)  # not 0 * inf
             all_weights += weight
             weighted00 += weight * (given[0] - seen) - fallen
@@ -137,6 +137,7 @@ def log_sum_exp_kernel(
         s00, s01, s10, s11 = corner_scores(row, offsets, here)
         row += scores_at[1]
         u = interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, EXACT, KX, KY)
+        weight = class_weight(weight_ptr, c) * (smoothing / C)
         new_sums, new_highs, new_weighted = (), (), ()
         for k in tl.static_range(KX * KY):
             seen = tl.maximum(highs[k], u[k])
@@ -144,12 +145,12 @@ def log_sum_exp_kernel(
             new_highs += (seen,)
             if spread_ptr is not None:
                 fallen = tl.where(before > 0, before * (seen - highs[k]), 0.0)
-                new_weighted += (weighted[k] + class_weight(weight_ptr, c) * (u[k] - seen) - fallen,)
+                new_weighted += (weighted[k] + weight * (u[k] - seen) - fallen,)
             else:
                 new_weighted += (weighted[k],)
         sums, highs, weighted = new_sums, new_highs, new_weighted
         if spread_ptr is not None:
-            before += class_weight(weight_ptr, c)
+            before += weight
 
     for k in tl.static_range(KX * KY):
         i, j = i0 + k % KY, j0 + k // KY
@@ -163,7 +164,7 @@ def log_sum_exp_kernel(
         if spread_ptr is not None:
             # infinite as soon as a weight is, and not 0 * inf
             spread = tl.where(all_weights < float("inf"), all_weights * (lse * _LN2) - weighted[k], all_weights)
-            tl.store(spread_ptr + at, smoothing / C * spread, mask=inside)
+            tl.store(spread_ptr + at, spread, mask=inside)
 
 
 @triton.jit
@@ -191,9 +192,10 @@ def loss_kernel(
         shift = tl.load(shift_ptr + n, mask=counts, other=0.0)
         s00, s01, s10, s11 = corner_scores(own_row, corner_offsets(b, y, x, rows, columns, scores_at, True), counts)
         u = interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, EXACT, 1, 1)[0] - shift
+        # fewer digits are lost where the shift is taken off first, unless it is one pixel's own
         s00, s01, s10, s11 = s00 - shift, s01 - shift, s10 - shift, s11 - shift
-        first = interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, EXACT, 1, 1)[0]
-        u = tl.where(tl.abs(first) < float("inf"), first, u)  # fewer digits are lost where the shift is taken off first
+        near = tl.maximum(tl.maximum(tl.abs(s00), tl.abs(s01)), tl.maximum(tl.abs(s10), tl.abs(s11))) < _FAR
+        u = tl.where(near, interpolate(s00, s01, s10, s11, across, down, FLAT_X, FLAT_Y, EXACT, 1, 1)[0], u)
         weight = class_weight(weight_ptr, tl.maximum(label, 0))
         lse = tl.load(lse_ptr + n, mask=counts, other=0.0) * _LN2
         loss = weight * (1 - smoothing) * (lse - u)
