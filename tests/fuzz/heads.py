@@ -21,7 +21,7 @@ from torch import Tensor
 from dnc_kernels import backends, nn
 
 from . import oracle
-from .calls import BACKENDS, Draw, _checked_ignore, _labels, _option, _size
+from .calls import Draw, _checked_ignore, _labels, _option, _size, backend_of
 from .judge import Fault, _word, demand, near
 from .values import SEEDS, Spec, code_of, layouts
 
@@ -78,7 +78,10 @@ ACTIONS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "reload": (_reloaded, "old, head = head, make(); head.load_state_dict(old.state_dict()); head.train(old.training)"),
     "deepcopy": (lambda head, make: copy.deepcopy(head), "head = copy.deepcopy(head)"),
     "pickle": (lambda head, make: pickle.loads(pickle.dumps(head)), "head = pickle.loads(pickle.dumps(head))"),
-    "save": (_pickled, "file = io.BytesIO(); torch.save(head, file); file.seek(0); head = torch.load(file, weights_only=False)"),
+    "save": (
+        _pickled,
+        "file = io.BytesIO(); torch.save(head, file); file.seek(0); head = torch.load(file, weights_only=False)",
+    ),
     "half": (lambda head, make: head.half(), "head.half()"),
     "bfloat16": (lambda head, make: head.bfloat16(), "head.bfloat16()"),
     "double": (lambda head, make: head.double(), "head.double()"),
@@ -126,8 +129,7 @@ def _options(draw: Draw, head: str, classes: int) -> dict[str, Any]:
 
 
 def _head_call(draw: Draw, op: str, spoil: bool) -> HeadCall:
-    share = draw(st.integers(0, 39))
-    backend, isa = BACKENDS[-1] if share == 39 else BACKENDS[share % (len(BACKENDS) - 1)]
+    backend, isa = backend_of(draw, triton=40)
     rank = 4 if op == "DNCHead" else 2
     classes, channels = draw(st.sampled_from((3, 1, 2, 7))), draw(st.sampled_from((4, 1, 2, 8, 13)))
     ignore_index = _checked_ignore(draw, classes)
@@ -150,7 +152,10 @@ def _head_call(draw: Draw, op: str, spoil: bool) -> HeadCall:
         given: dict[str, Any] = {"features": x}
         if step == "data":
             step = draw(st.sampled_from(("diagnose", "refit_", "initialize_from_")))
-            given = {"data" if step != "initialize_from_" else "features": x, "labels": _head_labels(draw, x, classes, ignore_index)}
+            given = {
+                "data" if step != "initialize_from_" else "features": x,
+                "labels": _head_labels(draw, x, classes, ignore_index),
+            }
         if step == "loss":
             given |= {"labels": _head_labels(draw, x, classes, ignore_index), "update": _option(draw, None, True, False)}
         if step == "predict" and rank == 4:
@@ -193,19 +198,33 @@ def _spoil(draw: Draw, call: HeadCall, classes: int, rank: int) -> None:
             call.options.pop("class_weight", None)
         call.illegal, call.steps = name, []
         return
-    method, given = call.steps[-1]
+    _, given = call.steps[-1]
     if not given:
         return
     name = draw(st.sampled_from(sorted(given)))
     value = given[name]
     if name in ("features", "data"):
-        changes: list[Any] = [value._replace(shape=(*value.shape, 1), layout="contiguous"), value.make().to(torch.complex64),
-                              value._replace(shape=(value.shape[0], value.shape[1] + 1, *value.shape[2:]), layout="contiguous"),
-                              (value.make() > 0), (value.make() > 0).long(), value.make().to("meta"), "x", value.make().to_sparse()]
+        changes: list[Any] = [
+            value._replace(shape=(*value.shape, 1), layout="contiguous"),
+            value.make().to(torch.complex64),
+            value._replace(shape=(value.shape[0], value.shape[1] + 1, *value.shape[2:]), layout="contiguous"),
+            (value.make() > 0),
+            (value.make() > 0).long(),
+            value.make().to("meta"),
+            "x",
+            value.make().to_sparse(),
+        ]
     elif name == "labels":
         longer = (*value.shape[:-1], value.shape[-1] + 1) if rank == 2 else (value.shape[0] + 1, *value.shape[1:])
-        changes = [value._replace(shape=longer, layout="contiguous"), value._replace(shape=(*value.shape, 3), layout="contiguous"),
-                   value.make().double(), value.make() != 0, "x", value.make().tolist(), value.make().to("meta")]
+        changes = [
+            value._replace(shape=longer, layout="contiguous"),
+            value._replace(shape=(*value.shape, 3), layout="contiguous"),
+            value.make().double(),
+            value.make() != 0,
+            "x",
+            value.make().tolist(),
+            value.make().to("meta"),
+        ]
         beyond = [i for i in (classes, 255, 2**31, 2**32 + 1, 2**63) if i >= classes and i <= torch.iinfo(value.dtype).max]
         beyond = [i for i in beyond if i != call.options["ignore_index"]]
         if math.prod(value.shape) and beyond and len(value.shape) == rank - 1:
@@ -260,7 +279,9 @@ def _refused(call: HeadCall, method: str, act: Callable[[], Any], value: Any) ->
     try:
         result = act()
     except Exception as e:
-        names = {"data": "data|features|labels", "features": "features|labels", "labels": "labels|data"}.get(call.illegal, call.illegal)
+        names = {"data": "data|features|labels", "features": "features|labels", "labels": "labels|data"}.get(
+            call.illegal, call.illegal
+        )
         ours = re.match(rf"{call.op}{re.escape(method)}: .*\b({names})\b", str(e), re.DOTALL) is not None
         kind = isinstance(e, (ValueError, TypeError, NotImplementedError))
         demand(ours and kind, f"unclear error for {what}", f"{type(e).__name__}: {str(e)[:300]}")
@@ -284,7 +305,11 @@ def _alike(method: str, before: dict[str, Tensor], after: dict[str, Tensor], cal
         new = after[name]
         if old.is_floating_point() and method == "reload":  # a fresh layer has its own dtype
             new, old = new.double(), old.double().to(new.dtype).double()
-        demand(torch.equal(new, old), f"{method} changes {name}", f"{old.flatten()[:8].tolist()} is now {new.flatten()[:8].tolist()}")
+        demand(
+            torch.equal(new, old),
+            f"{method} changes {name}",
+            f"{old.flatten()[:8].tolist()} is now {new.flatten()[:8].tolist()}",
+        )
 
 
 def _step(call: HeadCall, head: Any, method: str, arguments: dict[str, Any], given: dict[str, Any], pending: list[Any]) -> None:
@@ -333,7 +358,7 @@ class Twin:
     def __init__(self, call: HeadCall, head: Any, x: Tensor) -> None:
         self.head, self.leaf, self.flat = head, x, x.ndim == 2
         self.classes, self.k, self.channels = head.prototypes.shape
-        self.wide = {n: t.detach().double().requires_grad_() for n, t in head.named_parameters()}
+        self.wide = {n: t.detach().double().clone().requires_grad_() for n, t in head.named_parameters()}
         self.wide["features"] = x.detach().double().requires_grad_()
         self.names = [n for n in self.wide if n != "features"]
         maps = self.wide["features"]
@@ -343,19 +368,27 @@ class Twin:
         rows = oracle.rows(maps)
         norm = head.feat_norm
         self.e, _, length = oracle.embedded(rows, self.wide["feat_norm.weight"], self.wide["feat_norm.bias"], norm.eps)
-        p = head.prototypes.detach().double()
+        p = head.prototypes.detach().double().clone()  # an update moves them in place
         self.p = p if head.training else p / p.norm(dim=2, keepdim=True)
         self.finite = rows.detach().isfinite().all(1)
         self.s = torch.einsum("nd,ckd->nck", self.e, self.p)
         r = self.s.amax(2)
         if head.scores == "norm":
-            self.logits = F.layer_norm(r, (self.classes,), self.wide["mask_norm.weight"], self.wide["mask_norm.bias"], head.mask_norm.eps)
+            self.logits = F.layer_norm(
+                r, (self.classes,), self.wide["mask_norm.weight"], self.wide["mask_norm.bias"], head.mask_norm.eps
+            )
         else:
             r = r * length[:, None] if head.confidence == "length" else r
             self.logits = r * self.wide["logit_scale"].exp() if head.scores == "scale" else r / head.temperature
         parameters = [t.dtype for t in head.parameters()]
         halves = [d for d in (x.dtype, *parameters) if d.itemsize == 2]
-        self.precision = halves[0] if halves else torch.float64 if x.dtype == torch.float64 and torch.float32 not in parameters else torch.float32
+        self.precision = (
+            halves[0]
+            if halves
+            else torch.float64
+            if x.dtype == torch.float64 and torch.float32 not in parameters
+            else torch.float32
+        )
         if call.backend == "triton" and self.precision == torch.float64:
             self.precision = torch.float32
         # statistics of a pixel whose channels are nearly alike are rounding
@@ -378,14 +411,28 @@ class Twin:
 def _judge_forward(twin: Twin, result: Tensor, judged: bool) -> None:
     demand(result.dtype in (torch.float32, torch.float64), "forward", f"dtype {result.dtype}")
     if judged and twin.head.scores != "norm":
-        near("forward", result, twin.shaped(twin.logits), "head", terms=twin.channels, scale=2 * twin.size, precision=twin.precision)
+        near(
+            "forward",
+            result,
+            twin.shaped(twin.logits),
+            "head",
+            terms=twin.channels,
+            scale=2 * twin.size,
+            precision=twin.precision,
+        )
 
 
 def _judge_predict(call: HeadCall, twin: Twin, result: Tensor, size: Any, judged: bool) -> None:
     demand(result.dtype == torch.int64, "predict", f"dtype {result.dtype}")
     logits = twin.shaped(twin.logits.detach())
     if not twin.flat:
-        size = logits.shape[2:] if size is None else (int(size[0]), int(size[1])) if isinstance(size, (tuple, list)) else (int(size),) * 2
+        size = (
+            logits.shape[2:]
+            if size is None
+            else (int(size[0]), int(size[1]))
+            if isinstance(size, (tuple, list))
+            else (int(size),) * 2
+        )
         logits = oracle.interpolated(logits, tuple(size), bool(call.options.get("align_corners", False)))
     demand(result.shape == logits.amax(1).shape, "predict", f"shape {list(result.shape)}")
     if judged and result.numel():
@@ -411,10 +458,18 @@ def _judge_loss(call: HeadCall, head: Any, twin: Twin, result: Any, labels: Tens
     small = kept.flatten() if twin.flat else oracle.nearest_labels(kept, twin.maps.shape[2:], o.label_mode).flatten()
     if update:
         counts = torch.bincount(small[small >= 0], minlength=twin.classes)
-        demand(torch.equal(after["class_counts"], counts), "class_counts", f"{after['class_counts'].tolist()}, not {counts.tolist()}")
+        demand(
+            torch.equal(after["class_counts"], counts),
+            "class_counts",
+            f"{after['class_counts'].tolist()}, not {counts.tolist()}",
+        )
         bad = int((~twin.finite).sum())
         demand(int(after["nonfinite_pixels"] - before["nonfinite_pixels"]) == bad, "nonfinite_pixels", f"not {bad} more")
-    whole = result.cross_entropy + (o.ppc_weight * result.ppc if o.ppc_weight else 0) + (o.ppd_weight * result.ppd if o.ppd_weight else 0)
+    whole = (
+        result.cross_entropy
+        + (o.ppc_weight * result.ppc if o.ppc_weight else 0)
+        + (o.ppd_weight * result.ppd if o.ppd_weight else 0)
+    )
     gap = float((whole - result.loss).detach().abs().nan_to_num(0))
     demand(gap <= 1e-4 * (1 + float(result.loss.detach().abs().nan_to_num(0))), "loss", "not the weighted sum of its parts")
     if bool((small >= 0).any()) and bool((~twin.finite[small >= 0]).any()) and twin.flat:
@@ -514,11 +569,17 @@ def _judge_update(call: HeadCall, head: Any, twin: Twin, small: Tensor, cluster:
     pending[:] = [(sums, counts), pending[1] + 1]
     done = int(before["num_updates"])
     if pending[1] < head.accumulation_steps:
-        demand(torch.equal(before["prototypes"], after["prototypes"]), "sub-centroids", "moved before the last accumulated loss")
+        demand(
+            torch.equal(before["prototypes"], after["prototypes"]), "sub-centroids", "moved before the last accumulated loss"
+        )
         return
     pending[:] = [None, 0]
     demand(int(after["num_updates"]) == done + 1, "num_updates", f"{int(after['num_updates'])} after {done}")
-    demand(torch.equal(after["last_counts"].flatten(), counts), "last_counts", f"{after['last_counts'].tolist()}, not {counts.tolist()}")
+    demand(
+        torch.equal(after["last_counts"].flatten(), counts),
+        "last_counts",
+        f"{after['last_counts'].tolist()}, not {counts.tolist()}",
+    )
     momentum = head.momentum
     if isinstance(momentum, tuple):
         start, end, steps = momentum
@@ -535,6 +596,4 @@ def _judge_update(call: HeadCall, head: Any, twin: Twin, small: Tensor, cluster:
          judged=tame[:, None], precision=twin.precision)  # fmt: skip
 
 
-TARGETS = {
-    op: (lambda draw, spoil, op=op: _head_call(draw, op, spoil), run) for op in ("DNCHead", "DNCClassifier")
-}
+TARGETS = {op: (lambda draw, spoil, op=op: _head_call(draw, op, spoil), run) for op in ("DNCHead", "DNCClassifier")}
