@@ -438,7 +438,13 @@ def _spoil(draw: Draw, call: Call) -> None:
         value = Spec("normal", (_length(call),), torch.float32, "contiguous", 0)
     value = _beyond(draw, call, value) if how == _BEYOND else how(value)
     any_shape = call.op.startswith("sinkhorn") and name == "labels" and len(call.arguments["similarity"].shape) == 2
-    if value is _NOTHING or (any_shape and how == _AXIS) or (name == "labels" and call.arguments.get("num_classes", 0) is None):
+    without = name in ("labels", "ignore_index") and call.arguments.get("labels") is None and call.op == "sinkhorn_plan"
+    if (
+        value is _NOTHING
+        or without
+        or (any_shape and how == _AXIS)
+        or (name == "labels" and call.arguments.get("num_classes", 0) is None)
+    ):
         return
     if name == "norm_bias":
         call.arguments.setdefault("norm_weight", Spec("normal", (_length(call),), torch.float32, "contiguous", 0))
