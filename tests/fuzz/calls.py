@@ -17,7 +17,9 @@ from .values import FLOATS, INTEGERS, KINDS, SEEDS, SIZES, TAME, Spec, code_of, 
 
 Draw = Callable[[st.SearchStrategy], Any]
 #: Backends with the instruction sets of each.
-BACKENDS = [("reference", None), *(("cpu", isa) for isa in backends.usable_isas()), ("triton", None)]
+BACKENDS = [("reference", None), *(("cpu", isa) for isa in backends.usable_isas())]
+#: Under its interpreter, which is slow: one call in so many.
+TRITON = backends.INTERPRETED and not backends.UNUSABLE["triton"]
 METRICS = ("dot", "cosine", "sqeuclidean")
 
 
@@ -59,7 +61,10 @@ class Call:
 
 
 def _size(draw: Draw, most: int, least: int = 0) -> int:
-    return draw(st.sampled_from([n for n in SIZES if least <= n <= most]))
+    """Rarely none."""
+    if least == 0 and draw(st.integers(1, 16)) == 16:
+        return 0
+    return draw(st.sampled_from([n for n in SIZES if max(least, 1) <= n <= most]))
 
 
 def _option(draw: Draw, usual: Any, *others: Any) -> Any:
@@ -93,9 +98,10 @@ def _labels(draw: Draw, x: Spec, bound: int, ignore_index: int, flat: bool = Fal
     if flat and len(shape) == 3 and draw(st.booleans()):
         shape = (math.prod(shape),)
     dtype = draw(st.sampled_from(INTEGERS))
-    some = list(range(bound)) if draw(st.booleans()) else [draw(st.integers(0, bound - 1))]
+    # all, one, or all but the last
+    some = draw(st.sampled_from((list(range(bound)), [draw(st.integers(0, bound - 1))], list(range(max(bound - 1, 1))))))
     ids = [*some, ignore_index, *draw(st.sampled_from(((), (-1,), (-100, -2), (-(2**31),), (-(2**63),))))]
-    if not _within(ids, dtype) or draw(st.integers(0, 9)) == 0:
+    if not _within(ids, dtype) or draw(st.integers(1, 16)) == 16:
         ids = [ignore_index]  # nothing counts
     if not _within(ids, dtype):
         ids = [bound - 1 if bound <= torch.iinfo(dtype).max else 0]
@@ -127,7 +133,7 @@ def _class_weight(draw: Draw, classes: int) -> torch.Tensor | None:
         return None
     generator = torch.Generator().manual_seed(draw(SEEDS))
     weight = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.1
-    weight[draw(st.integers(0, classes - 1))] = _option(draw, 1.0, 0.0, math.inf)
+    weight[-1] = draw(st.sampled_from((1.0, 0.0, math.inf)))
     return weight.to(_float(draw))
 
 
@@ -138,10 +144,11 @@ def _number(draw: Draw, *values: float) -> float:
     return kind(value)
 
 
-def _backend(draw: Draw) -> tuple[str, str | None]:
-    """Few run under the interpreter, which is slow."""
-    share = draw(st.integers(0, 19))
-    return BACKENDS[-1] if share == 19 else BACKENDS[share % (len(BACKENDS) - 1)]
+def backend_of(draw: Draw, triton: int = 20) -> tuple[str, str | None]:
+    """A backend and its instruction set; Triton one time in so many."""
+    if TRITON and draw(st.integers(1, triton)) == triton:
+        return "triton", None
+    return draw(st.sampled_from(BACKENDS))
 
 
 def _similarity(draw: Draw, small: bool, metrics: tuple[str, ...]) -> dict[str, Any]:
@@ -303,13 +310,11 @@ LEAVES = {
     "normalize_embedding": ("x", "weight", "bias"),
     "upsample_cross_entropy": ("scores",),
 }
-#: What Triton's kernels do not take.
-NARROW = {"sinkhorn_assign": 64, "sinkhorn_plan": 64}
 
 
 def call_of(draw: Draw, op: str, spoil: bool) -> Call:
     """A call of an op; spoil: with an illegal argument."""
-    backend, isa = _backend(draw)
+    backend, isa = backend_of(draw)
     arguments = DRAWN[op](draw, backend == "triton")
     if backend == "triton":  # has no float64
         single = {torch.float64: torch.float32}
@@ -433,7 +438,13 @@ def _spoil(draw: Draw, call: Call) -> None:
         value = Spec("normal", (_length(call),), torch.float32, "contiguous", 0)
     value = _beyond(draw, call, value) if how == _BEYOND else how(value)
     any_shape = call.op.startswith("sinkhorn") and name == "labels" and len(call.arguments["similarity"].shape) == 2
-    if value is _NOTHING or (any_shape and how == _AXIS) or (name == "labels" and call.arguments.get("num_classes", 0) is None):
+    without = name in ("labels", "ignore_index") and call.arguments.get("labels") is None and call.op == "sinkhorn_plan"
+    if (
+        value is _NOTHING
+        or without
+        or (any_shape and how == _AXIS)
+        or (name == "labels" and call.arguments.get("num_classes", 0) is None)
+    ):
         return
     if name == "norm_bias":
         call.arguments.setdefault("norm_weight", Spec("normal", (_length(call),), torch.float32, "contiguous", 0))

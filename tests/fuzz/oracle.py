@@ -68,7 +68,8 @@ def shares(labels: Tensor, classes: int, weight: Tensor | None, smoothing: float
     """What the cross-entropy of each pixel [...] is multiplied by, all of its classes together; zero where left out."""
     w = torch.ones(classes, dtype=torch.float64) if weight is None else weight.double()
     own = torch.where(labels >= 0, w[labels.clamp_min(0)], 0)
-    amount = torch.where(labels >= 0, (1 - smoothing) * own + smoothing * w.mean(), 0)
+    spread = smoothing * w.mean() if smoothing else 0  # a weight of inf times 0 is NaN
+    amount = torch.where(labels >= 0, (1 - smoothing) * own + spread, 0)
     return amount / own.sum() if reduction == "mean" else amount
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import signal
 import subprocess
 import sys
@@ -21,13 +20,13 @@ import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 
-from . import calls, judge
+from . import calls, heads, judge, layers, values
 from .calls import Call
 
 #: Calls of a round, which is of one op.
 ROUND = 100
 #: Share of the calls with an illegal argument.
-SPOILED = 3, 10
+SPOILED = 1, 5
 #: A call that takes longer is a finding, in seconds.
 HANGS = 120.0
 
@@ -82,14 +81,13 @@ class _Found(Exception):
 
 def targets() -> dict[str, Any]:
     """What can be fuzzed: name -> ``draw, spoil -> call`` with op, backend, isa, code(), and run(call)."""
-    from . import heads
-
     ops = {op: (lambda draw, spoil, op=op: calls.call_of(draw, op, spoil), judge.run) for op in calls.DRAWN}
-    return {**ops, **heads.TARGETS}
+    return {**ops, **heads.TARGETS, **layers.TARGETS}
 
 
-def one_round(op: str, number: int, size: int, report: Report, before: Any = None, deadline: float = math.inf) -> None:
-    """Make `size` calls of one op, the same for each `number`. before: told of every call first.
+def one_round(op: str, number: int, size: int, report: Report, before: Any = None, deadline: float = math.inf, *, spoil: bool = True
+) -> None:  # fmt: skip
+    """Make `size` calls of one op, the same for each `number`. before: told of every call first. spoil: some are illegal.
 
     What is new is made smaller by hypothesis, in calls that do not count; then the round goes on.
     """
@@ -100,7 +98,7 @@ def one_round(op: str, number: int, size: int, report: Report, before: Any = Non
         nonlocal left
         if time.monotonic() > deadline:
             return
-        call = draw_call(data.draw, data.draw(st.integers(1, SPOILED[1])) <= SPOILED[0])
+        call = draw_call(data.draw, spoil and data.draw(st.integers(1, SPOILED[1])) > SPOILED[1] - SPOILED[0])
         if before is not None:
             before(call)
         if not smallest:
@@ -126,6 +124,7 @@ def one_round(op: str, number: int, size: int, report: Report, before: Any = Non
             seed(1000 * number + attempt)(options(given(st.data())(calls_of)))()
         for found in smallest.values():
             report.add(found)
+            print(found.name, file=sys.stderr, flush=True)
         attempt += 1
 
 
@@ -147,16 +146,11 @@ def _where(call: Call) -> str:
 def rounds(start: int, total: int, op: str | None) -> Iterator[tuple[str, int, int]]:
     """Op, number and size of the rounds from `start` on that make `total` calls."""
     names = [op] if op else list(targets())
-    weights = [1 if op else (0.2 if name in _SLOW else 1.0) for name in names]
     made, number = 0, start
     while made < total:
         size = min(ROUND, total - made)
-        yield random.Random(number).choices(names, weights)[0], number, size
+        yield names[number % len(names)], number, size
         made, number = made + size, number + 1
-
-
-#: Targets that take many calls of ops each.
-_SLOW: tuple[str, ...] = ()
 
 
 def child(options: dict[str, Any]) -> None:
@@ -232,15 +226,13 @@ def _wait(process: subprocess.Popen[bytes], call: Path) -> str:
 
 def _crashed(why: str, text: str) -> Finding:
     length, _, rest = text.partition("\n")
-    op, where, call = (rest[: int(length or 0)].split("\n", 2) + ["", "", ""])[:3]
+    op, where, call = (*rest[: int(length or 0)].split("\n", 2), "", "", "")[:3]
     try:  # the record says how to make it again
-        code = eval(call, {**vars(calls), "torch": torch, **_RECORDS()}).code()
+        code = eval(call, {**vars(calls), "torch": torch, **_records()}).code()
     except Exception:
         code = call
     return Finding(op, where, "crash", why, code)
 
 
-def _RECORDS() -> dict[str, Any]:
-    from . import heads, values
-
-    return {"Call": Call, "Spec": values.Spec, **{n: getattr(heads, n) for n in ("HeadCall",) if hasattr(heads, n)}}
+def _records() -> dict[str, Any]:
+    return {"Call": Call, "Spec": values.Spec, "HeadCall": heads.HeadCall, "LayerCall": layers.LayerCall}

@@ -21,7 +21,7 @@ KINDS = (
 )  # fmt: skip
 #: Kinds whose numbers are all finite and of a usual size.
 TAME = KINDS[:7]
-SIZES = (1, 2, 3, 5, 0, 4, 7, 8, 13, 16, 17, 31, 33)
+SIZES = (1, 2, 3, 5, 4, 7, 8, 13, 16, 17, 31, 33, 65)
 
 
 class Spec(NamedTuple):
@@ -59,7 +59,7 @@ class Spec(NamedTuple):
         elif kind == "duplicates" and t.numel():
             t = t[torch.arange(shape[0]) // 2]
         elif kind == "offset":
-            t = t + (1e4 if info.max > 1e5 else 1e2)
+            t = t.round() + (1e5 if info.bits > 16 else 1e2)
         elif kind == "large":
             t = t * (1e5 if info.max > 1e5 else 1e2)
         elif kind == "tiny":
