@@ -89,7 +89,7 @@ def _spoil(draw: Draw, call: LayerCall, bound: int | None) -> None:
     elif how == "bool":
         wrong = value.make() != 0
     elif how == "shape":
-        wrong = value._replace(shape=(*value.shape, 2), layout="contiguous")
+        wrong = value._replace(shape=(*value.shape, 2, 2, 2), layout="contiguous")
     elif how == "meta" and call.op != "resize_labels":
         wrong = value.make().to("meta")
     elif how == "beyond" and bound is not None:

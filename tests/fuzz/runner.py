@@ -188,6 +188,7 @@ def supervise(total: int, first: int, op: str | None, seconds: float, folder: Pa
         }  # fmt: skip
         (folder / "options").write_text(json.dumps(options))
         (folder / "call").write_text("")
+        (folder / "state").unlink(missing_ok=True)
         process = subprocess.Popen([sys.executable, "-m", "tests.fuzz", "--child", str(folder)])
         died = _wait(process, folder / "call")
         state = folder / "state"
