@@ -79,7 +79,7 @@ def centroid_cross_entropy(call: LossCall, wanted: list[bool]) -> LossOut:
     x, finite = _shielded(x, counts)
     logits, _, own = _class_scores(x, call.centroids, labels, call.metric)
     assert own is not None
-    finite &= _finite(logits)
+    finite = finite & _finite(logits)
     logits = torch.where((finite | counts)[:, None], logits, 0)
     with full_precision(x):
         if call.norm_weight is not None:

@@ -159,7 +159,8 @@ def log_sum_exp_kernel(
         lse = tl.log2(tl.where(inside, sums[k], 1.0))
         below = highs[k] - highest  # 0 unless the program's pixels were summed again
         near = below > -_FAR
-        tl.store(shift_ptr + at, tl.where(near, highest, highs[k]), mask=inside)
+        own = tl.where(highs[k] < float("inf"), highs[k], 0.0)  # beside a NaN or +inf lse is NaN, and the shift must be finite
+        tl.store(shift_ptr + at, tl.where(near, highest, own), mask=inside)
         tl.store(lse_ptr + at, tl.where(near, tl.fma(below, LOG2E, lse), lse), mask=inside)
         if spread_ptr is not None:
             # infinite as soon as a weight is, and not 0 * inf
