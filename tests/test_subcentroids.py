@@ -512,3 +512,13 @@ def test_data_start_checks_its_features():
         module.initialize_from_(unit(4, 7), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels must be \[N\]=\[4\] to match features"):
         module.initialize_from_(unit(4, 8), torch.zeros(5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rows", (0, 3))
+def test_a_pixel_without_a_direction_revives_nothing(rows):
+    """The embedding of a constant feature is 0: least like its class, and no sub-centroid."""
+    model = nn.DNCClassifier(4, 3, 2, revive_after=1, generator=torch.Generator().manual_seed(0))
+    features = torch.cat([torch.ones(2, 4), torch.randn(rows, 4, generator=torch.Generator().manual_seed(1))])
+    for _ in range(4):
+        model.loss(features, torch.zeros(len(features), dtype=torch.int64))
+    assert_close(model.prototypes.norm(dim=2), torch.ones(3, 2).double(), "direction", terms=4)

@@ -492,7 +492,8 @@ class SubCentroids(nn.Module):
 
     def _revive(self, x: Tensor, group: Tensor, own_similarity: Tensor, after: int, gathered: bool) -> None:
         nearest = own_similarity.detach().amax(1)
-        usable = (group >= 0) & nearest.isfinite()
+        # a pixel of zeros is no direction
+        usable = (group >= 0) & nearest.isfinite() & (torch.linalg.vector_norm(x, dim=1).reshape(-1) > 0)
         pick, best = _starts.first_of_each_class(-nearest, torch.where(usable, group, -1), self.num_classes)
         if len(nearest):
             pixels = x[pick] if x.ndim == 2 else _pixels_at(x, pick)
