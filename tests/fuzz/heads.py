@@ -102,6 +102,9 @@ def _head_labels(draw: Draw, x: Spec, classes: int, ignore_index: int) -> Spec:
     if len(x.shape) == 2 or draw(st.booleans()):
         return _labels(draw, x, classes, ignore_index)
     size = (_size(draw, 8, 1), _size(draw, 7, 1))
+    height, width = x.shape[2:]
+    if height != width and size[0] * height == size[1] * width:  # rows and columns swapped, which is refused
+        size = size[::-1]
     return _labels(draw, x._replace(shape=(x.shape[0], 1, *size)), classes, ignore_index)
 
 

@@ -570,9 +570,10 @@ def _judge_embedding(call: Call, v: dict[str, Any], result: Any, grads: dict[str
     rstd, norm = 1 / length.detach()[:, None], z.detach().norm(dim=1, keepdim=True)
     w, b = (1 if weight is None else weight.detach().abs()), (0 if bias is None else bias.detach().abs())
     xhat = ((raw - mean) * rstd).abs() + mean.abs() * rstd
-    # where the affine is 0 or everything cancels, rounding alone is left; and a processor may take denormal numbers for 0
+    # where the affine is 0 or everything cancels, rounding alone is left; a processor may take denormal numbers for 0, and the
+    # square of a length may be one
     spread = (raw - mean).norm(dim=1)
-    normal = (spread == 0) | (spread > torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).tiny * 1e8)
+    normal = (spread == 0) | (spread > (1e-150 if x.dtype == torch.float64 else torch.finfo(torch.float32).tiny * 1e8))
     judged = (
         finite
         & normal
@@ -685,7 +686,7 @@ def _judge_argmax(call: Call, v: dict[str, Any], result: Tensor, grads: dict[str
     slack = _slack(wide.abs().max().expand(logits.shape[:-1]), 4, _compute(scores))
     judged = torch.ones(logits.shape[:-1], dtype=torch.bool)
     channels = wide.movedim(1, 0).flatten(1)
-    _chosen("argmax", call, result, logits, slack, call.arguments["scores"].kind in ("zeros", "constant"), judged, channels)
+    _chosen("argmax", call, result, logits, slack, call.arguments["scores"].kind == "zeros", judged, channels)
 
 
 Judge = Callable[[Call, dict[str, Any], Any, dict[str, Any], list[Any]], None]
