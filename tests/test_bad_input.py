@@ -45,7 +45,7 @@ BAD = {
     "weights by name": (lambda: head(class_weight={0: 1.0}), "class_weight must be a tensor or list"),
     "complex weights": (lambda: head(class_weight=torch.ones(2) + 1j), "class_weight must be a tensor or list"),
     "flag of a head": (lambda: head(align_corners="no"), "DNCHead: align_corners must be True or False"),
-    "device": (lambda: head()(S.new_empty(1, 4, 3, 3, device="meta")), r"DNCHead\.forward: features must be on cpu like head"),
+    "device": (lambda: head()(S.new_empty(1, 4, 3, 3, device="meta")), r"DNCHead\.forward: features must be on cpu like the head"),
     "update": (lambda: head().loss(torch.randn(1, 4, 3, 3), L, update="no"), r"DNCHead\.loss: update must be True or False"),
     "step_bytes shape": (lambda: head().step_bytes((1, 2), (1, 2, 3)), r"step_bytes: features must be a shape \[B,D,h,w\]"),
     "step_bytes size": (lambda: head().step_bytes((1, 4, -2, 2), (1, 2, 3)), "features must be a non-negative integer; got -2"),
@@ -61,6 +61,10 @@ BAD = {
     "nearest of nothing": (lambda: nn.NearestSamples("x"), "NearestSamples: sub_centroids must be a SubCentroids or a head"),
     "monitor of nothing": (lambda: nn.Monitor(3), "Monitor: head must be a SubCentroids or a head"),
     "checkpoint": (lambda: nn.load_released_state_dict(head(), 3), "checkpoint must be what torch.load gives"),
+    "push elsewhere": (lambda: nn.FeatureMemory(2, 3, 4).push(X, Y.to("meta")), r"push: labels must be on cpu like features"),
+    "diagnose a word": (lambda: head().diagnose(torch.randn(1, 4, 3, 3), "x"), r"diagnose: labels must be an integer tensor"),
+    "refit without values": (lambda: head().refit_(torch.randn(1, 4, 6, 6), L.to("meta")), "labels must be of values"),
+    "one class": (lambda: ops.sinkhorn_plan(X, num_classes=True), "sinkhorn_plan: num_classes must be a positive integer"),
     "start": (lambda: head().diagnose([], start=[1]), r"diagnose: start must be a float32"),
 }  # fmt: skip
 

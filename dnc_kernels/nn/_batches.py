@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import check_device, check_dtype, check_value, describe
+from ..errors import check_device, check_dtype, check_integer, check_value, describe
 from ..ops._common import check_pixels, flat_pixels, without_ignored
 from ._labels import check_labels, left_out_below_zero, pixels_at, sort_out_labels
 
@@ -99,6 +99,9 @@ class Batches:
     def _embedded(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         head, op = self.head, self.op
         device = head.prototypes.device
+        check_integer(op, "labels", labels)
+        for name, t in (("features", features), ("labels", labels)):
+            check_value(device.type == "meta" or not t.is_meta, op, name, f"of values, to be moved to {device}", t)
         features, labels = (t.to(device, non_blocking=True) for t in (features, labels))
         with evaluated(head, self.backbone):
             if self.backbone is not None:

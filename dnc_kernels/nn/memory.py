@@ -82,6 +82,7 @@ class FeatureMemory(nn.Module):
         check_integer(op, "labels", labels)
         if list(labels.shape) != [len(features)]:
             check_value(False, op, "labels", f"[{len(features)}] to match features", labels, label_fix(labels, features))
+        check_device(op, "labels", labels, features, "features")
         self._push(features.detach(), left_out_below_zero(op, "labels", labels, self.num_classes, "C"))
 
     def _push(self, features: Tensor, labels: Tensor) -> None:

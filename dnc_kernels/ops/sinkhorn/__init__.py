@@ -162,7 +162,8 @@ def _check(
     if tolerance is not None:
         check_number(op, "tolerance", tolerance, "0 or more, or None", lambda v: v >= 0)
     if labels is None and op == "sinkhorn_plan":
-        check_value(num_classes is None or num_classes == 1, op, "num_classes", "None or 1 without labels", num_classes)
+        alone = num_classes is None or whole_number(op, "num_classes", num_classes) == 1
+        check_value(alone, op, "num_classes", "None or 1 without labels", num_classes)
         return
     if num_classes is None:
         raise ValueError(f"{op}: num_classes must be given with labels; got None")
