@@ -397,11 +397,12 @@ class SubCentroids(SubCentroidState):
         momentum = self.momentum
         if isinstance(momentum, tuple):
             start, end, steps = momentum
-            done = (self.num_updates.to(torch.float32) / steps).clamp(max=1)
+            done = (self.num_updates.to(self.prototypes.dtype) / steps).clamp(max=1)
             return end - (end - start) * (1 + torch.cos(math.pi * done)) / 2
         if callable(momentum):
-            now, device = momentum(self.num_updates.to(torch.float32)), self.prototypes.device
-            return now.to(device) if isinstance(now, Tensor) else torch.tensor(now, dtype=torch.float32, device=device)
+            like = self.prototypes
+            now = momentum(self.num_updates.to(like.dtype))
+            return now.to(like.device) if isinstance(now, Tensor) else torch.tensor(now, dtype=like.dtype, device=like.device)
         return float(momentum)
 
     def _revive(self, x: Tensor, group: Tensor, own_similarity: Tensor, after: int, gathered: bool) -> None:

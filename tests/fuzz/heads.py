@@ -336,7 +336,7 @@ def _step(call: HeadCall, head: Any, method: str, arguments: dict[str, Any], giv
     p = after["prototypes"]
     demand(bool(p.isfinite().all()), f"{method}: sub-centroids", "not finite")
     demand(bool(((p.double().norm(dim=2) - 1).abs() < 1e-5).all()), f"{method}: sub-centroids", "not of length 1")
-    judged = kind in JUDGED
+    judged = kind in JUDGED and twin.clear
     if method == "forward":
         _judge_forward(twin, result, judged)
     elif method == "predict":
@@ -399,6 +399,8 @@ class Twin:
             self.precision = torch.float32
         # statistics of a pixel whose channels are nearly alike are rounding
         spread = (rows - rows.mean(1, keepdim=True)).detach().norm(dim=1) / rows.detach().norm(dim=1).clamp_min(1e-30)
+        # of channels that are alike but for the rounding of their mean, so is the direction
+        self.clear = bool((spread > 1e-6).all())
         self.steep = float((1 / spread.clamp_min(1e-3)).max()) if len(rows) else 1.0
         rstd = 1 / length.detach()
         self.strength = float(rstd.max()) if len(rows) else 1.0

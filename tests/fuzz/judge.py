@@ -454,7 +454,7 @@ def _plan(call: Call, v: dict[str, Any], s: Tensor) -> tuple[Tensor, Tensor, Ten
     plan, clear = oracle.transport(s, labels, groups, float(v["epsilon"]), int(v["iterations"]), limit)
     kept = s.detach()[s.detach().isfinite().all(1)]
     spread = float(kept.max() - kept.min()) if kept.numel() else 0.0
-    terms = min((spread / float(v["epsilon"])) ** 2 + len(s), 1e300)
+    terms = min(spread / float(v["epsilon"]), 1e150) ** 2 + len(s)
     return plan, clear, labels, math.ceil(terms), groups
 
 
@@ -495,6 +495,7 @@ def _judge_assign(call: Call, v: dict[str, Any], result: Tensor, grads: dict[str
     dtype = _compute(v["similarity"])
     counts = torch.bincount(labels[~none], minlength=groups) if len(s) else torch.zeros(groups)
     alone = ~none & ((counts[labels.clamp_min(0)] == 1) | (int(v["iterations"]) == 0))
+    alone &= s.abs().amax(1) > 1e-30  # denormal numbers may be taken for 0
     taken = s.gather(1, sub.clamp_min(0)[:, None])[:, 0]
     demand(
         bool((taken == s.amax(1))[alone].all()) if len(s) else True, "assignment", "not the nearest, of a class of one pixel"

@@ -70,7 +70,10 @@ def call_of(draw: Draw, op: str, spoil: bool) -> LayerCall:
             call.method = {"FeatureMemory": "push"}.get(op, op)
         maps = op != "FeatureMemory" and draw(st.booleans())
         shape = (_size(draw, 2), width, _size(draw, 4), _size(draw, 5)) if maps else (_size(draw, 17), width)
-        x = Spec(kind, shape, dtype, draw(layouts(len(shape))), draw(SEEDS))
+        layout = draw(layouts(len(shape)))
+        if kind == "unit" and layout.startswith("one "):  # values repeated along another axis would not be of unit length
+            layout = "contiguous"
+        x = Spec(kind, shape, dtype, layout, draw(SEEDS))
         bound = classes * k if call.method == "update_" else classes
         name = {"cluster": "own_similarity", "update_": "x", "push": "features"}.get(call.method, "embedding")
         call.arguments = {name: x, "labels": _labels(draw, x, bound, -1, flat=op == "SubCentroids")}

@@ -96,8 +96,7 @@ def transport(
         mine = ((group == g) & finite).nonzero()[:, 0]
         if not len(mine):
             continue
-        z = s[mine] / epsilon
-        z = z - z.detach().max()
+        z = (s[mine] - s[mine].detach().max()) / epsilon  # which loses no digit of what all have
         u, v = z.new_zeros(k), z.new_zeros(len(mine), 1)
         for t in range(iterations):
             new = -math.log(k) - torch.logsumexp(z + v, 0)
