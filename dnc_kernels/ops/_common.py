@@ -210,8 +210,8 @@ def scale_saved(saved: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -
     """
     dtype = saved.dtype if dtype is None else dtype
     # under tracing the compiler decides about memory
-    keep = torch._C._autograd._get_current_graph_task_keep_graph()
-    if keep or traced() or type(saved) is not Tensor or batched(grad):
+    keep = torch._C._autograd._get_current_graph_task_keep_graph
+    if traced() or type(saved) is not Tensor or batched(grad) or keep():
         return (saved.to(torch.promote_types(saved.dtype, grad.dtype)) * grad).to(dtype)
     if saved.is_cpu and grad.numel() == 1 and grad.item() == 1:  # the usual end of a loss; a CPU has no sync
         return saved if dtype == saved.dtype else saved.to(dtype)
