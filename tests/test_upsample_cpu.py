@@ -340,6 +340,18 @@ def test_argmax_of_nan_and_inf_at_the_same_size_is_torchs(isa, bad):
     assert torch.equal(ops.upsample_argmax(scores, (6, 7), backend="cpu"), scores.argmax(1))
 
 
+@pytest.mark.parametrize("c", [2, 5, 40])
+@pytest.mark.parametrize("size", [(2, 3), (4, 6), (5, 7)])
+def test_argmax_of_scores_up_to_the_ends_of_float32(isa, c, size):
+    """Steps between neighbours that overflow; at the same size nothing is interpolated."""
+    ends = torch.tensor([0.0, -0.0, 1.0, torch.finfo(torch.float32).max, torch.finfo(torch.float32).min])
+    scores = ends[torch.randint(5, (3, c, 2, 3), generator=torch.Generator().manual_seed(0))]
+    found = ops.upsample_argmax(scores, size, backend="cpu")
+    wide = scores.double() if size == (2, 3) else F.interpolate(scores.double(), size, mode="bilinear")
+    slack = 0 if size == (2, 3) else 1e-6 * scores.abs().max()  # what is interpolated may cancel
+    assert (wide.gather(1, found[:, None]) >= wide.amax(1, keepdim=True) - slack).all()
+
+
 def test_argmax_of_nan_spreads_to_pixels_with_a_share(isa):
     scores = normal(1, 20, 6, 7)
     scores[0, 11, 3, 4] = torch.nan

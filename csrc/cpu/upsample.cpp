@@ -4,8 +4,8 @@
 //   reads scores [B,C,h,w] (one row in 4 twice), writes label [B,H,W]; [B,C,H,W] never exists. Compute-bound: 4 vector
 //   operations for `lanes` classes of a pixel.
 // Plan: as in upsample_loss.cpp: a unit is a block of cell rows of one sample, vector lanes are classes, pixels between the
-// same two columns go in groups. Pixels that touch a NaN or Inf take a scalar path. Deterministic: every label depends on its
-// own scores only. Reference: dnc_kernels/ops/upsample/reference.py.
+// same two columns go in groups. Pixels that touch a NaN, an Inf or a score beyond half of the largest number take a scalar
+// path. Deterministic: every label depends on its own scores only. Reference: dnc_kernels/ops/upsample/reference.py.
 #include <omp.h>
 
 #include "upsample_rows.h"
@@ -25,7 +25,7 @@ struct ArgmaxUnit {
   const int64_t* first;  // [w+1]
   RowPair<T> rows;
   T* row;        // [strip+1][width] blended row
-  T* poison[2];  // [w] of the source rows: 0, or NaN for a pixel with a NaN or Inf
+  T* poison[2];  // [w] of the source rows: 0, or NaN for a pixel with a NaN, an Inf or a score from which a step may overflow
 
   static size_t bytes(const UpsamplePlan<T>& p) {
     return size_t(2 * p.w * p.width + (p.strip + 1) * p.width + 2 * p.w) * sizeof(T);
@@ -52,7 +52,10 @@ struct ArgmaxUnit {
     if (!fresh) return data;
     for (int64_t x = 0; x < plan.w; x++) {
       V sum = V::splat(0);
-      for (int64_t c = 0; c < plan.width; c += L) sum = fma(V::load(data + x * plan.width + c), V::splat(0), sum);
+      for (int64_t c = 0; c < plan.width; c += L) {
+        const V score = V::load(data + x * plan.width + c), twice = score + score;
+        sum = fma(c + L <= plan.C ? twice : V::select(V::first(int(plan.C - c)), twice, V::splat(0)), V::splat(0), sum);
+      }
       poison[r & 1][x] = sum.sum();
     }
     return data;

@@ -547,7 +547,7 @@ def _judge_loss(call: HeadCall, head: Any, twin: Twin, result: Any, labels: Tens
             w = torch.zeros_like(twin.wide[n]) if w is None else w
             reach = float(w.abs().max()) + twin.strength * (1 if n == "features" else 0) / max(len(small), 1)
             if g is not None and g.numel():
-                near(f"gradient of {n}", g, w, "head", terms=len(small) * twin.channels, scale=(reach + 1e-3) * scale * heat,
+                near(f"gradient of {n}", g, w, "head", terms=len(small) * twin.channels, scale=4 * (reach + 1e-3) * scale * heat,
                      precision=twin.precision)  # fmt: skip
             else:
                 demand(not w.any(), f"gradient of {n}", "None")

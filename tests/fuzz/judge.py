@@ -573,7 +573,7 @@ def _judge_embedding(call: Call, v: dict[str, Any], result: Any, grads: dict[str
     xhat = ((raw - mean) * rstd).abs() + mean.abs() * rstd
     # where the affine is 0 or everything cancels, rounding alone is left; a processor may take denormal numbers for 0, and the
     # square of a length may be one
-    spread = (raw - mean).norm(dim=1)
+    spread = (raw - mean).abs().amax(1)
     normal = (spread == 0) | (spread > (1e-150 if x.dtype == torch.float64 else torch.finfo(torch.float32).tiny * 1e8))
     judged = (
         finite
