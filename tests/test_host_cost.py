@@ -27,7 +27,7 @@ FORWARD = {
     "sinkhorn_assign": (20, 24),
     "sinkhorn_plan": (21, 27),
     "cluster_sums": (16, 24),
-    "momentum_update_": (17, 31),
+    "momentum_update_": (17, 30),
     "normalize_embedding": (15, 22),
     "upsample_cross_entropy": (13, 24),
     "upsample_argmax": (19, 24),

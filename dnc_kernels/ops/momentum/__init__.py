@@ -205,9 +205,6 @@ def _check_centroids(op: str, centroids: Tensor, momentum: float) -> None:
 def _check_in_place(op: str, centroids: Tensor) -> None:
     if isinstance(centroids, Tensor) and not centroids.is_contiguous():
         check_value(False, op, "centroids", "contiguous", f"strides {centroids.stride()}", "it is changed in place")
-    if isinstance(centroids, Tensor) and centroids.requires_grad and torch.is_grad_enabled():
-        fix = "it is changed in place, without a gradient: call inside torch.no_grad()"
-        check_value(False, op, "centroids", "a tensor that requires no grad", centroids, fix)
 
 
 __all__ = ["ClusterSums", "apply_momentum_", "cluster_sums", "momentum_update_"]

@@ -356,8 +356,8 @@ def _check_loss(
         check_float(op, "temperature", temperature)
         check_value(temperature.numel() == 1, op, "temperature", expected, temperature)
     else:
-        expected = "positive and finite, or a tensor of one element"
-        check_number(op, "temperature", temperature, expected, lambda v: 0 < v < math.inf)
+        fix = "a tensor of one element is taken too"
+        check_number(op, "temperature", temperature, "positive and finite", lambda v: 0 < v < math.inf, fix)
 
 
 @remembered

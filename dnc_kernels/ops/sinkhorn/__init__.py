@@ -160,7 +160,7 @@ def _check(
     check_number(op, "epsilon", epsilon, "finite and positive", lambda v: 0 < v < math.inf)
     whole_number(op, "iterations", iterations, least=0, most=MOST)
     if tolerance is not None:
-        check_number(op, "tolerance", tolerance, "0 or more, or None", lambda v: v >= 0)
+        check_number(op, "tolerance", tolerance, "None or 0 or more", lambda v: v >= 0)
     if labels is None and op == "sinkhorn_plan":
         alone = num_classes is None or whole_number(op, "num_classes", num_classes) == 1
         check_value(alone, op, "num_classes", "None or 1 without labels", num_classes)
