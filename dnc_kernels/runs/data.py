@@ -215,7 +215,7 @@ def note(what: str, paths: list[Path]) -> str:
 
 def _checked(pair: Pair) -> tuple[Pair, bool]:
     """The pair, with what its image's orientation means for it, and whether the image has one."""
-    (mode, stored, size), (mask_mode, _, mask_size) = opened(pair.image, _header), opened(pair.mask, _header)
+    (mode, stored, size, turned), (mask_mode, _, mask_size, _) = opened(pair.image, _header), opened(pair.mask, _header)
     if mode not in IMAGE_MODES:
         raise DataError(f"{pair.image}: expected an 8-bit image; got mode {mode}; save it with 8 bits per channel")
     if mask_mode not in MASK_MODES:
@@ -228,7 +228,7 @@ def _checked(pair: Pair) -> tuple[Pair, bool]:
             f"{pair.mask}: expected the size of its image {pair.image}, {size[0]}x{size[1]} (width x height); got "
             f"{mask_size[0]}x{mask_size[1]}; resize the mask with nearest neighbour"
         )
-    return replace(pair, as_stored=mask_size != size), opened(pair.image, _orientation) != 1
+    return replace(pair, as_stored=mask_size != size), turned
 
 
 def _orientation(file: Image.Image) -> int:
@@ -241,13 +241,13 @@ def _orientation(file: Image.Image) -> int:
         return 1
 
 
-def _header(file: Image.Image) -> tuple[str, Size, Size]:
-    """Mode, and width and height as stored and as shown."""
-    width, height = file.size
-    if file.format == "TIFF" and _orientation(file) != 1:  # Pillow turns it by itself, when it loads it
+def _header(file: Image.Image) -> tuple[str, Size, Size, bool]:
+    """Mode, width and height as stored and as shown, and whether an orientation turns it."""
+    (width, height), orientation = file.size, _orientation(file)
+    if file.format == "TIFF" and orientation != 1:  # Pillow turns it by itself, when it loads it
         file.load()
-        return file.mode, file.size, file.size
-    return file.mode, (width, height), (height, width) if _orientation(file) >= 5 else (width, height)
+        return file.mode, file.size, file.size, True
+    return file.mode, (width, height), (height, width) if orientation >= 5 else (width, height), orientation != 1
 
 
 def upright(file: Image.Image) -> Image.Image:

@@ -50,7 +50,7 @@ def normalize_embedding(
     Returns:
         The embedding in the shape, dtype and memory format of `x`, computed in float64 for float64 `x`, else in float32; with
         `return_length` a pair of it and the lengths [N] or [B,H,W] in that compute dtype, from the same pass. Differentiable
-        once in `x`, `weight` and `bias` (the reference: any number of times). Deterministic, bit-equal for any number of
+        in `x`, `weight` and `bias`, any number of times. Deterministic, bit-equal for any number of
         threads. Never synchronises. Keeps 3 numbers per pixel for the backward pass, and no copy of `x`.
 
     Raises:

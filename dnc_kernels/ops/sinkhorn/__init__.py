@@ -100,7 +100,7 @@ def sinkhorn_plan(
     Returns:
         [N,K] or [B,K,H,W], float64 for float64 `similarity`, else float32. Each pixel's K numbers sum to 1; zeros where it is
         left out; NaN where a similarity of the pixel is not finite (such a pixel does not count in its class, and gets no
-        gradient). Differentiable in `similarity`, once, through all steps taken. Deterministic, and independent of the number
+        gradient). Differentiable in `similarity`, through all steps taken. Deterministic, and independent of the number
         of threads. Extra memory on CPU apart from the result: [N] int32, [N] floats where the range of similarity/epsilon is
         above 50, [T+1,C,K], and at most a quarter of [N,K] or one [C,K] (K rounded up to a vector). The backward pass: its
         result, [N] int32, and the last again.
