@@ -1,5 +1,8 @@
 """torch.compile of training steps: one graph for which options, none per step, and the numbers of eager mode for all of them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from tolerances import assert_close
@@ -96,10 +99,60 @@ def test_a_step_that_draws_from_torch_is_one_graph():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("options", [{"init": "data", "init_step": 1}, SAMPLED], ids=str)
-def test_what_leaves_the_graph_gives_the_numbers_of_eager_mode(options):
+#: Options, and how many graphs their steps make: a start from data is in the graph for as long as it is to come.
+DRAWN = {
+    "sampled": (SAMPLED, 1),
+    "gumbel": ({"assignment": "gumbel", **SAMPLED}, 1),
+    "data": ({"init": "data", "init_step": 1}, 2),
+    "data, sampled, in parts": ({"init": "data", "checkpoint": "none", **SAMPLED}, 2),
+    "data, accumulated": ({"init": "data", "init_step": 1, "accumulation_steps": 3, "revive_after": 1}, 3),
+}
+
+
+@pytest.mark.parametrize(("options", "graphs"), DRAWN.values(), ids=DRAWN)
+def test_draws_of_a_generator_and_starts_from_data_are_in_the_graph(options, graphs):
     eager, twin = twins(lambda **o: nn.DNCHead(D, C, K, **o), **options)
-    compiled = torch.compile(twin.loss, backend="eager")
-    for actual, expected in zip(steps(twin, compiled), steps(eager, eager.loss), strict=True):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(twin.loss, fullgraph=True, backend=counter)
+    for actual, expected in zip(steps(twin, compiled, 5), steps(eager, eager.loss, 5), strict=True):
         assert_close(actual, expected.double(), "training", terms=3 * D, scale=1)
     assert_close(twin.prototypes, eager.prototypes.double(), "training", terms=3 * D)
+    for name in STATE[1:]:
+        assert torch.equal(getattr(twin, name), getattr(eager, name)), name
+    assert counter.frame_count == graphs
+    assert torch.equal(twin.generator.get_state(), eager.generator.get_state())
+
+
+def test_a_start_from_data_and_the_memory_of_a_classifier_are_in_the_graph():
+    eager, twin = twins(lambda **o: nn.DNCClassifier(D, C, K, memory_size=2, **o), init="data", init_step=2)
+    compiled = torch.compile(twin.loss, fullgraph=True, backend="aot_eager")
+    random = torch.Generator().manual_seed(5)
+    for _ in range(4):
+        x, labels = torch.randn(24, D, generator=random), torch.randint(0, C, (24,), generator=random)
+        assert_close(compiled(x, labels).loss, eager.loss(x, labels).loss.double(), "training", terms=3 * D, scale=1)
+        assert_close(twin.prototypes, eager.prototypes.double(), "training", terms=3 * D)
+
+
+@pytest.mark.parametrize("copy", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))], ids=["copy", "pickle"])
+def test_a_compiled_copy_draws_from_its_own_generator(copy):
+    head = nn.DNCHead(D, C, K, generator=torch.Generator().manual_seed(3), **SAMPLED)
+    steps(head, torch.compile(head.loss, fullgraph=True, backend="eager"), 1)
+    twin, before = copy(head), head.generator.get_state()
+    actual = steps(twin, torch.compile(twin.loss, fullgraph=True, backend="eager"))
+    assert torch.equal(head.generator.get_state(), before)
+    for a, b in zip(actual, steps(head, head.loss), strict=True):
+        assert_close(a, b.double(), "training", terms=3 * D, scale=1)
+
+
+def test_weights_that_arrive_by_assignment_are_not_replaced_by_a_start_in_a_graph():
+    """`_start_if_due` knows them, from within the graph."""
+    head = nn.DNCHead(D, C, K, init="data")
+    head.prototypes = torch.nn.functional.normalize(torch.ones(C, K, D), dim=2)
+    steps(head, torch.compile(head.loss, fullgraph=True, backend="aot_eager"), 1)
+    assert (head.prototypes * D**-0.5).sum(2).min() > 0.99
+
+
+def test_a_graph_whose_layer_is_gone_says_so():
+    drawn = torch.ops.dnc_kernels.draw
+    with pytest.raises(RuntimeError, match="whose layer is gone.*compile it again"):
+        drawn([2], 10**9, torch.device("cpu"), torch.zeros((), dtype=torch.int64))

@@ -6,12 +6,11 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ..errors import SWAPPED, check_device, check_integer, check_value, label_fix, map_size, swapped
 from ..ops._common import as_int64, first_of
 from ._choices import LabelMode, check_word
-from ._starts import uniform
 
 #: Check label values on CUDA too, at the price of a host sync.
 DEBUG = os.environ.get("DNC_KERNELS_DEBUG", "") == "1"
@@ -114,10 +113,10 @@ def pixels_at(labels: Tensor, size: Sequence[int], mode: str) -> Tensor:
     return labels[..., rows[:, None], columns]
 
 
-def sample_of_each_class(labels: Tensor, num_classes: int, most: int, generator: Generator | None) -> Tensor:
-    """Labels [N] with -1 for all but `most` pixels of each class, drawn evenly. Sorts, and never waits for the device."""
+def sample_of_each_class(labels: Tensor, num_classes: int, most: int, uniform: Tensor) -> Tensor:
+    """Labels [N] with -1 for all but `most` pixels of each class, drawn by uniform numbers [N]; never waits for the device."""
     labelled = torch.where(labels >= 0, labels, num_classes)
-    shuffled = uniform((len(labels),), labels.device, generator).argsort()
+    shuffled = uniform.argsort()
     order = shuffled[labelled[shuffled].argsort(stable=True)]  # by class, in random order within it
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=labels.device)
     first = counts.index_add(0, labelled, torch.ones_like(labelled)).cumsum(0).roll(1)

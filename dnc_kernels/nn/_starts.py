@@ -14,23 +14,14 @@ def uniform(shape: tuple[int, ...], device: torch.device, generator: Generator |
     """Uniform numbers in (0,1), fp32, drawn where the generator lives so that a CPU generator serves every device."""
     if generator is None:
         drawn = torch.rand(shape, device=device, dtype=torch.float32)
-    else:  # outside of a graph without what would import the compiler
-        draw = _seeded if torch.compiler.is_compiling() else _drawn
-        drawn = draw(shape, generator).to(device)
+    else:
+        drawn = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32).to(device)
     return drawn.clamp_(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float32).eps)
 
 
-def _drawn(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
-
-
-#: torch.compile cannot trace a generator.
-_seeded = torch._disable_dynamo(_drawn)  # as in `_sync`
-
-
-def gumbel(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
-    """Standard Gumbel noise: the argmax of ``log(weight) + gumbel`` is a draw in proportion to weight."""
-    return uniform(shape, device, generator).log_().neg_().log_().neg_()
+def gumbel_(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise, in place: the argmax of ``log(weight) + noise`` is a draw in proportion to weight."""
+    return uniform.log_().neg_().log_().neg_()
 
 
 def random_directions(rows: int, channels: int, device: torch.device, generator: Generator | None) -> Tensor:
@@ -133,7 +124,7 @@ def spread(
     for j in range(centroids.shape[1]):
         # rounding leaves a chosen pixel and its copies at a distance of some eps: not distinct
         weight = torch.where(distance > 8 * torch.finfo(pixels.dtype).eps, distance, 0)
-        noise = gumbel((len(pixels),), pixels.device, generator).to(pixels.dtype)
+        noise = gumbel_(uniform((len(pixels),), pixels.device, generator)).to(pixels.dtype)
         pick, best = first_of_each_class(weight.log() + noise, group, len(centroids))
         new = (best > -torch.inf) & ~known[:, j]
         centroids[:, j] = torch.where(new[:, None], pixels[pick], centroids[:, j])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import _sync
+from . import _graph, _sync
 from ._sync import Group, Peers
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class SubCentroidState(nn.Module):
         # whether `start_in` is worth a look, and the tensors of when it was set
         self._start_pending = False
         self._drawn: tuple[Tensor | None, Tensor | None] = None, None
+        self._number = _graph.number_of(self)
         self._agreed = False  # whether all ranks have taken the buffers of the first
 
     @property
@@ -112,15 +113,19 @@ class SubCentroidState(nn.Module):
         """Drop the sums of an unfinished accumulation, and with `start` a start from data that is to come."""
         self._pending, self._pending_updates = None, 0
         if start:
-            self._no_start()
+            self._no_start(self.start_in)
 
-    def _no_start(self) -> None:
+    def _no_start(self, start_in: Tensor | None) -> None:
         self._start_pending, self._drawn = False, (None, None)
-        if self.start_in is not None:
-            self.start_in.zero_()
+        if start_in is not None:
+            start_in.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_observers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = _graph.number_of(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.get("_buffers", {}).get(name)

@@ -16,6 +16,7 @@ from ..ops._common import compute_dtype, flat_pixels, without_ignored
 from ..ops.head.bands import BAND_PIXELS, default_band
 from ..ops.head.calls import Step
 from ..ops.head.op import first_pass
+from . import _graph
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._choices import (
     Assignment,
@@ -252,7 +253,8 @@ class DNCHead(CentroidModel):
             labels, ignored = small, -1
         sampled = small.reshape(-1)
         if self.pixels_per_class is not None:
-            sampled = sample_of_each_class(sampled, self.num_classes, self.pixels_per_class, self.generator)
+            uniform = _graph.uniform(self, sampled.shape, sampled.device)
+            sampled = sample_of_each_class(sampled, self.num_classes, self.pixels_per_class, uniform)
         step = self._compose if self.checkpoint == "none" or transformed() else self._step_in_bands
         return step(self._projected(features), labels, ignored, small, sampled, wrong, update)
 

@@ -24,8 +24,7 @@ from ..errors import (
     whole_number,
 )
 from ..ops._common import check_pixels, flat_pixels, pixel_count
-from ..ops._op import NAMESPACE
-from . import _starts, _sync
+from . import _graph, _starts, _sync
 from ._batches import Data, Prepare, embedded
 from ._choices import Assignment, Init, Sync, UpdateFrom, check_word
 from ._labels import left_out_below_zero
@@ -224,7 +223,7 @@ class SubCentroids(SubCentroidState):
     def _draw(self, plan: Tensor) -> Tensor:
         """The argmax of a plan [N,K] and noise, which is added in place."""
         # the plan itself serves as logits, as in the released code: that is why it collapses
-        return plan.add_(_starts.gumbel(tuple(plan.shape), plan.device, self.generator)).argmax(1)
+        return plan.add_(_starts.gumbel_(_graph.uniform(self, plan.shape, plan.device))).argmax(1)
 
     @renamed(cluster="labels")
     @torch.no_grad()
@@ -300,7 +299,7 @@ class SubCentroids(SubCentroidState):
         rows = self.num_classes * self.num_subcentroids
         group = torch.div(cluster, self.num_subcentroids, rounding_mode="floor")
         assigned, before = cluster, self.prototypes.clone() if self._observers else None
-        started = False
+        started: bool | Tensor = False  # a tensor in a graph
         if self._start_pending:
             assert x is not None
             started = self._start_when_due(*(start_from or (x.detach(), group)))
@@ -315,12 +314,11 @@ class SubCentroids(SubCentroidState):
             packed = torch.cat([counts, won] if tally is None else [counts, won, tally])
             totals, packed = _sync.sum_over_ranks(self.peers, totals, packed)
             counts, won, tally = packed[:rows], packed[rows : 2 * rows], None if tally is None else packed[2 * rows :]
-        if not started:  # else they are those of sub-centroids that are no more
-            self._count_wins(won)
+        # after a start these pixels are won and clustered by sub-centroids that are no more
+        self._count_wins(_unless(started, won))
         moves = None
         if self.accumulation_steps > 1:
-            if started:  # these pixels were clustered by sub-centroids that are no more
-                totals, counts = torch.zeros_like(totals), torch.zeros_like(counts)
+            totals, counts = _unless(started, totals), _unless(started, counts)
             if self._pending is not None:
                 totals, counts = totals + self._pending[0].to(totals), counts + self._pending[1].to(counts)
             if torch.compiler.is_compiling():
@@ -333,9 +331,9 @@ class SubCentroids(SubCentroidState):
         changed = (self.prototypes, self.num_updates, self.last_counts, self.idle_updates, self.wins)
         held = [] if moves is None else [buffer.clone() for buffer in changed]
         self._finish_update(totals, counts, started)
-        if self.revive_after is not None and own_similarity is not None and not started:
+        if self.revive_after is not None and own_similarity is not None:
             assert x is not None
-            self._revive(x.detach(), group, own_similarity, self.revive_after, gathered)
+            self._revive(x.detach(), _unless(started, group, -1), own_similarity, self.revive_after, gathered)
         if moves is not None:
             for buffer, value in zip(changed, held, strict=True):
                 buffer.copy_(torch.where(moves, buffer, value))
@@ -375,12 +373,12 @@ class SubCentroids(SubCentroidState):
         won = won.view_as(self.wins)
         self.wins.mul_(torch.where(won.any(1, keepdim=True), WINS_DECAY, 1.0)).add_(won)
 
-    def _finish_update(self, sums: Tensor, counts: Tensor, started: bool) -> None:
+    def _finish_update(self, sums: Tensor, counts: Tensor, started: bool | Tensor) -> None:
         self.last_counts.copy_(counts.view_as(self.last_counts))
-        if not started:
-            if self.warmup_steps:
-                counts = torch.where(self.num_updates < self.warmup_steps, 0, counts)
-            self._move(sums, counts)
+        counts = _unless(started, counts)
+        if self.warmup_steps:
+            counts = torch.where(self.num_updates < self.warmup_steps, 0, counts)
+        self._move(sums, counts)
         alive = self.wins >= dead_below(self.num_subcentroids) * self.wins.sum(1, keepdim=True)
         idle = self.idle_updates + (self.last_counts > 0).any(1, keepdim=True)
         self.idle_updates.copy_(torch.where(alive, 0, idle))
@@ -453,20 +451,22 @@ class SubCentroids(SubCentroidState):
         )  # fmt: skip
         _check_pixels_of(op, "labels", labels, features, "features")
         refinements = whole_number(op, "refinements", refinements, 0)
-        return self._start_from_(features, left_out_below_zero(op, "labels", labels, self.num_classes, "C"), refinements)
+        group = left_out_below_zero(op, "labels", labels, self.num_classes, "C")
+        return self._start_from(features.detach(), group, self.prototypes, self.wins, self.start_in, refinements)
 
-    def _start_from_(self, x: Tensor, group: Tensor, refinements: int = 5) -> Tensor:
-        start, counts = _starts.data_start(
-            x.detach(), group, self.prototypes, refinements=refinements, generator=self.generator
-        )
+    def _start_from(
+        self, x: Tensor, group: Tensor, prototypes: Tensor, wins: Tensor, start_in: Tensor | None, refinements: int = 5
+    ) -> Tensor:
+        """Does `initialize_from_` with the buffers given, which a graph may hold copies of."""
+        start, counts = _starts.data_start(x, group, prototypes, refinements=refinements, generator=self.generator)
         if _sync.ranks(self.peers) > 1:
             key = torch.where(counts > 0, -counts.to(start.dtype), torch.inf)
             key, rows = _sync.rows_of_lowest_key(self.peers, key, start)
-            start = torch.where(key.isfinite()[:, None, None], rows, self.prototypes)
+            start = torch.where(key.isfinite()[:, None, None], rows, prototypes)
             counts = torch.where(key.isfinite(), -key, 0).to(torch.int64)
-        self.prototypes.copy_(start)
-        self.wins.zero_()
-        self._no_start()
+        prototypes.copy_(start)
+        wins.zero_()
+        self._no_start(start_in)
         return counts
 
     @torch.no_grad()
@@ -582,18 +582,26 @@ class SubCentroids(SubCentroidState):
         )
         warnings.warn(text, DeadSubCentroidsWarning, stacklevel=3)
 
-    @torch._disable_dynamo  # as in `_sync`
-    def _start_when_due(self, x: Tensor, group: Tensor) -> bool:
+    def _start_when_due(self, x: Tensor, group: Tensor) -> bool | Tensor:
+        """Start from data if this update is the one for it. Returns whether: a tensor in a graph."""
+        if torch.compiler.is_compiling():
+            return _graph.start_when_due(self, x, group)
         assert self.start_in is not None
-        left = int(self.start_in)
+        return self._start_if_due(x, group, self.prototypes, self.wins, self.start_in, self.num_updates)
+
+    def _start_if_due(
+        self, x: Tensor, group: Tensor, prototypes: Tensor, wins: Tensor, start_in: Tensor, num_updates: Tensor
+    ) -> bool:
+        """Does `_start_when_due` with the buffers given, which a graph may hold copies of."""
+        left = int(start_in)
         # loaded without a word: sub-centroids that are other tensors, without a count; or by `copy_`, with many updates
         loaded = self.prototypes is not self._drawn[0] and self.start_in is self._drawn[1]
-        if loaded or not 0 < left <= self.init_step + 1 or int(self.num_updates) > self.init_step:
-            self._no_start()
+        if loaded or not 0 < left <= self.init_step + 1 or int(num_updates) > self.init_step:
+            self._no_start(start_in)
             return False
-        self.start_in.sub_(1)
+        start_in.sub_(1)
         if left == 1:
-            self._start_from_(x, group)
+            self._start_from(x, group, prototypes, wins, start_in)
         return left == 1
 
     def snapshot(self, update: bool = False) -> Tensor:
@@ -604,7 +612,7 @@ class SubCentroids(SubCentroidState):
         self._in_full_precision()
         if (update or self.training) and torch.is_grad_enabled():
             # of itself a custom operator would import the compiler: seconds, in the first step
-            return _copy(self.prototypes) if torch.compiler.is_compiling() else self.prototypes.clone()
+            return _graph.copy_of_subcentroids(self.prototypes) if torch.compiler.is_compiling() else self.prototypes.clone()
         return self.prototypes if self.training else unit_rows(self.prototypes, self.prototypes.norm(dim=2, keepdim=True))
 
     def extra_repr(self) -> str:
@@ -612,15 +620,11 @@ class SubCentroids(SubCentroidState):
         return options_of(self)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::copy_of_subcentroids", mutates_args=())
-def _copy(rows: Tensor) -> Tensor:
-    """A clone that no compiler makes again in the backward pass, when the rows have moved."""
-    return rows.clone()
-
-
-@_copy.register_fake
-def _(rows: Tensor) -> Tensor:
-    return torch.empty_like(rows)
+def _unless(started: bool | Tensor, value: Tensor, otherwise: int = 0) -> Tensor:
+    """The value, or `otherwise` everywhere after a start from data."""
+    if isinstance(started, Tensor):
+        return torch.where(started, otherwise, value)
+    return torch.full_like(value, otherwise) if started else value
 
 
 def _check_pixels_of(op: str, argument: str, values: Tensor, x: Tensor, name: str = "x") -> None:
