@@ -101,7 +101,6 @@ def test_a_step_that_draws_from_torch_is_one_graph():
 
 #: Options, and how many graphs their steps make: a start from data is in the graph for as long as it is to come.
 DRAWN = {
-    "sampled": (SAMPLED, 1),
     "gumbel": ({"assignment": "gumbel", **SAMPLED}, 1),
     "data": ({"init": "data", "init_step": 1}, 2),
     "data, sampled, in parts": ({"init": "data", "checkpoint": "none", **SAMPLED}, 2),
@@ -154,5 +153,5 @@ def test_weights_that_arrive_by_assignment_are_not_replaced_by_a_start_in_a_grap
 
 def test_a_graph_whose_layer_is_gone_says_so():
     drawn = torch.ops.dnc_kernels.draw
-    with pytest.raises(RuntimeError, match="whose layer is gone.*compile it again"):
+    with pytest.raises(RuntimeError, match=r"whose layer is gone.*compile it again"):
         drawn([2], 10**9, torch.device("cpu"), torch.zeros((), dtype=torch.int64))

@@ -36,7 +36,7 @@ def number_of(layer: Any) -> int:
 def _layer(number: int) -> Any:
     layer = _layers.get(number)
     if layer is None:
-        fix = "compile it again in this process; export programs that move nothing, with update=False or in eval mode"
+        fix = "compile it again in this process; a program for another takes a head in eval mode, with generator=None"
         raise RuntimeError(message("DNC head", "graph", "one of a layer of this process", "one whose layer is gone", fix))
     return layer
 
