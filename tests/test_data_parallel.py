@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from tolerances import assert_close, assert_golden
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import WORLD, results_of_ranks
 
 from dnc_kernels import nn
 
 C, K, D, STEPS = 4, 3, 8, 3
-WORLD = 2
 FUSED = {"loss_size": "features", "scores": "scale", "update_from": "all"}
 
 
@@ -281,22 +280,9 @@ SCENARIOS = {
 }
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    results = {}
-    for name, scenario in SCENARIOS.items():
-        results[name] = scenario(rank)
-        dist.barrier()
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return results_of_ranks(__name__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", [n for n in SCENARIOS if n not in ("alone", "ignored")])

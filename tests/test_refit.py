@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 from tolerances import assert_close
+from two_processes import results_of_ranks
 
 from dnc_kernels import nn
 from dnc_kernels.nn import _kmeans, _starts
@@ -315,21 +314,22 @@ def run(rank, start, parts):
     return {"prototypes": module.prototypes.clone(), "counts": result.counts, "after": torch.tensor(result.after)}
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = {start: run(rank, start, [part(rank)]) for start in ("data", "current")}
-    _kmeans.RESERVOIR = 1
-    results["streamed"] = run(rank, "data", [part(rank)])
-    diagnosis = nn.SubCentroids(C, K, D, generator=generator()).diagnose(*part(rank))
-    results["diagnosis"] = diagnosis.as_dict()
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+def run_streamed(rank):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_kmeans, "RESERVOIR", 1)
+        return run(rank, "data", [part(rank)])
+
+
+SCENARIOS = {
+    "data": lambda rank: run(rank, "data", [part(rank)]),
+    "current": lambda rank: run(rank, "current", [part(rank)]),
+    "streamed": run_streamed,
+    "diagnosis": lambda rank: nn.SubCentroids(C, K, D, generator=generator()).diagnose(*part(rank)).as_dict(),
+}
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
-    a, b = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    a, b = results_of_ranks(__name__, tmp_path)
     for name in ("data", "current", "streamed"):
         assert all(torch.equal(a[name][key], b[name][key]) for key in a[name])
     for start in ("data", "current"):

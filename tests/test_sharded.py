@@ -6,14 +6,14 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from tolerances import assert_golden
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import WORLD, results_of_ranks
 
 from dnc_kernels import nn
 
-C, K, D, STEPS, WORLD = 3, 2, 8, 2, 2
+C, K, D, STEPS = 3, 2, 8, 2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,28 +228,18 @@ def data_that_end_early(rank):
     return {"done": done, "text": ""}
 
 
-SCENARIOS = (
-    sharded_network, flattened_network, flattened_in_half_precision, sharded_head, deferred, head_of_a_stage, not_a_member,
-    another_group, nothing_on_one_rank, data_that_end_early,
-)  # fmt: skip
-
-
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    results = {}
-    for scenario in SCENARIOS:
-        results[scenario.__name__] = scenario(rank)
-        dist.barrier()
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (
+        sharded_network, flattened_network, flattened_in_half_precision, sharded_head, deferred, head_of_a_stage, not_a_member,
+        another_group, nothing_on_one_rank, data_that_end_early,
+    )
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return results_of_ranks(__name__, tmp_path_factory.mktemp("ranks"))
 
 
 def expected_of_all(parameters=False):
