@@ -358,6 +358,11 @@ def _as(make: Callable[[torch.Tensor], Any]) -> Callable[[Any], Any]:
     return lambda v: make(v.make()) if isinstance(v, Spec) else _NOTHING
 
 
+def _transposed(t: torch.Tensor) -> Any:
+    other = t.mT.contiguous().mT
+    return _NOTHING if other.is_contiguous() else other
+
+
 _NO_FLOAT = (_as(lambda t: t.nan_to_num(0, 0, 0).to(torch.int64)), _as(lambda t: t != 0), _as(lambda t: t.to(torch.complex64)))
 _NO_TENSOR = (_as(lambda t: t.tolist()), lambda v: "x", _as(lambda t: t.float().numpy()), lambda v: 3)
 _ELSEWHERE = (_as(lambda t: t.to("meta")),)
@@ -401,7 +406,7 @@ ILLEGAL["cluster_sums"] = {
     "x": _PIXELS, "labels": (*_IDS, _BEYOND), "num_clusters": _COUNT, "backend": _WORD,
     "ignore_index": ILLEGAL["class_scores"]["ignore_index"],
 }  # fmt: skip
-_CHANGED = (_MORE, _AXIS, _NONE_AT_ALL, *_NO_FLOAT, *_NO_TENSOR, _as(lambda t: t.half()), _as(lambda t: t.mT.contiguous().mT))
+_CHANGED = (_MORE, _AXIS, _NONE_AT_ALL, *_NO_FLOAT, *_NO_TENSOR, _as(lambda t: t.half()), _as(_transposed))
 ILLEGAL["momentum_update_"] = {
     "centroids": (*_CHANGED, *_ELSEWHERE), "x": _PIXELS, "labels": (*_IDS, _BEYOND), "momentum": _SHARE, "backend": _WORD,
     "ignore_index": ILLEGAL["class_scores"]["ignore_index"],

@@ -375,7 +375,8 @@ class Twin:
         norm = head.feat_norm
         self.e, _, length = oracle.embedded(rows, self.wide["feat_norm.weight"], self.wide["feat_norm.bias"], norm.eps)
         p = head.prototypes.detach().double().clone()  # an update moves them in place
-        self.p = p if head.training else p / p.norm(dim=2, keepdim=True)
+        norms = p.norm(dim=2, keepdim=True)  # within 1e-6 a row is of unit length as it is
+        self.p = p if head.training else torch.where((norms - 1).abs() <= 1e-6, p, p / norms)
         self.finite = rows.detach().isfinite().all(1)
         self.s = torch.einsum("nd,ckd->nck", self.e, self.p)
         r = self.s.amax(2)

@@ -454,7 +454,8 @@ def _plan(call: Call, v: dict[str, Any], s: Tensor) -> tuple[Tensor, Tensor, Ten
     plan, clear = oracle.transport(s, labels, groups, float(v["epsilon"]), int(v["iterations"]), limit)
     kept = s.detach()[s.detach().isfinite().all(1)]
     spread = float(kept.max() - kept.min()) if kept.numel() else 0.0
-    terms = min(spread / float(v["epsilon"]), 1e150) ** 2 + len(s)
+    # every iteration rounds its exponents; three of them are the table's
+    terms = max(1.0, int(v["iterations"]) / 3) * min(spread / float(v["epsilon"]), 1e150) ** 2 + len(s)
     return plan, clear, labels, math.ceil(terms), groups
 
 
