@@ -103,6 +103,18 @@ def test_data_start_happens_at_its_update_and_once():
     assert (x @ module.prototypes.flatten(0, 1).T).amax(1).min() > 0.9
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 2}, {"revive_after": 1}], ids=str)
+def test_an_update_that_starts_from_data_does_nothing_else(options):
+    module, other = (nn.SubCentroids(3, 4, 16, init="data", momentum=0.0, generator=generator(), **options) for _ in range(2))
+    x, labels, _ = clustered()
+    step(module, x, labels)
+    other.initialize_from_(x, labels)
+    assert torch.equal(module.prototypes, other.prototypes)
+    assert not module.wins.any() and not module.idle_updates.any()
+    if module.accumulated_counts is not None:
+        assert not module.accumulated_counts.any() and not module.accumulated_sums.any()
+
+
 def test_empty_batch_starts_nothing():
     module = nn.SubCentroids(3, 2, 4)
     before = module.prototypes.clone()

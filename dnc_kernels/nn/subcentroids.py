@@ -314,7 +314,7 @@ class SubCentroids(SubCentroidState):
             packed = torch.cat([counts, won] if tally is None else [counts, won, tally])
             totals, packed = _sync.sum_over_ranks(self.peers, totals, packed)
             counts, won, tally = packed[:rows], packed[rows : 2 * rows], None if tally is None else packed[2 * rows :]
-        # after a start these pixels are won and clustered by sub-centroids that are no more
+        # after a start: what won and clustered these pixels is no more, and nobody is idle, so none is revived
         self._count_wins(_unless(started, won))
         moves = None
         if self.accumulation_steps > 1:
@@ -333,7 +333,7 @@ class SubCentroids(SubCentroidState):
         self._finish_update(totals, counts, started)
         if self.revive_after is not None and own_similarity is not None:
             assert x is not None
-            self._revive(x.detach(), _unless(started, group, -1), own_similarity, self.revive_after, gathered)
+            self._revive(x.detach(), group, own_similarity, self.revive_after, gathered)
         if moves is not None:
             for buffer, value in zip(changed, held, strict=True):
                 buffer.copy_(torch.where(moves, buffer, value))
@@ -620,11 +620,11 @@ class SubCentroids(SubCentroidState):
         return options_of(self)
 
 
-def _unless(started: bool | Tensor, value: Tensor, otherwise: int = 0) -> Tensor:
-    """The value, or `otherwise` everywhere after a start from data."""
+def _unless(started: bool | Tensor, value: Tensor) -> Tensor:
+    """The value, or zeros after a start from data."""
     if isinstance(started, Tensor):
-        return torch.where(started, otherwise, value)
-    return torch.full_like(value, otherwise) if started else value
+        return torch.where(started, 0, value)
+    return torch.zeros_like(value) if started else value
 
 
 def _check_pixels_of(op: str, argument: str, values: Tensor, x: Tensor, name: str = "x") -> None:
