@@ -103,16 +103,30 @@ def test_data_start_happens_at_its_update_and_once():
     assert (x @ module.prototypes.flatten(0, 1).T).amax(1).min() > 0.9
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 2}, {"revive_after": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 3}, {"revive_after": 1}], ids=str)
 def test_an_update_that_starts_from_data_does_nothing_else(options):
-    module, other = (nn.SubCentroids(3, 4, 16, init="data", momentum=0.0, generator=generator(), **options) for _ in range(2))
+    options = {"init": "data", "init_step": 1, "momentum": 0.0, **options}
+    module, other = (nn.SubCentroids(3, 4, 16, generator=generator(), **options) for _ in range(2))
     x, labels, _ = clustered()
+    for each in (module, other):
+        step(each, x, labels)
+    assert module.wins.any()
     step(module, x, labels)
     other.initialize_from_(x, labels)
     assert torch.equal(module.prototypes, other.prototypes)
     assert not module.wins.any() and not module.idle_updates.any()
     if module.accumulated_counts is not None:
         assert not module.accumulated_counts.any() and not module.accumulated_sums.any()
+
+
+def test_initialising_forgets_what_was_accumulated_for_other_sub_centroids():
+    x, labels, _ = clustered()
+    module = nn.SubCentroids(3, 4, 16, accumulation_steps=2, momentum=0.0, generator=generator())
+    step(module, x, labels)
+    module.initialize_from_(x, labels)
+    started = module.prototypes.clone()
+    step(module, x, labels)
+    assert torch.equal(module.prototypes, started) and int(module.accumulated_updates) == 1
 
 
 def test_empty_batch_starts_nothing():

@@ -314,13 +314,13 @@ class SubCentroids(SubCentroidState):
             packed = torch.cat([counts, won] if tally is None else [counts, won, tally])
             totals, packed = _sync.sum_over_ranks(self.peers, totals, packed)
             counts, won, tally = packed[:rows], packed[rows : 2 * rows], None if tally is None else packed[2 * rows :]
-        # after a start: what won and clustered these pixels is no more, and nobody is idle, so none is revived
+        # after a start: what won and clustered the pixels is no more, and nobody is idle, so none is revived
         self._count_wins(_unless(started, won))
         moves = None
         if self.accumulation_steps > 1:
-            totals, counts = _unless(started, totals), _unless(started, counts)
             if self._pending is not None:
                 totals, counts = totals + self._pending[0].to(totals), counts + self._pending[1].to(counts)
+            totals, counts = _unless(started, totals), _unless(started, counts)
             if torch.compiler.is_compiling():
                 moves = self._last_of_accumulation(totals, counts)
             else:
@@ -452,7 +452,9 @@ class SubCentroids(SubCentroidState):
         _check_pixels_of(op, "labels", labels, features, "features")
         refinements = whole_number(op, "refinements", refinements, 0)
         group = left_out_below_zero(op, "labels", labels, self.num_classes, "C")
-        return self._start_from(features.detach(), group, self.prototypes, self.wins, self.start_in, refinements)
+        counts = self._start_from(features.detach(), group, self.prototypes, self.wins, self.start_in, refinements)
+        self._forget_pending()
+        return counts
 
     def _start_from(
         self, x: Tensor, group: Tensor, prototypes: Tensor, wins: Tensor, start_in: Tensor | None, refinements: int = 5
