@@ -132,11 +132,11 @@ def test_a_start_from_data_and_the_memory_of_a_classifier_are_in_the_graph():
         assert_close(twin.prototypes, eager.prototypes.double(), "training", terms=3 * D)
 
 
-@pytest.mark.parametrize("copy", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))], ids=["copy", "pickle"])
-def test_a_compiled_copy_draws_from_its_own_generator(copy):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))], ids=["copy", "pickle"])
+def test_a_compiled_copy_draws_from_its_own_generator(copied):
     head = nn.DNCHead(D, C, K, generator=torch.Generator().manual_seed(3), **SAMPLED)
     steps(head, torch.compile(head.loss, fullgraph=True, backend="eager"), 1)
-    twin, before = copy(head), head.generator.get_state()
+    twin, before = copied(head), head.generator.get_state()
     actual = steps(twin, torch.compile(twin.loss, fullgraph=True, backend="eager"))
     assert torch.equal(head.generator.get_state(), before)
     for a, b in zip(actual, steps(head, head.loss), strict=True):

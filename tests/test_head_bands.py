@@ -14,6 +14,7 @@ from tolerances import assert_close
 from dnc_kernels import use_backend
 from dnc_kernels.nn import DNCHead
 from dnc_kernels.nn._labels import sample_of_each_class
+from dnc_kernels.nn._starts import uniform
 from dnc_kernels.ops.head import bands, op
 
 CHANNELS, CLASSES, K = 12, 5, 3
@@ -210,12 +211,16 @@ def test_sample_keeps_at_most_so_many_of_each_class(most):
         assert (kept == c).sum() == min(most, int((labels == c).sum()))
 
 
-def test_sample_is_even():
+def test_sample_is_even_and_seeded():
     labels = torch.zeros(40, dtype=torch.int64)
-    drawn = (
-        torch.stack([sample_of_each_class(labels, 1, 10, torch.rand(len(labels))) >= 0 for _ in range(400)]).double().mean(0)
-    )
+
+    def sample(seed=None):
+        drawn = uniform((40,), labels.device, None if seed is None else torch.Generator().manual_seed(seed))
+        return sample_of_each_class(labels, 1, 10, drawn)
+
+    drawn = torch.stack([sample() >= 0 for _ in range(400)]).double().mean(0)
     assert (drawn - 0.25).abs().max() < 0.1  # 4.6 standard deviations of 400 draws
+    assert torch.equal(sample(3), sample(3))
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)

@@ -314,17 +314,24 @@ def run(rank, start, parts):
     return {"prototypes": module.prototypes.clone(), "counts": result.counts, "after": torch.tensor(result.after)}
 
 
-def run_streamed(rank):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_kmeans, "RESERVOIR", 1)
-        return run(rank, "data", [part(rank)])
+def diagnosed(rank):
+    return nn.SubCentroids(C, K, D, generator=generator()).diagnose(*part(rank)).as_dict()
+
+
+def with_little_memory(scenario):
+    def of_rank(rank):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_kmeans, "RESERVOIR", 1)
+            return scenario(rank)
+
+    return of_rank
 
 
 SCENARIOS = {
     "data": lambda rank: run(rank, "data", [part(rank)]),
     "current": lambda rank: run(rank, "current", [part(rank)]),
-    "streamed": run_streamed,
-    "diagnosis": lambda rank: nn.SubCentroids(C, K, D, generator=generator()).diagnose(*part(rank)).as_dict(),
+    "streamed": with_little_memory(lambda rank: run(rank, "data", [part(rank)])),
+    "diagnosis": with_little_memory(diagnosed),
 }
 
 

@@ -452,13 +452,11 @@ class SubCentroids(SubCentroidState):
         _check_pixels_of(op, "labels", labels, features, "features")
         refinements = whole_number(op, "refinements", refinements, 0)
         group = left_out_below_zero(op, "labels", labels, self.num_classes, "C")
-        counts = self._start_from(features.detach(), group, self.prototypes, self.wins, self.start_in, refinements)
-        self._forget_pending()
+        counts = self._start_from(features.detach(), group, self.prototypes, self.wins, refinements)
+        self._forget_pending(start=True)
         return counts
 
-    def _start_from(
-        self, x: Tensor, group: Tensor, prototypes: Tensor, wins: Tensor, start_in: Tensor | None, refinements: int = 5
-    ) -> Tensor:
+    def _start_from(self, x: Tensor, group: Tensor, prototypes: Tensor, wins: Tensor, refinements: int = 5) -> Tensor:
         """Does `initialize_from_` with the buffers given, which a graph may hold copies of."""
         start, counts = _starts.data_start(x, group, prototypes, refinements=refinements, generator=self.generator)
         if _sync.ranks(self.peers) > 1:
@@ -468,7 +466,6 @@ class SubCentroids(SubCentroidState):
             counts = torch.where(key.isfinite(), -key, 0).to(torch.int64)
         prototypes.copy_(start)
         wins.zero_()
-        self._no_start(start_in)
         return counts
 
     @torch.no_grad()
@@ -603,7 +600,8 @@ class SubCentroids(SubCentroidState):
             return False
         start_in.sub_(1)
         if left == 1:
-            self._start_from(x, group, prototypes, wins, start_in)
+            self._start_from(x, group, prototypes, wins)
+            self._no_start(start_in)
         return left == 1
 
     def snapshot(self, update: bool = False) -> Tensor:
