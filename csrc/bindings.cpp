@@ -71,4 +71,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind(m, "subcentroid_cross_entropy", subcentroid_cross_entropy);
   bind(m, "upsample_cross_entropy", upsample_cross_entropy);
   bind(m, "upsample_argmax", upsample_argmax);
+  bind(m, "head_first_pass", head_first_pass);
+  bind(m, "head_second_pass", head_second_pass);
+  bind(m, "label_figures", label_figures);
 }

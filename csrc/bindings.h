@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dnc/embedding.h"
+#include "dnc/head.h"
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
 #include "dnc/sinkhorn.h"
@@ -97,6 +98,30 @@ void fields(UpsampleCrossEntropy& a, F f) {
 template <class F>
 void fields(UpsampleArgmax& a, F f) {
   f("scores", a.scores), f("align_corners", a.align_corners), f("label", a.label), f("threads", a.threads);
+}
+template <class F>
+void fields(HeadFirstPass& a, F f) {
+  f("x", a.x), f("weight", a.weight), f("bias", a.bias), f("eps", a.eps), f("centroids", a.centroids), f("labels", a.labels);
+  f("ignored", a.ignored), f("confidence", a.confidence), f("temperature", a.temperature), f("norm_eps", a.norm_eps);
+  f("norm_weight", a.norm_weight), f("norm_bias", a.norm_bias), f("class_weight", a.class_weight);
+  f("label_smoothing", a.label_smoothing), f("align_corners", a.align_corners);
+  f("contrast_temperature", a.contrast_temperature), f("band_pixels", a.band_pixels), f("sampled", a.sampled);
+  f("factors", a.factors), f("losses", a.losses), f("prediction", a.prediction), f("group", a.group);
+  f("own_similarity", a.own_similarity), f("lse", a.lse), f("statistics", a.statistics), f("grad", a.grad);
+  f("grad_rstd", a.grad_rstd), f("grad_scale", a.grad_scale), f("grad_norm", a.grad_norm), f("embedding", a.embedding);
+  f("threads", a.threads);
+}
+template <class F>
+void fields(HeadSecondPass& a, F f) {
+  f("x", a.x), f("weight", a.weight), f("bias", a.bias), f("eps", a.eps), f("centroids", a.centroids);
+  f("statistics", a.statistics), f("grad", a.grad), f("grad_rstd", a.grad_rstd), f("embedding", a.embedding);
+  f("target", a.target), f("pull", a.pull), f("cluster", a.cluster), f("band_pixels", a.band_pixels);
+  f("grad_affine", a.grad_affine), f("sums", a.sums), f("counts", a.counts), f("threads", a.threads);
+}
+template <class F>
+void fields(LabelFigures& a, F f) {
+  f("labels", a.labels), f("ignored", a.ignored), f("classes", a.classes), f("weighted", a.weighted);
+  f("counts", a.counts), f("range", a.range), f("threads", a.threads);
 }
 
 namespace python {

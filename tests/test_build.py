@@ -189,20 +189,26 @@ def test_a_commit_compiles_nothing_and_an_edited_kernel_has_another_hash(built):
         assert build() == ([], f"{source} {first}")
         kernel.write_text(f"{text}// edited\n")
         compiled, stamp = build()
-        assert compiled == sorted(["stamp.cpp.o", *["upsample.cpp.o"] * len(instruction_sets())])
+        assert compiled == sorted(["stamp.cpp.o", *["upsample.cpp.o"] * len(set(instruction_sets()) - {"amx"})])
         assert stamp == f"{_source.source(built.tree)} {first}+" and not stamp.startswith(source)
     finally:
         kernel.write_text(text)
         shutil.rmtree(built.tree / ".git", ignore_errors=True)
 
 
+#: What gains by AMX, the products of bfloat16 pixels, is compiled for it too.
+AMX = ("similarity*.cpp", "head.cpp")
+
+
 def instruction_sets() -> list[str]:
-    return ["portable", "avx2", "avx512"] if X86 else ["portable"]
+    return ["portable", "avx2", "avx512", "amx"] if X86 else ["portable"]
 
 
 def objects_of(built, isa: str) -> list[Path]:
     found = sorted((built.objects / "CMakeFiles" / f"dnc_{isa}.dir").rglob("*.o"))
-    assert len(found) == len(list((built.tree / "csrc" / "cpu").glob("*.cpp"))) - 1  # all but dispatch.cpp
+    folder = built.tree / "csrc" / "cpu"
+    kernels = {path.name for pattern in (AMX if isa == "amx" else ("*.cpp",)) for path in folder.glob(pattern)}
+    assert {path.stem for path in found} == kernels - {"dispatch.cpp"}
     return found
 
 
@@ -221,12 +227,13 @@ def test_kernels_share_no_symbol_across_instruction_sets(built, isa):
 @pytest.mark.skipif(not X86, reason="x86-64 only")
 def test_wide_registers_appear_only_in_their_own_instruction_set(built):
     def registers(path: Path) -> set[str]:
-        return set(re.findall(r"%([yz]mm)\d", run(["objdump", "-d", path], cwd=built.work)))
+        return set(re.findall(r"%([yzt]mm)\d", run(["objdump", "-d", path], cwd=built.work)))
 
-    for isa, allowed in {"portable": set(), "avx2": {"ymm"}, "avx512": {"ymm", "zmm"}}.items():
+    for isa, allowed in {"portable": set(), "avx2": {"ymm"}, "avx512": {"ymm", "zmm"}, "amx": {"ymm", "zmm", "tmm"}}.items():
         for path in objects_of(built, isa):
             assert registers(path) <= allowed, path
     assert any("zmm" in registers(path) for path in objects_of(built, "avx512"))
+    assert all("tmm" in registers(path) for path in objects_of(built, "amx"))
     for path in [*built.objects.rglob("dispatch.cpp.o"), *built.objects.rglob("test_library.cpp.o")]:
         assert not registers(path), path
 

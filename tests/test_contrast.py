@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 
 from dnc_kernels import ops
+from dnc_kernels.ops._common import _scale_half
 from dnc_kernels.ops.similarity import cpu, op, op_loss
 from dnc_kernels.ops.similarity.calls import ScoresBackwardCall, ScoresBackwardOut, ScoresCall, SweepCall, SweepOut
 
@@ -57,9 +58,11 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("pixels", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape, isa):
-    check(*problem(*shape))
+def test_shapes(shape, pixels, isa):
+    x, p, target = problem(*shape)
+    check(x.to(pixels), p, target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,9 +81,16 @@ def test_gradient_of_the_centroids_over_more_pixels_than_one_product():
     check(*problem(4100, 2, 2, 5), reduction="mean", centroids=True)
 
 
-@pytest.mark.parametrize("temperature", (0.01, 1.0, 50.0))
-def test_temperatures(temperature, isa):
-    check(*problem(29, 7, 3, 24), temperature=temperature)
+@pytest.mark.parametrize(
+    ("temperature", "dtype"),
+    [
+        *((t, torch.float32) for t in (0.01, 1.0, 50.0)),
+        *((t, torch.bfloat16) for t in (0.01, 1.0)),
+    ],  # see "Accuracy" in the docs
+    ids=str,
+)
+def test_temperatures(temperature, dtype, isa):
+    check(*problem(29, 7, 3, 24, dtype), temperature=temperature)
 
 
 @pytest.mark.parametrize("layout", ("nchw", "channels_last", "crop", "transposed"))
@@ -115,8 +125,9 @@ def test_the_target_may_be_far_below_the_best(isa):
     assert loss == 200
 
 
-def test_left_out_pixels_have_loss_and_gradient_zero(isa):
-    x, p, target = problem(40, 3, 2, 8)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_left_out_pixels_have_loss_and_gradient_zero(dtype, isa):
+    x, p, target = problem(40, 3, 2, 24, dtype)
     target[:13] = -1
     x[:5] = float("nan")
     x.requires_grad_()
@@ -128,8 +139,9 @@ def test_left_out_pixels_have_loss_and_gradient_zero(isa):
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
-def test_a_bad_pixel_stays_alone(value, isa):
-    x, p, target = problem(30, 3, 2, 8, ignored=0)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_bad_pixel_stays_alone(value, dtype, isa):
+    x, p, target = problem(30, 3, 2, 24, dtype, ignored=0)
     x[7, 3] = value
     x.requires_grad_()
     loss = ops.subcentroid_cross_entropy(x, p, target, reduction="none")
@@ -163,8 +175,9 @@ def test_subcentroid_255_is_not_dropped():
         ops.subcentroid_cross_entropy(x, p, torch.full((4,), 255), ignore_index=255)
 
 
-def test_threads_change_no_bit(isa):
-    x, p, target = problem(500, 7, 5, 33)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_threads_change_no_bit(dtype, isa):
+    x, p, target = problem(500, 7, 5, 33, dtype)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -187,6 +200,17 @@ def test_a_loss_scale_beyond_half_precision_is_applied_in_single(dtype):
     (65536 * expected_loss(wide, p.double(), target, 1.0, "mean")).backward()
     # the row of a pixel is rounded when it is made, and again when it is scaled
     assert (x.grad.double() - wide.grad).abs().max() <= 2 * torch.finfo(dtype).eps * wide.grad.abs().max()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", ((700, 500), (2, 60, 70, 50)), ids=str)
+def test_many_gradients_in_half_precision_are_scaled_as_torch_scales_them(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    for y in (x, x.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        factor = torch.randn(shape[0], 1, *shape[2:])
+        scaled = y.clone()
+        _scale_half(scaled, factor.expand_as(y))
+        assert torch.equal(scaled, y.clone().mul_(factor))
 
 
 def test_gradients_can_be_asked_for_twice():
@@ -242,9 +266,11 @@ def test_compiles_for_any_size(backend):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("gradient", (False, True))
-def test_scores_from_the_same_product_are_the_scores(gradient, isa):
-    x, p, target = problem(70, 19, 10, 24)
+def test_scores_from_the_same_product_are_the_scores(gradient, dtype, isa):
+    x, p, target = problem(70, 19, 10, 24, dtype)
+    p = p.float()
     labels = torch.where(target < 0, -1, target // 10)
     mean = torch.full_like(x, float("nan")) if gradient else None
     results = torch.empty(70, 19), torch.empty(70, 19, dtype=torch.uint8), torch.empty(70, 10), torch.empty(70)

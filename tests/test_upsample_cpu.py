@@ -50,10 +50,27 @@ def test_every_instruction_set(isa, dtype, c, reduction):
     check(normal(2, c, 9, 40, dtype=dtype), labels, align_corners=True, reduction=reduction)
 
 
-@pytest.mark.parametrize("scale", (1, 4, 16))
-def test_strips_and_blocks(scale):
+@pytest.mark.parametrize("c", (*range(1, 17), 40, 41))
+def test_few_classes_on_every_instruction_set(isa, c):
+    """Growing, equal and shrinking odd sizes, even and uneven steps: lanes are pixels up to some number of classes."""
+    sizes = [((7, 9), (21, 45)), ((5, 37), (13, 83)), ((6, 35), (6, 35)), ((11, 23), (7, 19)), ((3, 2), (5, 70))]
+    for i, ((h, w), size) in enumerate(sizes):
+        by_layout = layouts(normal(2, c, h, w))
+        first, second = ("contiguous", "channels_last")[:: 1 - 2 * (i % 2)]
+        labels, weight = random_labels(2, c, size), torch.rand(c) + 0.1
+        check(by_layout[first], labels, weight=weight, label_smoothing=0.1)
+        check(by_layout[second], labels, align_corners=True, reduction="none")
+
+
+@pytest.mark.parametrize("c", (2, 33))
+@pytest.mark.parametrize("scale", (1, 2, 4, 8, 16))
+def test_strips_and_blocks(scale, c):
     """Maps wider than a strip and higher than a block, at group sizes 1 to 4 and beyond."""
-    check(normal(2, 33, 19, 45), random_labels(2, 33, (19 * scale, 45 * scale), 0.5))
+    check(normal(2, c, 19, 45), random_labels(2, c, (19 * scale, 45 * scale), 0.5))
+
+
+def test_rows_of_pixels_longer_than_a_strip(isa):
+    check(normal(1, 2, 3, 700), random_labels(1, 2, (7, 2800)), reduction="none")
 
 
 def layouts(t):
@@ -112,34 +129,39 @@ def test_incoming_gradients_of_none(grad):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("c", (2, 7, 40))
 @pytest.mark.parametrize("size", (30, 300, 3e4))
-def test_winners_that_differ_between_neighbours(isa, dtype, size):
+def test_winners_that_differ_between_neighbours(isa, dtype, c, size):
     """Halfway between two pixels with different winners the interpolated maximum is far above the maximum."""
-    scores = size * F.one_hot(torch.randint(7, (2, 6, 6)), 7).movedim(-1, 1).to(dtype)
-    check(scores + normal(2, 7, 6, 6, dtype=dtype), random_labels(2, 7, (24, 21)), reduction="none")
-    check(size * normal(2, 7, 6, 6, dtype=dtype), random_labels(2, 7, (24, 21)), label_smoothing=0.1)
+    scores = size * F.one_hot(torch.randint(c, (2, 6, 6)), c).movedim(-1, 1).to(dtype)
+    labels, weight = random_labels(2, c, (24, 21)), torch.rand(c) + 0.1
+    check(scores + normal(2, c, 6, 6, dtype=dtype), labels, reduction="none")
+    check(size * normal(2, c, 6, 6, dtype=dtype), labels, label_smoothing=0.1)
+    check(size * normal(2, c, 6, 6, dtype=dtype), labels, weight=weight, label_smoothing=0.1, reduction="none")
 
 
+@pytest.mark.parametrize("c", (2, 8, 30))
 @pytest.mark.parametrize("size", ((5, 6), (20, 18), (3, 4)), ids=str)
-def test_a_class_masked_by_minus_infinity_takes_no_part(isa, size):
-    scores, labels = normal(2, 9, 5, 6), random_labels(2, 8, size)
-    scores[:, 8] = -torch.inf
-    leaves = [s.clone().requires_grad_() for s in (scores, scores[:, :8])]
+def test_a_class_masked_by_minus_infinity_takes_no_part(isa, size, c):
+    scores, labels = normal(2, c + 1, 5, 6), random_labels(2, c, size)
+    scores[:, c] = -torch.inf
+    leaves = [s.clone().requires_grad_() for s in (scores, scores[:, :c])]
     losses = [ops.upsample_cross_entropy(s, labels, backend="cpu") for s in leaves]
     grads = [torch.autograd.grad(loss, s)[0] for loss, s in zip(losses, leaves, strict=True)]
-    assert not grads[0][:, 8].any()
-    check_against(losses[0].detach(), grads[0][:, :8], losses[1].detach().double(), grads[1].double(), scores[:, :8], labels)
+    assert not grads[0][:, c].any()
+    check_against(losses[0].detach(), grads[0][:, :c], losses[1].detach().double(), grads[1].double(), scores[:, :c], labels)
 
 
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
-@pytest.mark.parametrize("size", ((18, 28), (6, 7), (6, 28), (18, 7)), ids=str)
-def test_nan_and_inf_reach_only_pixels_they_have_a_share_in(isa, size, bad):
-    scores = normal(1, 20, 6, 7).requires_grad_()
+@pytest.mark.parametrize("c", (2, 3, 30))
+@pytest.mark.parametrize("size", ((18, 28), (6, 7), (6, 28), (18, 7), (4, 5), (14, 35)), ids=str)
+def test_nan_and_inf_reach_only_pixels_they_have_a_share_in(isa, size, bad, c):
+    scores = normal(1, c, 6, 7).requires_grad_()
     with torch.no_grad():
-        scores[0, 11, 2, 4] = bad
+        scores[0, c // 2, 2, 4] = bad
     rows, columns = interpolation(6, size[0], False), interpolation(7, size[1], False)
     touched = (rows[:, 2, None] * columns[None, :, 4]) > 0
-    loss = ops.upsample_cross_entropy(scores, random_labels(1, 20, size, 0.0), reduction="none", backend="cpu")
+    loss = ops.upsample_cross_entropy(scores, random_labels(1, c, size, 0.0), reduction="none", backend="cpu")
     assert torch.equal(loss[0].isnan(), touched)
     loss.sum().backward()
     sources = torch.einsum("Hh,HW,Ww->hw", rows, touched.double(), columns) > 0
@@ -191,10 +213,12 @@ def test_early_and_late_gradients_agree():
 # determinism, memory
 
 
+@pytest.mark.parametrize("c", (2, 21, 40))
 @pytest.mark.parametrize("sizes", (((40, 24), (80, 72)), ((40, 24), (40, 24)), ((40, 60), (17, 33))), ids=str)
-def test_bit_equal_for_any_number_of_threads(sizes):
+def test_bit_equal_for_any_number_of_threads(isa, sizes, c):
     (h, w), size = sizes
-    scores, labels = normal(2, 21, h, w), random_labels(2, 21, size)
+    size = tuple(8 * n for n in size) if c == 2 else size  # work enough for several threads
+    scores, labels = normal(2, c, h, w), random_labels(2, c, size)
     before, runs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8):
@@ -255,10 +279,11 @@ def test_lower_source_rows_are_exact(sizes, align_corners):
 @pytest.mark.parametrize(
     "sizes", (((16, 12), (64, 50)), ((16, 12), (7, 9)), ((5, 5), (5, 5)), ((9, 4), (31, 4)), ((7, 3), (7, 9)))
 )
-def test_bands_add_up_to_the_map(backend, sizes, align_corners):
+@pytest.mark.parametrize("c", (2, 5, 30))
+def test_bands_add_up_to_the_map(backend, sizes, align_corners, c):
     (h, w), size = sizes
-    scores, labels = normal(2, 5, h, w), random_labels(2, 5, size)
-    options = {"class_weight": torch.rand(5) + 0.1, "ignore_index": IGNORE, "label_smoothing": 0.1}
+    scores, labels = normal(2, c, h, w), random_labels(2, c, size)
+    options = {"class_weight": torch.rand(c) + 0.1, "ignore_index": IGNORE, "label_smoothing": 0.1}
     low = reference.target_rows_of(h, size[0], align_corners)
     loss, grad = torch.zeros(()), torch.zeros_like(scores)
     for r0 in range(0, h, 3):
@@ -301,8 +326,8 @@ def test_a_window_without_the_rows_it_needs(window):
 
 
 @pytest.mark.parametrize("align_corners", (False, True))
-@pytest.mark.parametrize("c", (1, 2, 16, 17, 40))
-@pytest.mark.parametrize("size", ((40, 61), (11, 19), (5, 40)), ids=str)
+@pytest.mark.parametrize("c", (*range(1, 18), 40, 41))
+@pytest.mark.parametrize("size", ((40, 61), (11, 19), (5, 40), (22, 57)), ids=str)
 def test_argmax_on_every_instruction_set(isa, c, size, align_corners):
     scores = normal(2, c, 11, 19)
     label = ops.upsample_argmax(scores, size, align_corners=align_corners, backend="cpu")
@@ -316,25 +341,27 @@ def test_argmax_on_every_instruction_set(isa, c, size, align_corners):
     )
 
 
+@pytest.mark.parametrize("c", (2, 5, 21, 40))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_argmax_of_any_layout(layout):
-    scores = normal(2, 21, 11, 19)
+def test_argmax_of_any_layout(layout, c):
+    scores = normal(2, c, 11, 19)
     assert torch.equal(
         ops.upsample_argmax(layouts(scores)[layout], (23, 40), backend="cpu"),
         ops.upsample_argmax(scores, (23, 40), backend="cpu"),
     )
 
 
-@pytest.mark.parametrize("c", (2, 17, 40))
+@pytest.mark.parametrize("c", (2, 3, 9, 17, 40))
 def test_argmax_of_equal_classes_is_the_lowest(isa, c):
     scores = normal(2, 2, 6, 7).amax(1, keepdim=True).repeat(1, c, 1, 1)
     scores[:, 0] -= 1
     assert (ops.upsample_argmax(scores, (25, 20), backend="cpu") == 1).all()
 
 
+@pytest.mark.parametrize("c", (2, 5, 20, 40))
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf, -torch.inf))
-def test_argmax_of_nan_and_inf_at_the_same_size_is_torchs(isa, bad):
-    scores = normal(2, 20, 6, 7)
+def test_argmax_of_nan_and_inf_at_the_same_size_is_torchs(isa, bad, c):
+    scores = normal(2, c, 6, 7)
     scores[torch.rand(scores.shape) < 0.1] = bad
     scores[0, :, 0, 0] = bad
     assert torch.equal(ops.upsample_argmax(scores, (6, 7), backend="cpu"), scores.argmax(1))
@@ -352,12 +379,13 @@ def test_argmax_of_scores_up_to_the_ends_of_float32(isa, c, size):
     assert (wide.gather(1, found[:, None]) >= wide.amax(1, keepdim=True) - slack).all()
 
 
-def test_argmax_of_nan_spreads_to_pixels_with_a_share(isa):
-    scores = normal(1, 20, 6, 7)
-    scores[0, 11, 3, 4] = torch.nan
+@pytest.mark.parametrize("c", (2, 5, 20, 40))
+def test_argmax_of_nan_spreads_to_pixels_with_a_share(isa, c):
+    scores, winner = normal(1, c, 6, 7), c // 2
+    scores[0, winner, 3, 4] = torch.nan
     touched = interpolation(6, 18, False)[:, 3, None] * interpolation(7, 28, False)[None, :, 4] > 0
     label = ops.upsample_argmax(scores, (18, 28), backend="cpu")[0]
-    assert (label[touched] == 11).all()
+    assert (label[touched] == winner).all()
     assert not torch.equal(label, ops.upsample_argmax(torch.full_like(scores, 0), (18, 28), backend="cpu")[0])
 
 

@@ -31,6 +31,9 @@ constexpr int kGroup = 2;      // vectors of pixels that a column kernel works o
 // Most pixels of a tile of columns, a multiple of every kGroup * lanes: a channel's piece of it is read at full speed. Halved,
 // to 32 at least, while the tile takes more than kTileBytes: it must stay in L2.
 constexpr int64_t kTile = 256, kTileBytes = 1 << 18;
+// Elements between the channels of a tile of columns beyond its pixels: a power of two apart, the channels of the pixels that a
+// kernel works on would share a few sets of L1. Where they take more than kGroupBytes L1 could not hold them anyway.
+constexpr int64_t kApart = 16, kGroupBytes = 1 << 15;
 
 // Element (p,d) of a tile lies at p*tp + d*td. Copies `count` pixels from n0 on.
 template <class T, class S>
@@ -276,13 +279,14 @@ void backward_columns(T* t, const T* g, int64_t ld, int64_t D, const T* w, const
 
 // How a call is cut up: tiles of P pixels, chunks of whole tiles. Depends on sizes and layout only, never on the threads.
 struct Plan {
-  int64_t N, D, P, chunk, chunks;
+  int64_t N, D, P, pitch, chunk, chunks;
   bool rows;
   int threads;
-  Plan(const Pixels& x, int wanted, size_t element) : N(x.N()), D(x.D) {
+  Plan(const Pixels& x, int wanted, int lanes, size_t element) : N(x.N()), D(x.D) {
     rows = x.sd == 1 && x.sw != 1;
     P = rows ? kRows : kTile;
     while (!rows && P > 32 && D * P * int64_t(element) > kTileBytes) P /= 2;
+    pitch = rows || D * kGroup * lanes * int64_t(element) > kGroupBytes ? P : P + kApart;
     const int64_t share = (N + 63) / 64;  // 64 chunks, of at most 512 pixels
     chunk = ((share < 512 ? share : 512) + P - 1) / P * P;
     chunks = (N + chunk - 1) / chunk;
@@ -300,17 +304,17 @@ template <class T, class S>
 Status forward(const NormalizeEmbedding& a) {
   const Pixels x(a.x), y(a.y);
   if (x.N() == 0) return {};
-  const Plan plan(x, a.threads, sizeof(T));
-  const int64_t N = plan.N, D = plan.D, P = plan.P;
+  const Plan plan(x, a.threads, Vec<T>::lanes, sizeof(T));
+  const int64_t N = plan.N, D = plan.D, P = plan.P, pitch = plan.pitch;
   const bool x_in_place = same<S, T> && x.sd == 1, y_in_place = same<S, T> && y.sd == 1;
   T *mean = a.mean.as<T>(), *rstd = a.rstd.as<T>(), *inverse_norm = a.inverse_norm.as<T>();
-  Scratch affine(2 * D * sizeof(T)), tiles(size_t(plan.threads) * 2 * P * D * sizeof(T));
+  Scratch affine(2 * D * sizeof(T)), tiles(size_t(plan.threads) * 2 * pitch * D * sizeof(T));
   if (!affine.data || !tiles.data) return {Code::out_of_memory, 0, 0, "not enough memory"};
   fill_affine(affine.as<T>(), a.weight, a.bias, D);
   const T *w = affine.as<T>(), *b = w + D, eps = T(a.eps);
 #pragma omp parallel for num_threads(plan.threads) schedule(dynamic)
   for (int64_t c = 0; c < plan.chunks; c++) {
-    T* tile = tiles.as<T>() + omp_get_thread_num() * 2 * P * D;
+    T* tile = tiles.as<T>() + omp_get_thread_num() * 2 * pitch * D;
     const int64_t end = (c + 1) * plan.chunk < N ? (c + 1) * plan.chunk : N;
     for (int64_t n = c * plan.chunk; n < end; n += P) {
       const int64_t count = end - n < P ? end - n : P;
@@ -325,14 +329,14 @@ Status forward(const NormalizeEmbedding& a) {
       } else {
         constexpr int64_t step = kGroup * Vec<T>::lanes;
         T stat[3][kTile];
-        if (count < P) std::memset(tile, 0, P * D * sizeof(T));
-        load_tile<T, S>(tile, 1, P, x, n, count);
+        if (count < P) std::memset(tile, 0, pitch * D * sizeof(T));
+        load_tile<T, S>(tile, 1, pitch, x, n, count);
         for (int64_t p = 0; p < count; p += step)
-          forward_columns(tile + p, P, D, w, b, eps, stat[0] + p, stat[1] + p, stat[2] + p);
+          forward_columns(tile + p, pitch, D, w, b, eps, stat[0] + p, stat[1] + p, stat[2] + p);
         std::memcpy(mean + n, stat[0], count * sizeof(T));
         std::memcpy(rstd + n, stat[1], count * sizeof(T));
         std::memcpy(inverse_norm + n, stat[2], count * sizeof(T));
-        store_tile<T, S>(tile, 1, P, y, n, count);
+        store_tile<T, S>(tile, 1, pitch, y, n, count);
       }
     }
   }
@@ -350,13 +354,13 @@ Status backward(const NormalizeEmbeddingBackward& a) {
     if (a.grad_bias) std::memset(a.grad_bias.data, 0, D * sizeof(T));
     return {};
   }
-  const Plan plan(x, a.threads, 2 * sizeof(T));
-  const int64_t N = plan.N, P = plan.P;
+  const Plan plan(x, a.threads, L, 2 * sizeof(T));
+  const int64_t N = plan.N, P = plan.P, pitch = plan.pitch;
   const bool x_in_place = same<S, T> && x.sd == 1, g_in_place = same<S, T> && g.sd == 1;
   const bool gx_in_place = same<S, T> && gx.sd == 1 && a.grad_x;
   const T *mean = a.mean.as<T>(), *rstd = a.rstd.as<T>(), *inverse_norm = a.inverse_norm.as<T>();
   const T* grad_rstd = a.grad_rstd ? a.grad_rstd.as<T>() : nullptr;
-  const int64_t lane_sums = affine_grad && !plan.rows ? 2 * D * L : 0, private_size = 3 * P * D + lane_sums;
+  const int64_t lane_sums = affine_grad && !plan.rows ? 2 * D * L : 0, private_size = 3 * pitch * D + lane_sums;
   Scratch affine(2 * D * sizeof(T)), tiles(size_t(plan.threads) * private_size * sizeof(T));
   Scratch partial(affine_grad ? plan.chunks * 2 * D * sizeof(T) : 0), total(2 * D * sizeof(double));
   if (!affine.data || !tiles.data || !partial.data || !total.data) return {Code::out_of_memory, 0, 0, "not enough memory"};
@@ -365,7 +369,7 @@ Status backward(const NormalizeEmbeddingBackward& a) {
 #pragma omp parallel for num_threads(plan.threads) schedule(dynamic)
   for (int64_t c = 0; c < plan.chunks; c++) {
     T* tile = tiles.as<T>() + omp_get_thread_num() * private_size;
-    T *g_tile = tile + P * D, *gx_tile = g_tile + P * D, *lanes = lane_sums ? gx_tile + P * D : nullptr;
+    T *g_tile = tile + pitch * D, *gx_tile = g_tile + pitch * D, *lanes = lane_sums ? gx_tile + pitch * D : nullptr;
     T* sums = affine_grad ? partial.as<T>() + c * 2 * D : nullptr;
     if (sums) std::memset(sums, 0, 2 * D * sizeof(T));
     if (lanes) std::memset(lanes, 0, lane_sums * sizeof(T));
@@ -386,16 +390,16 @@ Status backward(const NormalizeEmbeddingBackward& a) {
       } else {
         constexpr int64_t step = kGroup * L;
         T stat[4][kTile] = {};  // zero statistics: pixels past the end add exactly 0 to the sums
-        if (count < P) std::memset(tile, 0, 2 * P * D * sizeof(T));
-        load_tile<T, S>(tile, 1, P, x, n, count);
-        load_tile<T, S>(g_tile, 1, P, g, n, count);
+        if (count < P) std::memset(tile, 0, 2 * pitch * D * sizeof(T));
+        load_tile<T, S>(tile, 1, pitch, x, n, count);
+        load_tile<T, S>(g_tile, 1, pitch, g, n, count);
         std::memcpy(stat[0], mean + n, count * sizeof(T));
         std::memcpy(stat[1], rstd + n, count * sizeof(T));
         std::memcpy(stat[2], inverse_norm + n, count * sizeof(T));
         if (grad_rstd) std::memcpy(stat[3], grad_rstd + n, count * sizeof(T));
         for (int64_t p = 0; p < count; p += step)
-          backward_columns(tile + p, g_tile + p, P, D, w, b, stat[0] + p, stat[1] + p, stat[2] + p, stat[3] + p, lanes);
-        if (a.grad_x) store_tile<T, S>(tile, 1, P, gx, n, count);
+          backward_columns(tile + p, g_tile + p, pitch, D, w, b, stat[0] + p, stat[1] + p, stat[2] + p, stat[3] + p, lanes);
+        if (a.grad_x) store_tile<T, S>(tile, 1, pitch, gx, n, count);
       }
     }
     if (lanes)

@@ -1,8 +1,8 @@
 // Vectors of one instruction set, for kernel files that are compiled once per instruction set.
 //
-// CMake compiles every kernel file three times with DNC_ISA = avx512, avx2 or portable; all code here sits in
-// dnc::cpu::DNC_ISA, so the three copies never share a symbol. A kernel file must not use templates or inline functions of
-// the standard library that the linker could merge across copies (an AVX-512 std::vector<float> picked for everyone would
+// CMake compiles every kernel file three times with DNC_ISA = avx512, avx2 or portable, and some once more with amx; all code
+// here sits in dnc::cpu::DNC_ISA, so the copies never share a symbol. A kernel file must not use templates or inline functions
+// of the standard library that the linker could merge across copies (an AVX-512 std::vector<float> picked for everyone would
 // crash an older CPU): plain pointers, <cmath> scalar calls, and dnc::Scratch for memory.
 //
 // Vec<T>: `lanes` values of T (float or double). Comparisons give a Mask. Lane-wise unless named otherwise.
@@ -13,7 +13,11 @@
 
 #include "dnc/common.h"
 
-#if defined(DNC_ISA_AVX512)
+#if defined(DNC_ISA_AMX)  // AVX-512 and the tile registers, for the kernels that gain by them
+#include <immintrin.h>
+#define DNC_ISA amx
+#define DNC_ISA_AVX512
+#elif defined(DNC_ISA_AVX512)
 #include <immintrin.h>
 #define DNC_ISA avx512
 #elif defined(DNC_ISA_AVX2)
@@ -22,7 +26,7 @@
 #elif defined(DNC_ISA_PORTABLE)
 #define DNC_ISA portable
 #else
-#error "define one of DNC_ISA_AVX512, DNC_ISA_AVX2, DNC_ISA_PORTABLE"
+#error "define one of DNC_ISA_AMX, DNC_ISA_AVX512, DNC_ISA_AVX2, DNC_ISA_PORTABLE"
 #endif
 
 #define DNC_INLINE inline __attribute__((always_inline))
@@ -391,6 +395,15 @@ DNC_INLINE void write_n(S* out, const T* in, int64_t n) {
   for (int64_t i = 0; i < n; i++) write(out + i, in[i]);
 }
 
+#if defined(DNC_ISA_AMX)  // AVX512-BF16 comes with it; what is subnormal becomes zero
+template <>
+DNC_INLINE void write_n<float, BFloat16>(BFloat16* out, const float* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + i + 16), _mm512_loadu_ps(in + i)));
+  for (; i < n; i++) out[i] = to_bfloat16(in[i]);
+}
+#endif
 #if !defined(DNC_ISA_PORTABLE)  // compilers do not vectorise the scalar F16C intrinsics
 template <>
 DNC_INLINE void read_n<float, Float16>(float* out, const Float16* in, int64_t n) {

@@ -3,6 +3,7 @@
 //   scores[n,c] = max_k <x_n, p_ck> (or cosine, or -|x-p|^2); nearest = argmax over c and k
 //   reads x once [N,D], packed centroids once a tile from L2/L3; writes scores [N,C], winner u8 [N,C], own similarities [N,K]
 //   floors: 2*N*C*K*D flop at FMA peak; N*(D + C)*4 bytes. Compute-bound from D = 32 on.
+//   bfloat16 on AMX: 16 times the FMA peak, at 2 products a sub-centroid (similarity_amx.h).
 // Plan: similarity_panels.h. Threads take chunks of tiles. Deterministic for any thread count. Ties: the lowest k, the lowest
 // c*K+k. Reference: dnc_kernels/ops/similarity/reference.py.
 #include "dnc/similarity.h"
@@ -19,11 +20,11 @@ template <class T>
 Status scores(const ClassScores& a) {
   const Pixels x(a.x);
   const int64_t N = x.N();
-  const PanelLayout<T> lay(a.centroids.size[0], a.centroids.size[1], x.D);
+  const PanelLayout<T> lay(a.centroids.size[0], a.centroids.size[1], x.D, operand_parts(a.centroids, a.metric));
   if (N == 0) return {};
   Scratch panels(lay.bytes());
   if (!panels.data) return out_of_memory();
-  pack_panels(lay, a.centroids, a.metric, panels.as<T>(), a.threads);
+  pack_panels(lay, a.centroids, a.metric, panels.as<Operand<T>>(), a.threads);
   const int rows = tile_rows(x.D, lay.width * (sizeof(T) + 1), N, sizeof(T)), blocks = rows / kRows;
   const int64_t tiles = (N + rows - 1) / rows;
   int failed = 0;
@@ -31,7 +32,8 @@ Status scores(const ClassScores& a) {
   {
     Scratch memory((size_t(rows) * x.D + partial_size(lay, blocks)) * sizeof(T)), results(ScoreTile<T>::bytes(lay, rows));
     failed = !memory.data || !results.data;
-    T* tile = memory.as<T>();
+    [[maybe_unused]] const Tiles registers;
+    auto* tile = memory.as<Operand<T>>();
     ScoreTile<T> score(a, lay, rows, results.data);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < tiles; t++) {
@@ -41,7 +43,7 @@ Status scores(const ClassScores& a) {
       pack_tile(x, n0, n, tile);
       score.begin(n0, n);
       auto take = score.take();
-      sweep(lay, panels.as<T>(), tile, used, tile + rows * x.D, take);
+      sweep(lay, panels.as<Operand<T>>(), tile, used, memory.as<T>() + rows * x.D, take);
       score.finish(n0, n, tile);
     }
   }
@@ -55,22 +57,27 @@ Status scores_backward(const ClassScoresBackward& a) {
   const PanelLayout<T> lay(a.centroids.size[0], a.centroids.size[1], x.D);
   const bool to_centroids = bool(a.grad_centroids), own = bool(a.grad_own_similarity), indexed = lay.K > 1;
   CentroidRows<T> centroids(a.centroids, a.metric, a.threads);
+  const WinnerSum<T> winners(lay, centroids.rows, a.grad_x && a.grad_scores, a.threads);
   const int rows = tile_rows(2 * x.D, lay.width * (sizeof(T) + 1), N > 0 ? N : 1, sizeof(T));
   const int64_t tiles = (N + rows - 1) / rows, part = to_centroids ? CentroidGradient<T>::size(lay) : 0;
   const int64_t chunks = chunk_count(tiles, part * sizeof(T));
   Scratch parts(part * chunks * sizeof(T));
-  if (!centroids.rows || !parts.data) return out_of_memory();
+  if (!centroids.rows || !winners.ok() || !parts.data) return out_of_memory();
   int failed = 0;
 #pragma omp parallel num_threads(a.threads) reduction(| : failed)
   {
-    Scratch memory(size_t(rows) * (2 * x.D + lay.width + 1 + lay.K) * sizeof(T) + size_t(rows) * (lay.width + sizeof(int64_t)));
+    const size_t scratch = winners.scratch(rows);
+    Scratch memory((size_t(rows) * (2 * x.D + lay.width + 1 + lay.K) + scratch) * sizeof(T) +
+                   size_t(rows) * (lay.width + sizeof(int64_t)));
     failed = !memory.data;
+    [[maybe_unused]] const Tiles registers;
     T* tile = memory.as<T>();
     T* gradient = tile + rows * x.D;
     T* g = gradient + rows * x.D;
     T* terms = g + rows * lay.width;
     T* own_g = terms + rows;
-    int64_t* label = reinterpret_cast<int64_t*>(own_g + rows * lay.K);
+    T* spare = own_g + rows * lay.K;
+    int64_t* label = reinterpret_cast<int64_t*>(spare + scratch);
     uint8_t* winner = reinterpret_cast<uint8_t*>(label + rows);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -87,7 +94,10 @@ Status scores_backward(const ClassScoresBackward& a) {
         for (int r = 0; r < n; r++) {
           if (a.grad_scores) {
             const uint8_t* w = reinterpret_cast<const uint8_t*>(win.data) + win.offset(n0 + r);
-            for (int64_t c = 0; c < lay.C; c++) winner[r * lay.width + c] = w[c * win.sd];
+            if (win.sd == 1)
+              std::memcpy(winner + r * lay.width, w, size_t(lay.C));
+            else
+              for (int64_t c = 0; c < lay.C; c++) winner[r * lay.width + c] = w[c * win.sd];
           }
           if (!own) continue;
           const int64_t y = a.labels.as<int64_t>()[n0 + r];
@@ -107,7 +117,7 @@ Status scores_backward(const ClassScoresBackward& a) {
         if (to_centroids) CentroidGradient<T>(lay, sums).add(tg, a.metric, tile, terms);
         if (a.grad_x) {
           if (a.grad_scores)
-            gather(tg, centroids.rows, gradient);
+            winners(tg, spare, gradient);
           else
             std::memset(gradient, 0, size_t(n) * x.D * sizeof(T));
           gather_own(tg, centroids.rows, gradient);
@@ -136,17 +146,18 @@ struct LaneMax {
   T* panel;  // [rows][L], as T: exact far beyond any number of panels
   DNC_INLINE void operator()(int b, int64_t j, const Vec<T> (&acc)[kRows]) {
     const V index = V::splat(T(j));
+    T* const most = best + int64_t(b) * kRows * L;
+    T* const which = panel + int64_t(b) * kRows * L;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; r++) {
-      const int64_t at = (int64_t(b) * kRows + r) * L;
       if (j == 0) {
-        acc[r].store(best + at);
-        index.store(panel + at);
+        acc[r].store(most + r * L);
+        index.store(which + r * L);
       } else {
-        const V old = V::load(best + at);
+        const V old = V::load(most + r * L);
         const auto better = gt(acc[r], old);
-        V::select(better, acc[r], old).store(best + at);
-        V::select(better, index, V::load(panel + at)).store(panel + at);
+        V::select(better, acc[r], old).store(most + r * L);
+        V::select(better, index, V::load(which + r * L)).store(which + r * L);
       }
     }
   }
@@ -157,11 +168,12 @@ Status nearest(const NearestCentroid& a) {
   constexpr int L = Vec<T>::lanes;
   const Pixels x(a.x);
   const int64_t N = x.N(), K = a.centroids.size[1], M = a.centroids.size[0] * K;
-  const PanelLayout<T> lay(M, 1, x.D);
+  const PanelLayout<T> lay(M, 1, x.D, operand_parts(a.centroids, a.metric));
+  const int lanes = int(min64(L, M));
   if (N == 0) return {};
   Scratch panels(lay.bytes());
   if (!panels.data) return out_of_memory();
-  pack_panels(lay, a.centroids, a.metric, panels.as<T>(), a.threads);
+  pack_panels(lay, a.centroids, a.metric, panels.as<Operand<T>>(), a.threads);
   const int rows = tile_rows(x.D, 2 * L * sizeof(T), N, sizeof(T)), blocks = rows / kRows;
   const int64_t tiles = (N + rows - 1) / rows;
   int failed = 0;
@@ -169,23 +181,25 @@ Status nearest(const NearestCentroid& a) {
   {
     Scratch memory((size_t(rows) * (x.D + 2 * L + 1) + partial_size(lay, blocks)) * sizeof(T));
     failed = !memory.data;
-    T* tile = memory.as<T>();
-    LaneMax<T> take{tile + rows * x.D, tile + rows * (x.D + L)};
-    T* terms = tile + rows * (x.D + 2 * L);
+    [[maybe_unused]] const Tiles registers;
+    auto* tile = memory.as<Operand<T>>();
+    T* best = memory.as<T>() + rows * x.D;
+    LaneMax<T> take{best, best + rows * L};
+    T* terms = best + 2 * rows * L;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < tiles; t++) {
       if (failed) continue;
       const int64_t n0 = t * rows;
       const int n = int(min64(rows, N - n0)), used = (n + kRows - 1) / kRows;
       pack_tile(x, n0, n, tile);
-      sweep(lay, panels.as<T>(), tile, used, terms + rows, take);
+      sweep(lay, panels.as<Operand<T>>(), tile, used, terms + rows, take);
       if (a.metric != Metric::dot) row_terms(tile, x.D, n, a.metric, terms);
       for (int r = 0; r < n; r++) {
         const T* best = take.best + r * L;
         const T* panel = take.panel + r * L;
         T top = best[0];
         int64_t m = int64_t(panel[0]) * L;
-        for (int l = 1; l < L; l++) {
+        for (int l = 1; l < lanes; l++) {
           const int64_t candidate = int64_t(panel[l]) * L + l;
           if (best[l] > top || (best[l] == top && candidate < m)) top = best[l], m = candidate;
         }
@@ -209,14 +223,14 @@ Status class_scores(const ClassScores& a) {
       const int64_t y = a.labels.as<int64_t>()[n];
       if (y >= a.centroids.size[0]) return {Code::bad_label, n, y, "labels must be in [0,C), ignore_index or negative"};
     }
-  return a.scores.dtype == DType::float64 ? scores<double>(a) : scores<float>(a);
+  return with_compute_type(a.scores.dtype == DType::float64, [&](auto type) { return scores<decltype(type)>(a); });
 }
 Status class_scores_backward(const ClassScoresBackward& a) {
   const bool wide = a.x.dtype == DType::float64 || a.centroids.dtype == DType::float64;
-  return wide ? scores_backward<double>(a) : scores_backward<float>(a);
+  return with_compute_type(wide, [&](auto type) { return scores_backward<decltype(type)>(a); });
 }
 Status nearest_centroid(const NearestCentroid& a) {
-  return a.score.dtype == DType::float64 ? nearest<double>(a) : nearest<float>(a);
+  return with_compute_type(a.score.dtype == DType::float64, [&](auto type) { return nearest<decltype(type)>(a); });
 }
 
 }  // namespace dnc::cpu::DNC_ISA

@@ -1,5 +1,6 @@
 // The backward half that class_scores and centroid_cross_entropy share. Only the winner of a class carries its gradient, so a
-// pixel gathers C rows of centroids and not C*K, and scatters C rows into their gradient.
+// pixel gathers C rows of centroids and not C*K, and scatters C rows into their gradient. On AMX a product with all of them is
+// faster where K is small.
 #pragma once
 #include "similarity_panels.h"
 
@@ -100,6 +101,98 @@ void gather(const TileGradient<T>& t, const T* rows, T* out) {
       }
   }
 }
+
+#if defined(DNC_ISA_AMX)
+// The gradients of a tile's scores as a dense operand: [row][ld], slots of panels j0 .. j1, 0 where a sub-centroid did not win.
+// rest: what bfloat16 lacks of them.
+template <class T>
+void spread_winners(const TileGradient<T>& t, int64_t j0, int64_t j1, bool rest, int64_t ld, BFloat16* out) {
+  constexpr int L = Vec<T>::lanes;
+  const PanelLayout<T>& lay = t.lay;
+  const int64_t full = (lay.groups - 1) * lay.K;
+  // lane s*tail + c of a folded panel holds the s-th k of class c
+  alignas(16) uint8_t lane_class[L], lane_k[L];
+  alignas(64) int32_t lane_index[L];
+  for (int lane = 0; lane < L; lane++) {
+    lane_class[lane] = uint8_t(lane % lay.tail), lane_index[lane] = lane % lay.tail;
+    lane_k[lane] = uint8_t(lane / lay.tail);
+  }
+  const __m128i fold_class = _mm_load_si128((const __m128i*)lane_class), fold_k = _mm_load_si128((const __m128i*)lane_k);
+  const __m512i fold_index = _mm512_load_si512(lane_index);
+  const __mmask16 folded = Vec<T>::first(lay.tail * lay.fold);
+  for (int64_t r = 0; r < t.rows; r++)
+    for (int64_t j = j0; j < j1;) {
+      const bool last = j >= full;
+      const int64_t group = last ? lay.groups - 1 : j / lay.K, first = last ? full : group * lay.K;
+      const int64_t end = min64(j1, last ? lay.panels : first + lay.K);
+      __m512 g = _mm512_loadu_ps(t.g + r * lay.width + group * L);
+      __m128i winner = t.winner ? _mm_loadu_si128((const __m128i*)(t.winner + r * lay.width + group * L)) : _mm_setzero_si128();
+      __mmask16 valid = 0xffff;
+      if (last) {
+        g = _mm512_permutexvar_ps(fold_index, g), valid = folded;
+        winner = _mm_sub_epi8(_mm_shuffle_epi8(winner, fold_class), fold_k);
+      }
+      __m512 pair[2] = {g, _mm512_setzero_ps()};
+      __m512i value = next_part(pair);
+      if (rest) value = next_part(pair);
+      for (; j < end; j++) {
+        const int64_t k = (j - first) * (last ? lay.fold : 1);
+        const __mmask16 won = _mm_mask_cmpeq_epi8_mask(valid, winner, _mm_set1_epi8(char(k)));
+        _mm256_storeu_si256((__m256i*)(out + r * ld + (j - j0) * L),
+                            _mm256_maskz_mov_epi16(won, _mm512_castsi512_si256(value)));
+      }
+    }
+}
+
+// out[rows][D] = sum over classes of g * winning centroid. With few sub-centroids a class it is a product with all of them,
+// both factors in two parts, so as exact as in float32: that costs 4*C*K products of an AMX tile a channel, and gathering the
+// winners C products of a vector, which are 16 times as slow and wait for their operands.
+template <class T>
+struct WinnerSum {
+  static constexpr int64_t kSlots = 256;  // slots whose gradients are spread at a time: 512 B a pixel
+  const T* rows;
+  const bool dense;
+  const int64_t half;       // slots, in whole steps
+  PanelLayout<T> channels;  // all slots for the gradients, then all for what they lack
+  Scratch panels;
+  WinnerSum(const PanelLayout<T>& lay, const T* centroid_rows, bool wanted, int threads)
+      : rows(centroid_rows),
+        dense(wanted && rows && lay.slots() <= 5 * lay.C),
+        half((lay.slots() + kStep - 1) / kStep * kStep),
+        channels(lay.D, 1, 2 * half, 2),
+        panels(dense ? channels.bytes() : 0) {
+    channels.ld = min64(kSlots, half);
+    if (dense && panels.data) pack_channels(lay, channels, rows, panels.as<BFloat16>(), threads);
+  }
+  bool ok() const { return panels.data; }
+  size_t scratch(int most) const { return dense ? size_t(most) * (channels.ld / 2 + channels.width) : 0; }
+  void operator()(const TileGradient<T>& t, T* memory, T* out) const {
+    if (!dense) return gather(t, rows, out);
+    constexpr int L = Vec<T>::lanes;
+    const int blocks = (t.rows + kRows - 1) / kRows;
+    BFloat16* g = reinterpret_cast<BFloat16*>(memory);
+    T* partial = memory + blocks * kRows * channels.ld / 2;
+    std::memset(g, 0, size_t(blocks) * kRows * channels.ld * sizeof(BFloat16));
+    Rows<T> into{t.lay.D, t.lay.D, out};
+    for (int64_t start = 0; start < 2 * half; start += half)
+      for (int64_t d = 0; d < half; d += kSlots) {
+        const int64_t n = min64(kSlots, half - d), j0 = d / L, j1 = min64(j0 + n / L, t.lay.panels), d0 = start + d;
+        spread_winners(t, j0, j1, start > 0, channels.ld, g);
+        sweep_depth(channels, panels.as<BFloat16>(), g - d0, blocks, 0, channels.panels, d0, n, partial, into);
+      }
+  }
+};
+#else
+// out[rows][D] = sum over classes of g * winning centroid.
+template <class T>
+struct WinnerSum {
+  const T* rows;
+  WinnerSum(const PanelLayout<T>&, const T* centroid_rows, bool, int) : rows(centroid_rows) {}
+  bool ok() const { return true; }
+  size_t scratch(int) const { return 0; }
+  void operator()(const TileGradient<T>& t, T*, T* out) const { gather(t, rows, out); }
+};
+#endif
 
 // out[rows][D] += sum over k of own_g * own centroids, for rows with a label.
 template <class T>

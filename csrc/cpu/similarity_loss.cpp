@@ -39,6 +39,7 @@ struct LossRow {
   T factor;                 // scale / temperature
   double class_weight_sum;  // C without class weights
   T* z;                     // scratch [width]: the logits
+  T* e;                     // scratch [width]: exp of the logits from their maximum
 
   DNC_INLINE int valid(int64_t c) const { return int(min64(lay.C - c, L)); }
 
@@ -92,7 +93,9 @@ struct LossRow {
     const V high = V::splat(most);
     for (int64_t c = 0; c < W; c += L) {
       const V logit = V::load(z + c) - high;  // taken from the maximum first: an offset of all classes must not cost digits
-      exps = exps + exp(logit);
+      const V power = exp(logit);
+      power.store(e + c);
+      exps = exps + power;
       if (a.label_smoothing > 0)
         weighted = weighted + V::select(V::first(valid(c)), class_weight ? logit * V::load(class_weight + c) : logit, zero);
     }
@@ -108,35 +111,25 @@ struct LossRow {
     if (!finite) loss = NAN;
     if (!want) return loss;
     if (!finite) coefficient = NAN;
-    gradient(r, y, V::splat(most), coefficient / sum_exp * (wy + spread), coefficient * smooth, coefficient * wy, mean, rstd,
-             sums);
+    gradient(r, y, coefficient / sum_exp * (wy + spread), coefficient * smooth, coefficient * wy, mean, rstd, sums);
     return loss;
   }
 
   // g_z[c] = on_p * exp(z - max) - on_w * w_c - [c == y] * on_y, carried back through factor and norm into r.
-  DNC_INLINE void gradient(T* r, int64_t y, V high, double on_p, double on_w, double on_y, T mean, T rstd,
-                           LossSums<T>& sums) const {
+  DNC_INLINE void gradient(T* r, int64_t y, double on_p, double on_w, double on_y, T mean, T rstd, LossSums<T>& sums) const {
     const int64_t C = lay.C, W = lay.width;
     const V p = V::splat(T(on_p)), w = V::splat(T(on_w)), f = V::splat(factor), m = V::splat(mean), s = V::splat(rstd);
     const V zero = V::splat(0);
     const bool smooth = on_w != 0;
-    T zy;
-    {
-      const T ey = exp(V::splat(z[y]) - high).sum() / T(L);
-      zy = T(on_p) * ey - T(on_y) - (smooth ? T(on_w) * (class_weight ? class_weight[y] : T(1)) : T(0));
-    }
+    const T zy = T(on_p) * e[y] - T(on_y) - (smooth ? T(on_w) * (class_weight ? class_weight[y] : T(1)) : T(0));
     V along_z = zero;
     for (int64_t c = 0; c < W; c += L) {
       const V logit = V::load(z + c);
-      V g = p * exp(logit - high);
+      V g = p * V::load(e + c);
       if (smooth) g = g - (class_weight ? w * V::load(class_weight + c) : w);
       g = V::select(V::first(valid(c)), g, zero);
-      if (y >= c && y < c + L) {  // the label's own entry, in one lane
-        T lane[L];
-        g.store(lane);
-        lane[y - c] = zy;
-        g = V::load(lane);
-      }
+      if (y >= c && y < c + L)  // the label's own entry, in one lane
+        g = V::select(V::first(int(y - c)), g, V::select(V::first(int(y - c) + 1), V::splat(zy), g));
       if (a.grad_scale) along_z = along_z + V::select(V::first(valid(c)), g * logit, zero);
       (g * f).store(z + c);
     }
@@ -182,7 +175,7 @@ Status loss(const CentroidCrossEntropy& a) {
   const Status out_of_memory{Code::out_of_memory, 0, 0, "not enough memory"};
   const Pixels x(a.x);
   const int64_t N = x.N();
-  const PanelLayout<T> lay(a.centroids.size[0], a.centroids.size[1], x.D);
+  const PanelLayout<T> lay(a.centroids.size[0], a.centroids.size[1], x.D, operand_parts(a.centroids, a.metric));
   double weight = 0;
   if (const Status s = label_weight<T>(a, N, lay.C, &weight); !s.ok()) return s;
   const bool each = a.reduction == Reduction::none, to_centroids = bool(a.grad_centroids), norm = bool(a.norm_weight);
@@ -195,13 +188,14 @@ Status loss(const CentroidCrossEntropy& a) {
   const int64_t W = lay.width;
   Scratch vectors(3 * W * sizeof(T)), panels(lay.bytes());
   CentroidRows<T> centroids(a.centroids, a.metric, a.threads);
+  const WinnerSum<T> winners(lay, centroids.rows, bool(a.grad_x), a.threads);
   const int rows = tile_rows((1 + (a.metric != Metric::dot)) * x.D, W * (sizeof(T) + 1), max64(N, 1), sizeof(T)),
             blocks = rows / kRows;
   const int64_t tiles = (N + rows - 1) / rows, part = to_centroids ? CentroidGradient<T>::size(lay) : 0;
   const int64_t chunks = chunk_count(tiles, part * sizeof(T));
   Scratch parts(part * chunks * sizeof(T)), row_sums(size_t(chunks) * 2 * W * sizeof(T)),
       scalar_sums(size_t(chunks) * 2 * sizeof(double));
-  if (!vectors.data || !panels.data || !centroids.rows || !parts.data || !row_sums.data || !scalar_sums.data)
+  if (!vectors.data || !panels.data || !centroids.rows || !winners.ok() || !parts.data || !row_sums.data || !scalar_sums.data)
     return out_of_memory;
   T* padded = vectors.as<T>();
   const View* sources[3] = {&a.class_weight, &a.norm_weight, &a.norm_bias};
@@ -212,25 +206,27 @@ Status loss(const CentroidCrossEntropy& a) {
     class_weight_sum = 0;
     for (int64_t c = 0; c < lay.C; c++) class_weight_sum += double(padded[c]);
   }
-  pack_panels(lay, a.centroids, a.metric, panels.as<T>(), a.threads);
+  pack_panels(lay, a.centroids, a.metric, panels.as<Operand<T>>(), a.threads);
   const T factor = T((a.scale ? double(a.scale.as<T>()[0]) : 1.0) / a.temperature);
 
   int failed = 0;
 #pragma omp parallel num_threads(a.threads) reduction(| : failed)
   {
     const bool reread = to_centroids || a.metric != Metric::dot;  // the pixel itself is needed again, as rows
-    const size_t partial = partial_size(lay, blocks);
-    Scratch memory((size_t(rows) * (x.D * (1 + reread) + W + 1 + lay.K) + W + partial) * sizeof(T) +
+    const size_t partial = partial_size(lay, blocks), scratch = winners.scratch(rows);
+    Scratch memory((size_t(rows) * (x.D * (1 + reread) + W + 1 + lay.K) + 2 * W + partial + scratch) * sizeof(T) +
                    size_t(rows) * (W + sizeof(int64_t)));
     failed = !memory.data;
-    T* tile = memory.as<T>();  // packed pixels, then their gradient
-    T* pixels = tile + rows * x.D;
+    [[maybe_unused]] const Tiles registers;
+    auto* tile = memory.as<Operand<T>>();  // packed pixels, then their gradient
+    T* tile_gradient = memory.as<T>();
+    T* pixels = tile_gradient + rows * x.D;
     T* best = pixels + (reread ? rows * x.D : 0);
     T* terms = best + rows * W;
     T* own_tile = terms + rows;
     T* z = own_tile + rows * lay.K;
-    T* partials = z + W;
-    int64_t* label = reinterpret_cast<int64_t*>(partials + partial);
+    T* partials = z + 2 * W;
+    int64_t* label = reinterpret_cast<int64_t*>(partials + partial + scratch);
     uint8_t* winner = reinterpret_cast<uint8_t*>(label + rows);
     const LossRow<T> row{a,
                          lay,
@@ -239,7 +235,8 @@ Status loss(const CentroidCrossEntropy& a) {
                          a.norm_bias ? padded + 2 * W : nullptr,
                          factor,
                          class_weight_sum,
-                         z};
+                         z,
+                         z + W};
 #pragma omp for schedule(dynamic, 1)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
       if (failed) continue;
@@ -258,7 +255,7 @@ Status loss(const CentroidCrossEntropy& a) {
           if (own && label[r] < 0) std::memset(own_tile + r * lay.K, 0, lay.K * sizeof(T));
         }
         ClassMax<T> take{lay, best, indexed ? winner : nullptr, own ? label : nullptr, own_tile};
-        sweep(lay, panels.as<T>(), tile, used, partials, take);
+        sweep(lay, panels.as<Operand<T>>(), tile, used, partials, take);
         take.finish(n);
         if (a.metric != Metric::dot) row_terms(tile, x.D, n, a.metric, terms);
         for (int r = 0; r < n; r++) {
@@ -284,14 +281,14 @@ Status loss(const CentroidCrossEntropy& a) {
           const Pixels out(a.grad_x);
           // contiguous rows of the compute type are written where they belong, without a stop in the tile
           const bool direct = out.dtype == CentroidRows<T>::own_dtype() && out.sd == 1 && out.sw == out.D && out.B * out.H == 1;
-          T* rows_out = direct ? reinterpret_cast<T*>(out.data) + n0 * out.D : tile;
-          gather(gradient, centroids.rows, rows_out);
+          T* rows_out = direct ? reinterpret_cast<T*>(out.data) + n0 * out.D : tile_gradient;
+          winners(gradient, partials + partial, rows_out);
           finish_pixel_gradient(gradient, a.metric, pixels, terms, rows_out);
           // an ignored pixel's gradient is exactly zero, whatever its features
           if (a.metric != Metric::dot)
             for (int r = 0; r < n; r++)
               if (label[r] < 0) std::memset(rows_out + r * x.D, 0, size_t(x.D) * sizeof(T));
-          if (!direct) store_tile(out, n0, n, tile, x.D);
+          if (!direct) store_tile(out, n0, n, tile_gradient, x.D);
         }
         if (to_centroids) CentroidGradient<T>(lay, part_sums).add(gradient, a.metric, pixels, terms);
       }
@@ -322,7 +319,7 @@ Status loss(const CentroidCrossEntropy& a) {
 
 Status centroid_cross_entropy(const CentroidCrossEntropy& a) {
   const bool wide = a.x.dtype == DType::float64 || a.centroids.dtype == DType::float64;
-  return wide ? loss<double>(a) : loss<float>(a);
+  return with_compute_type(wide, [&](auto type) { return loss<decltype(type)>(a); });
 }
 
 }  // namespace dnc::cpu::DNC_ISA

@@ -1,5 +1,6 @@
 // A tile's class maxima, winners and own-class similarities, from the registers of the sweep to the caller's tensors.
 #pragma once
+#include "dnc/similarity.h"
 #include "similarity_panels.h"
 
 namespace dnc::cpu::DNC_ISA {
@@ -48,18 +49,26 @@ struct ScoreTile {
   }
   ClassMax<T> take() const { return {lay, best, indexed ? winner : nullptr, own ? label : nullptr, own_tile}; }
 
+  DNC_INLINE bool all_finite(const T* s) const {
+    using V = Vec<T>;
+    V poison = V::splat(0);  // 0 * NaN and 0 * Inf are NaN
+    int64_t c = 0;
+    for (; c + V::lanes <= lay.C; c += V::lanes) poison = fma(V::load(s + c), V::splat(0), poison);
+    if (c < lay.C) poison = fma(V::load_n(s + c, int(lay.C - c)), V::splat(0), poison);
+    return poison.sum() == 0;
+  }
+
   // From maxima to scores, NaN for a pixel with a non-finite feature, and out.
-  void finish(int64_t n0, int n, const T* tile) {
+  void finish(int64_t n0, int n, const Operand<T>* tile) {
     take().finish(n);
     if (a.metric != Metric::dot) row_terms(tile, lay.D, n, a.metric, terms);
     for (int r = 0; r < n; r++) {
       T* s = best + r * lay.width;
-      bool finite = true;
-      for (int64_t c = 0; c < lay.C; c++) {
-        if (a.metric != Metric::dot) s[c] = finish_similarity(s[c], terms[r], a.metric);
-        finite &= std::isfinite(s[c]);
-        if (a.distance) s[c] = a.metric == Metric::cosine ? 1 - s[c] : -s[c];
-      }
+      if (a.metric != Metric::dot)
+        for (int64_t c = 0; c < lay.C; c++) s[c] = finish_similarity(s[c], terms[r], a.metric);
+      const bool finite = all_finite(s);
+      if (a.distance)
+        for (int64_t c = 0; c < lay.C; c++) s[c] = a.metric == Metric::cosine ? 1 - s[c] : -s[c];
       if (!finite) {
         for (int64_t c = 0; c < lay.C; c++) s[c] = NAN;
         if (indexed) std::memset(winner + r * lay.width, 0, lay.width);
@@ -74,7 +83,10 @@ struct ScoreTile {
     if (!indexed) std::memset(winner, 0, size_t(rows) * lay.width);
     for (int r = 0; r < n; r++) {
       uint8_t* w = reinterpret_cast<uint8_t*>(winners.data) + winners.offset(n0 + r);
-      for (int64_t c = 0; c < lay.C; c++) w[c * winners.sd] = winner[r * lay.width + c];
+      if (winners.sd == 1)
+        std::memcpy(w, winner + r * lay.width, size_t(lay.C));
+      else
+        for (int64_t c = 0; c < lay.C; c++) w[c * winners.sd] = winner[r * lay.width + c];
     }
   }
 };

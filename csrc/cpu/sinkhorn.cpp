@@ -25,6 +25,7 @@ namespace dnc::cpu::DNC_ISA {
 namespace {
 
 constexpr double kLinearRange = 50;
+constexpr int64_t kSerial = 1 << 19;  // similarities
 constexpr int32_t kLeftOut = -1, kNotFinite = -2;
 
 template <class T, int NV>
@@ -381,7 +382,11 @@ Status sinkhorn(const Sinkhorn& a) {
   if (!(a.epsilon > 0) || !(a.epsilon <= Limits<double>::largest)) return bad_argument("epsilon must be finite and positive");
   if (a.iterations < 0) return bad_argument("iterations must not be negative");
   if (a.groups < 1 || a.groups > INT32_MAX) return bad_argument("num_groups must be in [1, 2^31)");
-  return a.similarity.dtype == DType::float64 ? solve<double>(a) : solve<float>(a);
+  // a pass of fewer numbers takes a fraction of a millisecond, less than threads may wait for each other at the end of every
+  // one
+  Sinkhorn b = a;
+  if (a.similarity.size[0] * a.similarity.size[1] < kSerial) b.threads = 1;
+  return a.similarity.dtype == DType::float64 ? solve<double>(b) : solve<float>(b);
 }
 
 }  // namespace dnc::cpu::DNC_ISA

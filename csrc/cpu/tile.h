@@ -1,4 +1,5 @@
-// Vectors from elements of another type, and transposes of square tiles, for kernel files compiled once per instruction set.
+// Vectors from and to elements of another type, and transposes of square tiles, for kernel files compiled once per instruction
+// set.
 #pragma once
 #include "simd.h"
 
@@ -46,6 +47,26 @@ struct Load<float, Float16> {
 template <>
 struct Load<double, float> {
   static DNC_INLINE Vec<double> at(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+};
+#endif
+
+// `lanes` adjacent elements of type S from a vector of T.
+template <class T, class S>
+struct Store {
+  static DNC_INLINE void at(Vec<T> v, S* p) {
+    T t[Vec<T>::lanes];
+    v.store(t);
+    write_n(p, t, Vec<T>::lanes);
+  }
+};
+template <class T>
+struct Store<T, T> {
+  static DNC_INLINE void at(Vec<T> v, T* p) { v.store(p); }
+};
+#if defined(DNC_ISA_AMX)
+template <>
+struct Store<float, BFloat16> {
+  static DNC_INLINE void at(Vec<float> v, BFloat16* p) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v.v)); }
 };
 #endif
 

@@ -56,32 +56,37 @@ DNC_INLINE void split(Vec<float> x, Vec<float>* m, Vec<float>* e) {
 #endif
 }
 
-// Natural logarithm of positive normal numbers, |error| < 1.3 * 2^-24 of the result or of 1 (Cephes logf); NaN stays NaN. In
-// place; reads and writes whole vectors.
-DNC_INLINE void log_n(float* x, int64_t n) {
+// Natural logarithm of positive normal numbers, |error| < 1.3 * 2^-24 of the result or of 1 (Cephes logf); NaN stays NaN.
+DNC_INLINE Vec<float> log(Vec<float> x) {
   using V = Vec<float>;
   const V half = V::splat(0.5f), one = V::splat(1.f);
-  for (int64_t i = 0; i < n; i += V::lanes) {
-    V m, e;
-    split(V::load(x + i), &m, &e);
-    const auto big = gt(m, V::splat(1.41421356f));
-    m = V::select(big, m * half, m), e = V::select(big, e + one, e);
-    const V f = m - one, z = f * f;
-    V p = fma(V::splat(7.0376836292e-2f), f, V::splat(-1.1514610310e-1f));
-    p = fma(p, f, V::splat(1.1676998740e-1f));
-    p = fma(p, f, V::splat(-1.2420140846e-1f));
-    p = fma(p, f, V::splat(1.4249322787e-1f));
-    p = fma(p, f, V::splat(-1.6668057665e-1f));
-    p = fma(p, f, V::splat(2.0000714765e-1f));
-    p = fma(p, f, V::splat(-2.4999993993e-1f));
-    p = fma(p, f, V::splat(3.3333331174e-1f));
-    // ln 2 in two parts, of which the first has zeros enough to be multiplied exactly
-    p = fma(e, V::splat(-2.12194440e-4f), p * f * z) - half * z;
-    fma(e, V::splat(0.693359375f), f + p).store(x + i);
-  }
+  V m, e;
+  split(x, &m, &e);
+  const auto big = gt(m, V::splat(1.41421356f));
+  m = V::select(big, m * half, m), e = V::select(big, e + one, e);
+  const V f = m - one, z = f * f;
+  V p = fma(V::splat(7.0376836292e-2f), f, V::splat(-1.1514610310e-1f));
+  p = fma(p, f, V::splat(1.1676998740e-1f));
+  p = fma(p, f, V::splat(-1.2420140846e-1f));
+  p = fma(p, f, V::splat(1.4249322787e-1f));
+  p = fma(p, f, V::splat(-1.6668057665e-1f));
+  p = fma(p, f, V::splat(2.0000714765e-1f));
+  p = fma(p, f, V::splat(-2.4999993993e-1f));
+  p = fma(p, f, V::splat(3.3333331174e-1f));
+  // ln 2 in two parts, of which the first has zeros enough to be multiplied exactly
+  p = fma(e, V::splat(-2.12194440e-4f), p * f * z) - half * z;
+  return fma(e, V::splat(0.693359375f), f + p);
 }
-DNC_INLINE void log_n(double* x, int64_t n) {
-  for (int64_t i = 0; i < n; i++) x[i] = std::log(x[i]);
+DNC_INLINE Vec<double> log(Vec<double> a) {
+  double t[Vec<double>::lanes];
+  a.store(t);
+  for (double& x : t) x = std::log(x);
+  return Vec<double>::load(t);
+}
+// In place; reads and writes whole vectors.
+template <class T>
+DNC_INLINE void log_n(T* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vec<T>::lanes) log(Vec<T>::load(x + i)).store(x + i);
 }
 
 // out[k] = sum of the lanes of v[k].

@@ -83,9 +83,11 @@ struct UpsamplePlan {
   // Columns: share[W], and the first target column of every cell column, first[w+1].
   void fill_columns(T* share, int64_t* first) const {
     int64_t next = 0;
-    for (int64_t j = 0; j < W; j++) {
-      share[j] = T(columns.share(j));
-      for (const int64_t l = columns.lower(j); next <= l; next++) first[next] = j;
+    const int64_t whole = columns.denominator();
+    for (int64_t j = 0; j < W; j++) {  // Axis::lower and Axis::share with one division
+      const int64_t n = columns.numerator(j), l = n / whole;
+      share[j] = T(l == w - 1 ? 0 : double(n - l * whole) / double(whole));
+      for (; next <= l; next++) first[next] = j;
     }
     for (; next <= w; next++) first[next] = W;
   }
@@ -172,6 +174,10 @@ void store_classes(const View& v, int64_t b, int64_t r, int64_t width, const T* 
         }
       }
     }
+    return;
+  }
+  if (sc == 1 && !add) {
+    for (int64_t x = 0; x < w; x++) write_n(out + x * sw, in + x * width, C);
     return;
   }
   for (int64_t x = 0; x < w; x++)

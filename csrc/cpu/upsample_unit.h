@@ -24,10 +24,10 @@ template <class T>
 struct LossTables {
   const T* share;             // [W]
   const int64_t* first;       // [w+1] first target column of a cell column
-  const T *on, *own, *kept;   // [C]: see above; kept = own / on
+  const T *on, *own, *kept;   // [C+1]: see above; kept = own / on; the last, of pixels that are left out, is 0
   const T* weight;            // [width], zero-padded: class weights; nullptr without smoothing
   double weight_sum, smooth;  // sum_c w_c; s / C
-  const double* counted;      // [C] class weights
+  const double* counted;      // [C+1] class weights, likewise
 };
 
 // The label pixels of a strip of one target row that count, side by side. `own` and `weighted` are in the unit of v, and taken
@@ -44,6 +44,52 @@ struct UnitSums {
   double loss, weight;
   int64_t bad_index, bad_label;  // bad_index -1: none
 };
+
+// sum_c w_c (lse - u_c) from sum_c w_c u_c: infinite as soon as a weight is, and not 0 * inf.
+template <class T>
+DNC_INLINE double smoothed(const LossTables<T>& t, double lse, double all) {
+  return t.weight_sum < INFINITY ? t.weight_sum * lse - all : t.weight_sum;
+}
+// Loss of a pixel of label y; own and all: u_y and sum_c w_c u_c in units of log2.
+template <class T>
+DNC_INLINE double pixel_loss(const LossTables<T>& t, int64_t y, double lse, double own, double all) {
+  const double loss = double(t.own[y]) * (lse - kLn2 * own);
+  return t.weight ? loss + t.smooth * smoothed(t, lse, kLn2 * all) : loss;
+}
+
+template <class T>
+DNC_INLINE T mix(T low, T high, T share) {
+  return share == 0 ? low : (1 - share) * low + share * high;
+}
+
+// A pixel from the scores as they were given, whatever they are: e[c] = exp(u_c - max u), their sum, and the score of label y
+// and sum_c w_c u_c, both less the maximum and in units of log2. It lies at `down` between source rows r and r+1, and at
+// `share` between source columns x and x+1.
+template <class T>
+struct ExactPixel {
+  double own, weighted;
+  T sum;
+};
+template <class T>
+ExactPixel<T> exact_pixel(const View& scores, const LossTables<T>& tables, int64_t b, int64_t r, T down, int64_t x, T share,
+                          int64_t y, T* e) {
+  const int64_t C = scores.size[1];
+  const auto blended = [&](int64_t c, int64_t column) {
+    const T low = score_at<T>(scores, b, c, r, column);
+    return down == 0 ? low : mix(low, score_at<T>(scores, b, c, r + 1, column), down);
+  };
+  T most = -INFINITY;
+  for (int64_t c = 0; c < C; c++) {
+    e[c] = blended(c, x);
+    if (share != 0) e[c] = mix(e[c], blended(c, x + 1), share);
+    if (e[c] > most || e[c] != e[c]) most = e[c];
+  }
+  const auto from_most = [&](int64_t c) { return kLog2e * (double(e[c]) - double(most)); };
+  ExactPixel<T> found{from_most(y), 0, 0};
+  for (int64_t c = 0; tables.weight && c < C; c++) found.weighted += tables.counted[c] * from_most(c);
+  for (int64_t c = 0; c < C; c++) e[c] = std::exp(e[c] - most), found.sum += e[c];
+  return found;
+}
 
 template <class T>
 struct LossUnit {
@@ -72,6 +118,7 @@ struct LossUnit {
                sizeof(T) +
            size_t(2 * p.W) * sizeof(double) + size_t(2 * p.W + p.strip + 1) * sizeof(int64_t);
   }
+  static size_t row_size(const UpsamplePlan<T>& p) { return size_t(p.w * p.width); }
   LossUnit(const UpsampleCrossEntropy& args, const UpsamplePlan<T>& p, const LossTables<T>& t, void* memory)
       : a(args), plan(p), tables(t), want(bool(args.grad_scores)) {
     int64_t* indices = static_cast<int64_t*>(memory);
@@ -107,6 +154,9 @@ struct LossUnit {
       std::memset(done, 0, size_t(row_size) * sizeof(T));
     }
     if (border) std::memcpy(border, gradient[r1 & 1], size_t(row_size) * sizeof(T));
+  }
+  static void add_border(const UpsampleCrossEntropy& a, const UpsamplePlan<T>& p, int64_t b, int64_t r, const T* border) {
+    store_classes(a.grad_scores, b, r, p.width, border, true);
   }
 
  private:
@@ -162,8 +212,6 @@ struct LossUnit {
       if (want) spread_rows(r, x0, columns, share);
     }
   }
-
-  static DNC_INLINE T mix(T low, T high, T share) { return share == 0 ? low : (1 - share) * low + share * high; }
 
   // Fills `pixels` from the labels of cell columns [x0,x1) of target row i; returns how many count.
   int64_t read_pixels(int64_t b, int64_t i, int64_t x0, int64_t x1) {
@@ -221,7 +269,7 @@ struct LossUnit {
         if (own_softmax(left, right, share[k], width, e + k * width, &most, sum + k) && std::isfinite(all[k]))
           own[k] -= double(most), all[k] -= tables.weight ? tables.weight_sum * double(most) : 0;
         else
-          exact(b, at, next, p + k, e + k * width);
+          exact(b, at, p + k, e + k * width);
       }
     if (!want || plan.C == 1) return;  // the gradient of one class is exactly 0
     T coefficient[G];
@@ -303,25 +351,11 @@ struct LossUnit {
   }
 
   // Pixel p from the scores as they were given, whatever they are.
-  void exact(int64_t b, int64_t at, int64_t next, int64_t p, T* e) {
-    const auto blended = [&](int64_t c, int64_t x) {
-      const T low = score_at<T>(a.scores, b, c, cell_row, column0 + x);
-      return down == 0 ? low : mix(low, score_at<T>(a.scores, b, c, cell_row + 1, column0 + x), down);
-    };
-    const T share = pixels.share[p];
-    T most = -INFINITY, total = 0;
-    for (int64_t c = 0; c < plan.C; c++) {
-      e[c] = blended(c, at);
-      if (share != 0) e[c] = mix(e[c], blended(c, next), share);
-      if (e[c] > most || e[c] != e[c]) most = e[c];
-    }
-    const auto from_most = [&](int64_t c) { return kLog2e * (double(e[c]) - double(most)); };
-    pixels.own[p] = from_most(pixels.label[p]), pixels.weighted[p] = 0;
-    if (tables.weight)
-      for (int64_t c = 0; c < plan.C; c++) pixels.weighted[p] += tables.counted[c] * from_most(c);
-    for (int64_t c = 0; c < plan.C; c++) e[c] = std::exp(e[c] - most), total += e[c];
+  void exact(int64_t b, int64_t at, int64_t p, T* e) {
+    const ExactPixel<T> found =
+        exact_pixel(a.scores, tables, b, cell_row, down, column0 + at, pixels.share[p], pixels.label[p], e);
     for (int64_t c = plan.C; c < plan.width; c++) e[c] = 0;
-    pixels.sum[p] = total;
+    pixels.own[p] = found.own, pixels.weighted[p] = found.weighted, pixels.sum[p] = found.sum;
   }
 
   // Losses of the first n pixels, from their sums.
@@ -333,18 +367,11 @@ struct LossUnit {
     double total = 0, weight = 0;
     for (int64_t p = 0; p < n; p++) {
       const int64_t y = in.label[p];
-      const double lse = double(in.sum[p]);
-      double loss = double(tables.own[y]) * (lse - kLn2 * in.own[p]);
-      if (tables.weight) loss += tables.smooth * smoothed(lse, kLn2 * in.weighted[p]);
+      const double loss = pixel_loss(tables, y, double(in.sum[p]), in.own[p], in.weighted[p]);
       total += loss, weight += tables.counted[y];
       if (out) out[in.column[p]] = T(loss);
     }
     sums.loss += total, sums.weight += weight;
-  }
-
-  // sum_c w_c (lse - u_c): infinite as soon as a weight is, and not 0 * inf.
-  double smoothed(double lse, double all) const {
-    return tables.weight_sum < INFINITY ? tables.weight_sum * lse - all : tables.weight_sum;
   }
 
   // The gradient of the blended row goes to both source rows.
