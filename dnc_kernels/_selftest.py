@@ -118,6 +118,26 @@ def _upsample_cross_entropy(d: Data) -> tuple[Tensor, ...]:
     return loss, *_grad(loss, maps)
 
 
+def _head_step(d: Data) -> tuple[Tensor, ...]:
+    from .nn import DNCHead  # which is made of the ops
+
+    batch, classes, height, width = d.maps.shape
+    x = d.x[: batch * height * width].T.reshape(1, -1, batch * height, width).contiguous().requires_grad_()
+    head = DNCHead(
+        x.shape[1],
+        classes,
+        d.centroids.shape[1],
+        momentum=0.9,
+        device=x.device,
+        dtype=x.dtype,
+        generator=torch.Generator(x.device),
+    )
+    head.prototypes.copy_(d.centroids)
+    labels = d.map_labels.reshape(1, -1, d.map_labels.shape[2])
+    loss = head.loss(x, labels).loss
+    return *_grad(loss, x), head.prototypes
+
+
 #: A case maps the data, in float32 or float64, to results and, where the op is differentiable, gradients.
 CASES: dict[str, Callable[[Data], tuple[Tensor, ...]]] = {
     "centroid_distance": _centroid_distance,
@@ -133,6 +153,7 @@ CASES: dict[str, Callable[[Data], tuple[Tensor, ...]]] = {
     "normalize_embedding": _normalize_embedding,
     "upsample_cross_entropy": _upsample_cross_entropy,
     "upsample_argmax": lambda d: (ops.upsample_argmax(d.maps, (13, 10)),),
+    "head_step": _head_step,
 }
 
 

@@ -28,7 +28,7 @@ from .errors import FLOATS
 #: What ``backend=`` may be.
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-Isa = Literal["portable", "avx2", "avx512"]
+Isa = Literal["portable", "avx2", "avx512", "amx"]
 ISAS: tuple[str, ...] = get_args(Isa)
 
 _native: Any = None
@@ -53,6 +53,8 @@ class Kernel:
     capabilities: tuple[tuple[int, int], ...] = ()
     #: Most sub-centroids a class; None: any number.
     max_subcentroids: int | None = None
+    #: Most classes; None: any number.
+    max_classes: int | None = None
     #: Most channels; None: any number.
     max_channels: int | None = None
     #: The channels come in groups of this many.
@@ -73,6 +75,8 @@ class Kernel:
             return f"the {name} kernel is for compute capability {only}, this GPU has {_dotted(capability)}"
         if self.max_subcentroids is not None and sizes.get("K", 0) > self.max_subcentroids:
             return f"the {name} kernel takes at most {self.max_subcentroids} sub-centroids a class, not {sizes['K']}"
+        if self.max_classes is not None and sizes.get("C", 0) > self.max_classes:
+            return f"the {name} kernel takes at most {self.max_classes} classes, not {sizes['C']}"
         if self.max_channels is not None and sizes.get("D", 0) > self.max_channels:
             return f"the {name} kernel takes at most {self.max_channels} channels, not {sizes['D']}"
         if self.channel_multiple > 1 and sizes.get("D", 0) % self.channel_multiple:
@@ -120,6 +124,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "normalize_embedding": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
     "upsample_cross_entropy": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
     "upsample_argmax": {**_CPU_AND_TRITON, "cuda": _UNPROVEN_CUDA},
+    # no function of ops: the step of nn.DNCHead, around kernels of the other families. With backend "cuda" its own are Triton's
+    "head_step": {"cpu": Kernel("cpu"), "triton": replace(_TRITON, max_subcentroids=64, max_classes=1024)},
 }
 
 
@@ -134,6 +140,7 @@ FAMILY = {
         "momentum": ("cluster_sums", "momentum_update_", "apply_momentum_"),
         "embedding": ("normalize_embedding",),
         "upsample": ("upsample_cross_entropy", "upsample_argmax"),
+        "head": ("head_step",),
     }.items()
     for op in ops
 }  # fmt: skip
@@ -420,7 +427,7 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 
 def cpu_isa() -> str:
-    """Instruction set that the CPU kernels use now: ``portable``, ``avx2`` or ``avx512``."""
+    """Instruction set that the CPU kernels use now: ``portable``, ``avx2``, ``avx512`` or ``amx``."""
     return ISAS[native().current_isa()]
 
 

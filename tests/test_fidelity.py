@@ -6,11 +6,12 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_check import BACKENDS
 from reference_head import ReferenceHead
 from small_network import CHANNELS, CHECKPOINTS, make_head, scenes
 from tolerances import assert_close
 
-from dnc_kernels import nn, ops
+from dnc_kernels import nn, ops, use_backend
 
 STEPS, BATCH, MOMENTUM = 50, 2, 0.9
 RECIPES = {
@@ -37,9 +38,9 @@ def reference(recipe, kind=ReferenceHead, **options):
     return plain
 
 
-def train(head, dtype, after_step=None):
+def train(head, dtype, after_step=None, side=40):
     """Losses [STEPS] and sub-centroids of a network trained on digit scenes, in float64 whatever they were computed in."""
-    images, labels = scenes(8)
+    images, labels = (t[..., :side, :side] for t in scenes(8))
     images = images.to(dtype)
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(
@@ -93,6 +94,16 @@ def test_fifty_steps_in_float32_are_those_of_the_plain_step(recipe, checkpoint):
     assert history[-10:].mean() < 0.5 * history[0]
     moved = (prototypes - make_head(recipe=recipe).prototypes).norm(dim=2) > 0.1
     assert moved.any(1).sum() >= 3  # classes with pixels that were classified correctly
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_fifty_steps_on_the_kernels_of_a_gpu_are_those_of_the_plain_step(recipe, backend):
+    """Corners of the scenes: the interpreter takes half a second for each step of those."""
+    with use_backend(backend):
+        run = train(make_head(recipe=recipe), torch.float32, side=12)
+    assert_same_training(run, train(reference(recipe), torch.float64, side=12))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -170,15 +170,15 @@ def test_without_contrast_the_gradient_of_the_cross_entropy_is_at_hand(monkeypat
     x.requires_grad_()
     (expected,) = torch.autograd.grad(head.loss(x, labels, update=False).loss, x)
     result = head.loss(x, labels, update=False)
-    monkeypatch.setattr(_made, "first_pass", None)  # no second time
+    monkeypatch.setattr(_made, "head_first_pass", None)  # no second time
     (actual,) = torch.autograd.grad(result.cross_entropy + 0 * result.loss, x)
     assert torch.equal(actual, expected)
 
 
 def test_parts_are_made_again_by_the_backend_of_the_loss(monkeypatch):
     head, (x, labels), seen = make_head(), problem(), []
-    first_pass = _made.first_pass
-    monkeypatch.setattr(_made, "first_pass", lambda step, *a: seen.append(step.backend) or first_pass(step, *a))
+    first_pass = _made.head_first_pass
+    monkeypatch.setattr(_made, "head_first_pass", lambda step, *a: seen.append(step.backend) or first_pass(step, *a))
     with use_backend("reference"):
         result = head.loss(x.requires_grad_(), labels)
     result.ppc.backward()

@@ -38,6 +38,9 @@ RECORDS = {
     "normalize_embedding_backward": [("embedding", "NormalizeBackwardCall", "NormalizeBackwardOut")],
     "upsample_cross_entropy": [("upsample", "UpsampleCall", "UpsampleOut")],
     "upsample_argmax": [("upsample", "ArgmaxCall", "ArgmaxOut")],
+    "head_first_pass": [("head", "FirstArguments", "FirstPass")],
+    "head_second_pass": [("head", "SecondArguments")],
+    "label_figures": [("head", "FiguresCall", "Figures")],
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import SWAPPED, check_device, check_integer, check_value, label_fix, map_size, swapped
 from ..ops._common import as_int64, first_of
+from ..ops.head import LABEL_DTYPES, label_places, label_range
 from ._choices import LabelMode, check_word
 
 #: Check label values on CUDA too, at the price of a host sync.
@@ -50,7 +51,7 @@ def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int
     none_wrong = torch.zeros((), dtype=torch.int64, device=labels.device)
     if labels.numel() == 0:
         return labels, ignore_index, none_wrong
-    least, most = (int(t) for t in labels.aminmax())
+    least, most = label_range(labels)
     if most >= num_classes:
         bad = (labels >= num_classes) & (labels != ignore_index)
         if bad.any():
@@ -62,6 +63,17 @@ def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int
         return labels, ignore_index, none_wrong
     # several ids mean "leave out", and the kernels know one
     return torch.where((labels < 0) | (labels == ignore_index), -1, labels), -1, none_wrong
+
+
+def labels_of_step(op: str, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, int]:
+    """Labels in a dtype that `ops.head` reads, and the one among them that means "leave out"; checked where `sort_out_labels`
+    checks. Elsewhere `ops.head` leaves out what is no class, and counts it.
+    """
+    if not torch.compiler.is_compiling() and (DEBUG or labels.device.type == "cpu"):
+        labels, ignore_index, _ = sort_out_labels(op, labels, num_classes, ignore_index)
+    elif labels.dtype not in LABEL_DTYPES:
+        labels = labels.to(torch.int32) if labels.dtype.itemsize < 4 else as_int64(labels)
+    return labels, ignore_index
 
 
 def left_out_below_zero(op: str, argument: str, labels: Tensor, bound: int, name: str) -> Tensor:
@@ -109,7 +121,8 @@ def pixels_at(labels: Tensor, size: Sequence[int], mode: str) -> Tensor:
     height, width = labels.shape[-2:]
     if (height, width) == tuple(size):
         return labels
-    rows, columns = (_nearest(source, target, mode, labels.device) for source, target in ((height, size[0]), (width, size[1])))
+    middle = mode == "nearest-exact"
+    rows, columns = (label_places(a, b, middle, labels.device) for a, b in ((height, size[0]), (width, size[1])))
     return labels[..., rows[:, None], columns]
 
 
@@ -123,10 +136,3 @@ def sample_of_each_class(labels: Tensor, num_classes: int, most: int, uniform: T
     first[:1].zero_()
     place = torch.arange(len(labels), device=labels.device) - first[labelled[order]]
     return torch.where(torch.zeros_like(labels).scatter(0, order, place) < most, labels, -1)
-
-
-def _nearest(source: int, target: int, mode: str, device: torch.device) -> Tensor:
-    # torch multiplies in fp32 by a scale rounded to fp32; integer arithmetic picks other pixels at some sizes, such as 2 to 82
-    scale = torch.full((), source, dtype=torch.float32, device=device) / target
-    middle = 0.5 if mode == "nearest-exact" else 0.0
-    return ((torch.arange(target, dtype=torch.float32, device=device) + middle) * scale).to(torch.int64).clamp(max=source - 1)

@@ -6,70 +6,14 @@ both passes again, with the incoming gradients as the weights of the parts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops._common import scale_saved
 from ..ops._op import NAMESPACE
-from ..ops.head.calls import FirstPass, Second, Step
-from ..ops.head.op import first_pass, second_pass
-
-
-class Factors(NamedTuple):
-    """What the gradients of the sums of cross-entropy, contrast and distance are multiplied by, [] each; None: not made."""
-
-    pull: Tensor
-    contrast: Tensor | None
-    distance: Tensor | None
-
-
-def run_second(
-    step: Step,
-    factors: Factors,
-    first: FirstPass,
-    target: Tensor | None,
-    towards: Tensor | None,
-    moving: Tensor | None,
-) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor]:
-    """`second_pass` after the first.
-
-    Returns the gradients of x, weight, bias, scale, norm_weight and norm_bias, and sums and counts of `moving`.
-
-    target [N]: ``c*K + k``, -1 for none; towards [N]: similarity to it.
-    """
-    pull = None
-    if target is not None and towards is not None and (factors.contrast is not None or factors.distance is not None):
-        pull = torch.zeros_like(towards)
-        if factors.contrast is not None:
-            pull -= factors.contrast / step.contrast_temperature
-        if factors.distance is not None:
-            pull -= 2 * factors.distance * (1 - towards)
-        pull = torch.where(target >= 0, pull, 0)
-    call = Second(
-        x=step.x,
-        weight=step.weight,
-        bias=step.bias,
-        eps=step.eps,
-        centroids=step.centroids,
-        statistics=first.statistics,
-        grad=first.grad,
-        grad_rstd=first.grad_rstd,
-        embedding=first.embedding,
-        target=target,
-        pull=pull,
-        cluster=moving,
-        band_pixels=step.band_pixels,
-        backend=step.backend,
-    )
-    made = second_pass(call)
-    return (first.grad, *made.grad_affine, first.grad_scale, *first.grad_norm), made.sums, made.counts
-
-
-def to_target(own: Tensor, target: Tensor) -> Tensor:
-    """[N]: similarity to the target, of own similarities [N,K]; without meaning where there is none."""
-    return own.gather(1, (target.clamp(min=0) % own.shape[1])[:, None])[:, 0]
+from ..ops.head import COUNT, SCALE, UNIT, WEIGHT, Second, Step, head_first_pass, head_second_pass, pull_of, to_target
 
 
 class Again:
@@ -78,19 +22,20 @@ class Again:
     Holds the features, the labels, the target of every pixel [N] and the sub-centroids of that step, until it is dropped.
     """
 
-    def __init__(self, step: Step, target: Tensor, total_weight: Tensor, count: Tensor, unit: Tensor) -> None:
+    def __init__(self, step: Step, target: Tensor, factors: Tensor, centroids: Tensor | None) -> None:
         # an update moves the sub-centroids before backward, and DistributedDataParallel writes to every buffer
-        weight = None if step.class_weight is None else step.class_weight.clone()
-        self.step = step._replace(centroids=step.centroids.clone(), class_weight=weight)
-        self.target, self.total_weight, self.count, self.unit = target, total_weight, count, unit
+        centroids = step.centroids.clone() if centroids is None else centroids
+        # partial sums in one row, whatever makes them
+        self.step = step._replace(centroids=centroids, zeros=None, whole=False)
+        self.target, self.factors = target, factors
         self.versions = self._versions()
 
     def _versions(self) -> dict[str, int]:
         named = self.step._asdict().items()
         return {name: t._version for name, t in named if isinstance(t, Tensor) and not t.is_inference()}
 
-    def gradients(self, cross_entropy: Tensor | None, ppc: Tensor | None, ppd: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the inputs of the step for incoming gradients [] of the means; None: of none."""
+    def gradients(self, cross_entropy: Tensor | None, ppc: Tensor | None, ppd: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gradient of the features and of the other inputs [2D+1+2C] for incoming gradients [] of the means; None: of none."""
         for name, version in self._versions().items():
             if version != self.versions[name]:
                 raise RuntimeError(
@@ -102,33 +47,69 @@ class Again:
         size = torch.stack(weights).abs().amax()
         size = torch.where(size > 0, size, 1)
 
-        def factor(gradient: Tensor | None, over: Tensor) -> Tensor | None:
-            return None if gradient is None else gradient / size * self.unit / over
-
-        pull = factor(cross_entropy, self.total_weight)
-        factors = Factors(torch.zeros_like(size) if pull is None else pull, factor(ppc, self.count), factor(ppd, self.count))
+        unit, weight, count = (self.factors[i] for i in (UNIT, WEIGHT, COUNT))
+        zero = torch.zeros_like(size)
+        shares = (cross_entropy, weight), (ppc, count), (ppd, count)
+        pulls = [zero if g is None else g / size * unit / over for g, over in shares]
+        factors = torch.cat([unit[None], torch.stack(pulls), self.factors[SCALE:]])
         # the class of the pixels that have a target
         sampled = torch.div(self.target, self.step.centroids.shape[1], rounding_mode="floor")
-        first = first_pass(self.step, sampled, factors.pull, factors.contrast, True, False)
-        towards = to_target(first.own_similarity, self.target)
-        made, _, _ = run_second(self.step, factors, first, self.target, towards, None)
-        return tuple(None if g is None else scale_saved(g, size / self.unit) for g in made)
+        step = self.step._replace(ppc_weight=0.0 if ppc is None else 1.0)
+        first = head_first_pass(step, sampled, None, None, factors, True, False)
+        pull = None
+        if ppc is not None or ppd is not None:
+            towards = to_target(first.own_similarity, self.target)
+            pull = pull_of(factors, self.target, towards, step.contrast_temperature)
+        second = head_second_pass(
+            Second(
+                x=step.x,
+                weight=step.weight,
+                bias=step.bias,
+                eps=step.eps,
+                centroids=step.centroids,
+                statistics=first.statistics,
+                grad=first.grad,
+                grad_rstd=first.grad_rstd,
+                embedding=None,
+                target=self.target,
+                pull=pull,
+                cluster=None,
+                histogram=None,
+                cursor=None,
+                tile=0,
+                band_pixels=step.band_pixels,
+                whole=False,
+                parts=step.parts,
+                backend=step.backend,
+            )
+        )
+        small = [t.sum(0).flatten() for t in (second.grad_affine, first.grad_scale, first.grad_norm)]
+        grads = torch.cat(small)
+        factor = size / unit
+        assert first.grad is not None
+        return scale_saved(first.grad, factor), grads * factor
 
 
 class Made(torch.autograd.Function):
     """A loss whose gradients exist already, in a graph of torch.compile.
 
-    ``apply(weights, values, unit, *gradients, *inputs)`` with the values [4] of loss, cross_entropy, ppc and ppd: the gradients
-    are those of `unit` times the loss, as many as there are inputs. A graph would make the gradients of the parts in every
-    step, used or not, so none are made; `_of_loss_alone` sees to it that none are used.
+    ``apply(weights, values, unit, to_x, grads, *inputs)`` with the values [4] of loss, cross_entropy, ppc and ppd, and the
+    gradients of `unit` times the loss: of the first input, and of the others [2D+1+2C]. A graph would make the gradients of the
+    parts in every step, used or not, so none are made; `_of_loss_alone` sees to it that none are used.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weights: tuple[float, float], values: Tensor, unit: Tensor, *tensors: Tensor | None
+        ctx: Any,
+        weights: tuple[float, float],
+        values: Tensor,
+        unit: Tensor,
+        to_x: Tensor,
+        grads: Tensor,
+        *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.count, ctx.is_cross_entropy = len(tensors) // 2, not any(weights)
-        ctx.save_for_backward(unit, *tensors[: ctx.count])
+        ctx.is_cross_entropy, ctx.sizes = not any(weights), sizes_of(inputs)
+        ctx.save_for_backward(unit, to_x, grads)
         return tuple(value.clone() for value in values.unbind())
 
     @staticmethod
@@ -136,7 +117,7 @@ class Made(torch.autograd.Function):
         if ctx.is_cross_entropy:
             loss, parts = loss + parts[0], parts[1:]
         alone = _of_loss_alone(loss, torch.stack(parts))
-        return *(None,) * (3 + ctx.count), *_scaled(ctx, alone)
+        return *(None,) * 5, *_scaled(ctx, alone)
 
 
 def _of_loss_alone(loss: Tensor, parts: Tensor) -> Tensor:
@@ -164,8 +145,9 @@ def _(loss: Tensor, parts: Tensor) -> Tensor:
 class MadeInParts(torch.autograd.Function):
     """`Made`, and the parts of the loss, whose gradients are made again in backward where one is asked for.
 
-    ``apply(again, weights, loss, cross_entropy, ppc, ppd, unit, *gradients, *inputs)`` with the weights of PPC and PPD in the
-    loss (a part of weight 0 has no gradient) and `again` None where both are 0: then the loss is its cross-entropy.
+    ``apply(again, weights, values, unit, to_x, grads, *inputs)`` with the weights of PPC and PPD in the loss (one of weight 0
+    has no gradient), the four values as a tuple, which are the results themselves, and `again` None where both are 0: then the
+    loss is its cross-entropy.
     """
 
     @staticmethod
@@ -173,19 +155,17 @@ class MadeInParts(torch.autograd.Function):
         ctx: Any,
         again: Again | None,
         weights: tuple[float, float],
-        loss: Tensor,
-        cross_entropy: Tensor,
-        ppc: Tensor,
-        ppd: Tensor,
+        values: tuple[Tensor, ...],
         unit: Tensor,
-        *tensors: Tensor | None,
+        to_x: Tensor,
+        grads: Tensor,
+        *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.again, ctx.weights, ctx.count = again, weights, len(tensors) // 2
+        ctx.again, ctx.weights, ctx.sizes = again, weights, sizes_of(inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(unit, *tensors[: ctx.count])
-        outputs = loss.clone(), cross_entropy.clone(), ppc.clone(), ppd.clone()
-        ctx.mark_non_differentiable(*(t for t, weight in zip(outputs[2:], weights, strict=True) if not weight))
-        return outputs
+        ctx.save_for_backward(unit, to_x, grads)
+        ctx.mark_non_differentiable(*(t for t, weight in zip(values[2:], weights, strict=True) if not weight))
+        return values
 
     @staticmethod
     def backward(ctx: Any, loss: Tensor | None, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -196,10 +176,10 @@ class MadeInParts(torch.autograd.Function):
             made = _scaled(ctx, _sum(loss, parts[0]))
         else:
             shares = (None if loss is None or not w else w * loss for w in (1, *ctx.weights))
-            made = _needed(ctx, again.gradients(*(_sum(a, b) for a, b in zip(shares, parts, strict=True))))
+            made = taken(ctx, *again.gradients(*(_sum(a, b) for a, b in zip(shares, parts, strict=True))))
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.again = None  # what it holds goes with the saved tensors
-        return *(None,) * (7 + ctx.count), *made
+        return *(None,) * 6, *made
 
 
 def _refuse_second_derivatives() -> None:
@@ -215,14 +195,27 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
 
 
-def _needed(ctx: Any, made: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(g if need else None for g, need in zip(made, ctx.needs_input_grad[-ctx.count :], strict=True))
+def sizes_of(inputs: tuple[Tensor | None, ...]) -> list[torch.Size | None]:
+    """Of the inputs behind the features: their gradients lie one behind the other."""
+    return [None if t is None else t.shape for t in inputs[1:]]
+
+
+def taken(ctx: Any, to_x: Tensor | None, grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs, those needed, apart. grads: of a norm over classes, or of a scale, or of neither."""
+    wants_x, *wanted = ctx.needs_input_grad[-1 - len(ctx.sizes) :]
+    channels = ctx.sizes[0].numel()
+    classes = (len(grads) - 2 * channels - 1) // 2
+    places = (0, channels, 2 * channels, 2 * channels + 1, 2 * channels + 1 + classes)
+    taken: list[Tensor | None] = [to_x if wants_x else None]
+    for i, (size, want) in enumerate(zip(ctx.sizes, wanted, strict=True)):
+        taken.append(grads.narrow(0, places[i], size.numel()).view(size) if want and size is not None else None)
+    return tuple(taken)
 
 
 def _scaled(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients that were made, times the incoming one."""
-    unit, *made = ctx.saved_tensors
+    unit, to_x, grads = ctx.saved_tensors
     if grad is None:
-        return (None,) * ctx.count
+        return (None,) * (1 + len(ctx.sizes))
     grad = grad / unit
-    return tuple(None if g is None else scale_saved(g, grad) for g in _needed(ctx, made))
+    return taken(ctx, scale_saved(to_x, grad) if ctx.needs_input_grad[-1 - len(ctx.sizes)] else None, grads * grad)

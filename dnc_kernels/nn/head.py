@@ -10,12 +10,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import ops
-from ..backends import chosen, transformed
+from ..backends import transformed
 from ..errors import FLOATS, check_dtype, check_flag, check_value, map_size, whole_number
-from ..ops._common import compute_dtype, flat_pixels, without_ignored
-from ..ops.head.bands import BAND_PIXELS, default_band
-from ..ops.head.calls import Step
-from ..ops.head.op import first_pass
+from ..ops._common import flat_pixels, without_ignored
+from ..ops.head import BAND_PIXELS
 from . import _graph
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._choices import (
@@ -31,9 +29,10 @@ from ._choices import (
     UpdateFrom,
     check_word,
 )
-from ._labels import pixels_at, sample_of_each_class, sort_out_labels
-from ._made import Again, Factors, Made, MadeInParts, run_second, to_target
+from ._graphed import GraphedLoss
+from ._labels import labels_of_step, pixels_at, sample_of_each_class, sort_out_labels
 from ._momentum import Momentum
+from ._step import loss_in_bands
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,8 +86,8 @@ class DNCHead(CentroidModel):
         checkpoint: what is recomputed in a training step: ``all``: embedding and scores, band by band of rows; ``scores``: the
             scores; ``none``: nothing, every part of the step is an op of its own. docs/layer.md has the memory formula of each.
             The gradients are the same to rounding.
-        band_pixels: about how many pixels a band of ``checkpoint="all"`` and ``"scores"`` has; None: 2048 on a CPU; on
-            other devices 131072, or as many as 1 GiB has room for. Longer bands are fewer calls and more memory.
+        band_pixels: about how many pixels a band of ``checkpoint="all"`` and ``"scores"`` has; None: 1024 on a CPU; on
+            other devices as many as 1 GiB has room for. Longer bands are fewer calls and more memory.
         pixels_per_class: at most so many pixels of each class, drawn anew in every step, take part in clustering, contrast and
             update; None: all. The cross-entropy sees all pixels.
         accumulation_steps: losses of a training step whose gradients add up: their sums of pixels add up too, and the
@@ -174,7 +173,8 @@ class DNCHead(CentroidModel):
         self.in_channels, self.embed_channels = in_channels, embed_channels
         check_flag(op, "align_corners", align_corners)
         self.align_corners, self.loss_size = bool(align_corners), loss_size
-        self.checkpoint, self.band_pixels, self.pixels_per_class = checkpoint, band_pixels, pixels_per_class
+        self.checkpoint: Checkpoint = checkpoint
+        self.band_pixels, self.pixels_per_class = band_pixels, pixels_per_class
         self.projection = None
         if embed_channels is not None:
             self.projection = nn.Conv2d(in_channels, embed_channels, 1, device=device, dtype=dtype)
@@ -247,106 +247,26 @@ class DNCHead(CentroidModel):
                 "sub-centroids twice; put the checkpoint around the backbone alone (DNCHead(checkpoint=...) saves the head's "
                 "own memory)"
             )
-        labels, ignored, wrong = sort_out_labels(op, labels, self.num_classes, self.ignore_index)
-        small = without_ignored(pixels_at(labels, features.shape[2:], self.label_mode).to(torch.int64), ignored)
+        if self.checkpoint == "none" or transformed():
+            return self._compose(
+                self._projected(features), *sort_out_labels(op, labels, self.num_classes, self.ignore_index), update
+            )
+        return loss_in_bands(
+            self, self._projected(features), *labels_of_step(op, labels, self.num_classes, self.ignore_index), update
+        )
+
+    def _sampled(self, small: Tensor) -> Tensor:
+        """Labels [N] of the pixels that cluster, and of the contrast; -1 for the others."""
+        if self.pixels_per_class is None:
+            return small
+        uniform = _graph.uniform(self, small.shape, small.device)
+        return sample_of_each_class(small, self.num_classes, self.pixels_per_class, uniform)
+
+    def _compose(self, x: Tensor, labels: Tensor, ignored: int, wrong: Tensor, update: bool) -> DNCLoss:
+        small = without_ignored(pixels_at(labels, x.shape[2:], self.label_mode).to(torch.int64), ignored)
         if self.loss_size == "features":
             labels, ignored = small, -1
-        sampled = small.reshape(-1)
-        if self.pixels_per_class is not None:
-            uniform = _graph.uniform(self, sampled.shape, sampled.device)
-            sampled = sample_of_each_class(sampled, self.num_classes, self.pixels_per_class, uniform)
-        step = self._compose if self.checkpoint == "none" or transformed() else self._step_in_bands
-        return step(self._projected(features), labels, ignored, small, sampled, wrong, update)
-
-    def _step_in_bands(
-        self, x: Tensor, labels: Tensor, ignored: int, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool
-    ) -> DNCLoss:
-        self._in_full_precision()
-        dtype = compute_dtype(x, self.prototypes)
-        p = (self.prototypes if self.training else self.snapshot()).to(dtype)
-        weight, bias = (t.to(compute_dtype(x)) for t in (self.feat_norm.weight, self.feat_norm.bias))
-        temperature, scale, gains, shift = 1.0, None, None, None
-        if self.scores == "norm":
-            gains, shift = self.mask_norm.weight.to(dtype), self.mask_norm.bias.to(dtype)
-        elif self.scores == "scale":
-            scale = self.logit_scale.to(dtype).reshape(()).exp()
-        else:
-            temperature = self.temperature
-        inputs = (x, weight, bias, scale, gains, shift)
-        gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        weights = (self.ppc_weight, self.ppd_weight)
-        with torch.no_grad():
-            fixed_scale, fixed_gains, fixed_shift = (None if t is None else t.detach() for t in (scale, gains, shift))
-            step = Step(
-                x=x.detach(),
-                weight=weight.detach(),
-                bias=bias.detach(),
-                eps=self.feat_norm.eps,
-                centroids=p,
-                labels=labels,
-                ignored=ignored,
-                confidence=self.confidence == "length" and self.scores != "norm",
-                temperature=temperature,
-                scale=fixed_scale,
-                norm_weight=fixed_gains,
-                norm_bias=fixed_shift,
-                norm_eps=self.mask_norm.eps if gains is not None else 0.0,
-                class_weight=self.class_weight,
-                label_smoothing=self.label_smoothing,
-                align_corners=self.align_corners,
-                contrast_temperature=self.ppc_temperature,
-                band_pixels=self.band_pixels or default_band(x, self.num_classes),
-                backend=chosen(),
-            )
-            total_weight, count = (t.to(p.dtype) for t in self._denominators(labels, ignored, sampled, joint=update))
-            # gradients are made of `unit` times the loss: in half precision they get the size of probabilities and unit vectors
-            unit = torch.ones_like(count)
-            if x.dtype in (torch.float16, torch.bfloat16):
-                unit = count * temperature if scale is None else count * temperature / scale
-            contrast, distance = (weight * unit / count if weight else None for weight in weights)
-            factors = Factors(unit / total_weight, contrast, distance)
-            needs_embedding = update and (self._start_pending or self.revive_after is not None)
-            keep = needs_embedding or (update and self.checkpoint == "scores")
-            first = first_pass(step, sampled, factors.pull, factors.contrast, gradient, keep)
-            prediction, own, lse = first.prediction, first.own_similarity, first.lse
-            finite = prediction >= 0
-            _, correct, accuracy = self._judge(prediction, finite, small)
-            cross_entropy = first.total / total_weight
-            ppc = ppd = first.total.new_zeros(())
-            target = towards = moving = None
-            if update or any(weights):
-                target = self._cluster(own, torch.where(finite, sampled, -1), joint=update)
-                counted, towards = target >= 0, to_target(own, target)
-                if lse is not None:
-                    ppc = torch.where(counted, lse - towards / self.ppc_temperature, 0).sum() / count
-                if self.ppd_weight:
-                    ppd = torch.where(counted, (1 - towards).square(), 0).sum() / count
-                if update:
-                    moving = torch.where(correct, target, -1) if self.update_from == "correct" else target
-            made, sums, counts = run_second(step, factors, first, target, towards, moving)
-            loss = self._weighted(cross_entropy, ppc, ppd)
-            again = None
-            if gradient and target is not None and any(weights) and not torch.compiler.is_compiling():
-                again = Again(step, target, total_weight, count, unit)
-            if update:
-                assert target is not None
-                tally = self._tally(small.reshape(-1), finite, wrong)
-                self._write_down(
-                    self._update(first.embedding if needs_embedding else None, target, correct, own, tally, sums=(sums, counts))
-                )
-        if gradient and torch.compiler.is_compiling():
-            loss, cross_entropy, ppc, ppd = Made.apply(
-                weights, torch.stack([loss, cross_entropy, ppc, ppd]), unit, *made, *inputs
-            )
-        elif gradient:
-            loss, cross_entropy, ppc, ppd = MadeInParts.apply(
-                again, weights, loss, cross_entropy, ppc, ppd, unit, *made, *inputs
-            )
-        return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
-
-    def _compose(
-        self, x: Tensor, labels: Tensor, ignored: int, small: Tensor, sampled: Tensor, wrong: Tensor, update: bool
-    ) -> DNCLoss:
+        sampled = self._sampled(small.reshape(-1))
         p = self.snapshot(update)
         e, gain = self._embed_with_gain(x)
         total_weight, count = self._denominators(labels, ignored, sampled, joint=update)
@@ -376,10 +296,32 @@ class DNCHead(CentroidModel):
         loss = self._weighted(cross_entropy, ppc, ppd)
         return DNCLoss(loss, cross_entropy, ppc, ppd, accuracy)
 
+    def graphed(self, features: Tensor, labels: Tensor, *, update: bool | None = None) -> GraphedLoss:
+        """`loss` as a CUDA graph, for an ordinary training loop: ``loss = head.graphed(features, labels)`` once, then
+        ``loss(features, labels).loss.backward()`` in every step.
+
+        A step is two dozen launches, which take the host longer than a GPU with few pixels. Replaying them costs it one. What
+        the graph holds on to, and what it asks for, says `GraphedLoss`. The sub-centroids do not move here.
+
+        Args:
+            features: [B,in_channels,h,w] like those to come: shape, dtype, device and memory format.
+            labels: [B,H,W] like those to come.
+            update: move the sub-centroids; None: in training mode, as the head is now.
+
+        Raises:
+            ValueError, TypeError: as of `loss`; or the head does what no graph holds: a start from data that is to come, a
+                `Monitor`, accumulation, a generator, several ranks, ``checkpoint="none"``.
+        """
+        op = f"{type(self).__name__}.graphed"
+        self._check_features("graphed", features)
+        check_labels(op, labels, features)
+        return GraphedLoss(self, features, labels, self._moves(op, update))
+
     def step_bytes(self, features: Sequence[int], labels: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Memory that `loss` and its backward need on a CPU beside features, labels and the head itself, at most: a formula.
 
-        With N feature pixels of D channels and b bytes, L label pixels, M = C*K and bands of P pixels (`band_pixels`)::
+        With N feature pixels of D channels and b bytes, L label pixels, M = C*K and bands of P pixels (`band_pixels`, or two
+        rows if those are longer; as many times for every two threads of torch)::
 
             all     N (D b + 4 K + 60) + 8 L + max(12 L + P (8 D + 32 C), 4 N K) + 48 M D + 8 MB
             scores  the same, and N D b for the embedding
@@ -408,7 +350,8 @@ class DNCHead(CentroidModel):
         rest = similarities + 60 * n + 8 * pixels + 48 * m * channels + 8_000_000
         if self.checkpoint == "none":
             return n * (5 * row + 26 * self.num_classes) + max(12 * pixels, clustering) + rest
-        band = min(n, max(self.band_pixels or BAND_PIXELS, width)) * (8 * channels + 32 * self.num_classes)
+        pairs = (torch.get_num_threads() + 1) // 2
+        band = min(n, max(self.band_pixels or BAND_PIXELS, 2 * width) * pairs) * (8 * channels + 32 * self.num_classes)
         embedding = self.checkpoint == "scores" or self.revive_after is not None
         return n * row * (1 + embedding) + max(12 * pixels + band, clustering) + rest
 

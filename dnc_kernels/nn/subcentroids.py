@@ -28,7 +28,7 @@ from . import _graph, _starts, _sync
 from ._batches import Data, Prepare, embedded
 from ._choices import Assignment, Init, Sync, UpdateFrom, check_word
 from ._labels import left_out_below_zero
-from ._momentum import Momentum, check_momentum
+from ._momentum import Momentum, Recent, check_momentum
 from ._state import HALF, SubCentroidState, is_marked, unit_rows
 from ._usage import DeadSubCentroidsWarning, dead_below, shares, usage
 from .diagnosis import Diagnosis, check_start, diagnosed
@@ -206,19 +206,29 @@ class SubCentroids(SubCentroidState):
 
     def _cluster(self, own: Tensor, group: Tensor, *, joint: bool) -> Tensor:
         """`cluster` of rows [N,K] and classes [N] int64, -1 for none."""
-        own, classes = own.detach(), self.num_classes
+        own = own.detach()
+        if self._transports(joint):  # -1 where a pixel is left out, and where a similarity is not finite
+            sub = self._assign(own, group, joint=joint)
+            return torch.where(sub >= 0, group * self.num_subcentroids + sub, -1)
         # a NaN wins both; isfinite of all would take 7 bytes for each of the N*K
         inside = (group >= 0) & own.amax(1).isfinite() & own.amin(1).isfinite()
         group = torch.where(inside, group, -1)
+        return torch.where(inside, group * self.num_subcentroids + self._assign(own, group, joint=joint), -1)
+
+    def _transports(self, joint: bool) -> bool:
+        """Whether clusters are the assignment of `ops.sinkhorn_assign`."""
+        joint = joint and self.sync != "average" and _sync.ranks(self.peers) > 1
+        return self.assignment == "argmax" and not joint
+
+    def _assign(self, own: Tensor, group: Tensor, *, joint: bool) -> Tensor:
+        """[N]: k of each pixel, of finite similarities [N,K] and classes [N]; without meaning where the class is -1."""
+        classes = self.num_classes
         if joint and self.sync != "average" and _sync.ranks(self.peers) > 1:
             logits = _sync.sinkhorn_over_ranks(self.peers, own, group, classes, self.epsilon, self.iterations)
-            sub = logits.argmax(1) if self.assignment == "argmax" else self._draw(logits.softmax(1))
-        elif self.assignment == "argmax":
-            sub = ops.sinkhorn_assign(own, group, classes, epsilon=self.epsilon, iterations=self.iterations)
-        else:
-            plan = ops.sinkhorn_plan(own, group, classes, epsilon=self.epsilon, iterations=self.iterations)
-            sub = self._draw(plan)
-        return torch.where(inside, group * self.num_subcentroids + sub, -1)
+            return logits.argmax(1) if self.assignment == "argmax" else self._draw(logits.softmax(1))
+        if self.assignment == "argmax":
+            return ops.sinkhorn_assign(own, group, classes, epsilon=self.epsilon, iterations=self.iterations)
+        return self._draw(ops.sinkhorn_plan(own, group, classes, epsilon=self.epsilon, iterations=self.iterations))
 
     def _draw(self, plan: Tensor) -> Tensor:
         """The argmax of a plan [N,K] and noise, which is added in place."""
@@ -276,6 +286,7 @@ class SubCentroids(SubCentroidState):
         tally: Tensor | None = None,
         *,
         sums: tuple[Tensor, Tensor] | None = None,
+        won: Tensor | None = None,
         gathered: bool = False,
         start_from: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | None:
@@ -288,6 +299,7 @@ class SubCentroids(SubCentroidState):
             own_similarity: [N,K], as there.
             tally: int64 counts of the caller, to be summed over the ranks in the same exchange.
             sums: sums [M,D] and counts [M] of the pixels that move sub-centroids, where they are known.
+            won: [M] int64, the wins of each sub-centroid, where they are known.
             gathered: the pixels are those of all ranks already: exchange nothing.
             start_from: features and classes to start from when a data start is due; None: those of this update.
 
@@ -309,7 +321,7 @@ class SubCentroids(SubCentroidState):
                 cluster = torch.where(correct, cluster, -1)
             sums = ops.cluster_sums(x.detach(), cluster, rows)
         totals, counts = sums
-        won = self._won(own_similarity, group)
+        won = self._won(own_similarity, group) if won is None else won
         if not gathered and self.sync != "average" and _sync.ranks(self.peers) > 1:
             packed = torch.cat([counts, won] if tally is None else [counts, won, tally])
             totals, packed = _sync.sum_over_ranks(self.peers, totals, packed)
@@ -402,6 +414,22 @@ class SubCentroids(SubCentroidState):
             now = momentum(self.num_updates.to(like.dtype))
             return now.to(like.device) if isinstance(now, Tensor) else torch.tensor(now, dtype=like.dtype, device=like.device)
         return float(momentum)
+
+    def _updates_at_once(self) -> bool:
+        """Whether an update is no more than `_count_wins` and `_finish_update` of one call, and no function of the user's."""
+        at_once = self.accumulation_steps == 1 and self.revive_after is None and not (self._start_pending or self._observers)
+        return at_once and (not callable(self.momentum) or isinstance(self.momentum, Recent))
+
+    def _schedule(self) -> tuple[str, tuple[float, float, float]]:
+        """The momentum as `ops.head` takes it; not that of any function."""
+        momentum = self.momentum
+        if isinstance(momentum, Recent):
+            return "recent", (momentum.fraction, momentum.start, 0.0)
+        if isinstance(momentum, tuple):
+            start, end, steps = momentum
+            return "ramp", (float(start), float(end), float(steps))
+        assert isinstance(momentum, float)
+        return "constant", (momentum, 0.0, 0.0)
 
     def _revive(self, x: Tensor, group: Tensor, own_similarity: Tensor, after: int, gathered: bool) -> None:
         nearest = own_similarity.detach().amax(1)

@@ -198,8 +198,10 @@ def pixel_count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-#: Numbers below which torch's own product is as fast on a GPU as the kernel that replaces it.
+#: Numbers below which torch's own product is as fast as what replaces it.
 _FEW = 1 << 16
+#: Numbers that are held in float32 at a time: 1 MB.
+_PART = 1 << 18
 
 
 def scale_saved(saved: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -220,7 +222,23 @@ def scale_saved(saved: Tensor, grad: Tensor, dtype: torch.dtype | None = None) -
 
         return _triton.scale(saved, grad, saved if dtype == saved.dtype else torch.empty_like(saved, dtype=dtype))
     # torch would round a factor without dimensions to 16 bits on a GPU
-    return saved.mul_(grad if grad.ndim else grad.reshape([1] * saved.ndim)).to(dtype)
+    factor = grad if grad.ndim else grad.reshape([1] * saved.ndim)
+    if saved.is_cpu and saved.dtype.itemsize == 2 and factor.dtype == torch.float32 and saved.numel() >= _FEW:
+        _scale_half(saved, factor.expand_as(saved))
+    else:
+        saved.mul_(factor)
+    return saved.to(dtype)
+
+
+def _scale_half(x: Tensor, factor: Tensor) -> None:
+    """`x *= factor` for x in 16 bits on a CPU, a part at a time by way of float32.
+
+    torch's product of mixed dtypes takes up to four times as long for the same bits.
+    """
+    along = 2 if x.ndim == 4 else 0
+    step = max(1, _PART * x.shape[along] // x.numel())
+    for part, by in zip(x.split(step, along), factor.split(step, along), strict=True):
+        part.copy_(part.float().mul_(by))
 
 
 def triton_serves(x: Tensor) -> bool:

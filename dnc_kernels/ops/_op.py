@@ -23,6 +23,8 @@ from ._flops import count_flops
 
 NAMESPACE = "dnc_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+#: Every op by its name.
+OPS: dict[str, Op[Any]] = {}
 R = TypeVar("R")
 Record = TypeVar("Record", bound=type)
 
@@ -103,6 +105,7 @@ class Op(Generic[R]):
         torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake, lib=_library)
         for device in ("CPU", "CUDA"):
             _library.impl(name, self._autocast, f"Autocast{device}")
+        OPS[name] = self
         packet = getattr(torch.ops.dnc_kernels, name)
         self.overload = packet.default
         if flops is not None:
@@ -232,8 +235,9 @@ class Op(Generic[R]):
             results = self._differentiable(_Differentiable.apply, self._below, call, tuple(more))
         elif torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return _Refusing.apply(self, call, more, *(t for t in flat if isinstance(t, Tensor)))
-        else:
-            results = self._below(call, *more)
+        else:  # as they are: a tracer would see a new tensor for each that was not asked for
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.overload(*flat)
         return self._packed(results, flat[0])
 
     def _autocast(self, *flat: Any) -> Any:

@@ -29,7 +29,7 @@ device. Reference: dnc_kernels/ops/embedding/reference.py.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -57,25 +57,54 @@ def normalize_embedding(call: NormalizeCall, out: NormalizeOut) -> None:
     )  # fmt: skip
 
 
-def normalize_embedding_backward(call: NormalizeBackwardCall, out: NormalizeBackwardOut) -> None:
-    """Gradients, those given. One launch, or two."""
+class Pull(NamedTuple):
+    """What each pixel's embedding receives beside its gradient: a multiple of one row. For pixels with channels side by side
+    (`takes_pull`): rows that are gathered across the channels take more registers than there are.
+    """
+
+    factor: Tensor  # [N] float32
+    target: Tensor  # [N] int64, a row; negative: none
+    rows: Tensor  # [M,D] float32, contiguous
+
+
+def takes_pull(x: Tensor) -> bool:
+    """Whether `normalize_embedding_backward` of x takes a `Pull`."""
+    at = pixels_of(x)
+    return at.stride_d <= at.stride_w
+
+
+def backward_programs(x: Tensor) -> int:
+    """Programs that add up the gradients of weight and bias."""
+    at = pixels_of(x)
+    options = _plan("normalize_backward", x, at)
+    return min(triton.cdiv(pixel_count(x), options["BLOCK_N"]), options["PROGRAMS"] * processors(x.device))
+
+
+def normalize_embedding_backward(
+    call: NormalizeBackwardCall, out: NormalizeBackwardOut, pull: Pull | None = None, partial: Tensor | None = None
+) -> None:
+    """Gradients, those given. One launch, or two.
+
+    partial: instead of those of weight and bias, [`backward_programs`,2,D] float32 that add up to them.
+    """
     x, grad_y, (grad_x, grad_weight, grad_bias) = call.x, call.grad_y, out
     pixels, channels = pixel_count(x), x.shape[1]
     x_at, grad_y_at, grad_x_at = pixels_of(x), pixels_of(grad_y), pixels_of(x if grad_x is None else grad_x)
     options = _plan("normalize_backward", x, x_at)
     programs = tiles = triton.cdiv(pixels, options["BLOCK_N"])
     resident = options.pop("PROGRAMS") * processors(x.device)
-    partial = None
-    if grad_weight is not None or grad_bias is not None:
+    summed = partial is None and (grad_weight is not None or grad_bias is not None)
+    if summed or partial is not None:
         programs = min(tiles, resident)
+    if summed:
         partial = x.new_empty((programs, 2, channels), dtype=torch.float32)
     launch(
         normalize_backward_kernel, (programs,),
-        x, call.weight, call.bias, call.mean, call.rstd, call.inverse_norm, grad_y, call.grad_rstd, grad_x, partial,
+        x, call.weight, call.bias, call.mean, call.rstd, call.inverse_norm, grad_y, call.grad_rstd, pull, grad_x, partial,
         x_at, grad_y_at, grad_x_at, pixels, channels, tiles,
         X_MAP=_map(x_at), GRAD_Y_MAP=_map(grad_y_at), GRAD_X_MAP=_map(grad_x_at), **options,
     )  # fmt: skip
-    if partial is not None:
+    if summed:
         block = 32
         launch(
             add_partials_kernel, (triton.cdiv(channels, block),), partial, grad_weight, grad_bias, programs, channels,
@@ -170,12 +199,15 @@ def normalize_kernel(
 
 @triton.jit
 def normalize_backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, inverse_norm_ptr, grad_y_ptr, grad_rstd_ptr, grad_x_ptr, partial_ptr,
-    x_at, grad_y_at, grad_x_at, N, D, tiles,
+    x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, inverse_norm_ptr, grad_y_ptr, grad_rstd_ptr, pull, grad_x_ptr,
+    partial_ptr, x_at, grad_y_at, grad_x_at, N, D, tiles,
     X_MAP: tl.constexpr, GRAD_Y_MAP: tl.constexpr, GRAD_X_MAP: tl.constexpr, AXIS: tl.constexpr, WHOLE: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Backward: a program walks over tiles of pixels; partial [programs,2,D] gets its sums of grad_weight and grad_bias."""
+    """Backward: a program walks over tiles of pixels; partial [programs,2,D] gets its sums of grad_weight and grad_bias.
+
+    pull: a `Pull`, or None.
+    """
     program = tl.program_id(0)
     if WHOLE:
         d = tl.arange(0, BLOCK_D)
@@ -197,9 +229,10 @@ def normalize_backward_kernel(
         inverse_norm = tl.load(inverse_norm_ptr + n, mask=here, other=0.0)
         x_row = _pixels(x_ptr, n, x_at, X_MAP)
         grad_y_row = _pixels(grad_y_ptr, n, grad_y_at, GRAD_Y_MAP)
+        factor, pull_row = _pulled(pull, n, here, D)
         if WHOLE:
             x = _load(x_row, d, x_at.stride_d, here, D, MASKED, AXIS)
-            g = _load(grad_y_row, d, grad_y_at.stride_d, here, D, MASKED, AXIS)
+            g = _received(grad_y_row, d, grad_y_at.stride_d, here, D, factor, pull_row, MASKED, AXIS)
             xhat, z = _affine(x, mean, rstd, weight, bias, d, D, MASKED, AXIS)
             gz, gw, zw, gwx, zwx = _sums(xhat, z, g, weight, AXIS)
         else:
@@ -209,7 +242,7 @@ def normalize_backward_kernel(
                 d = start + tl.arange(0, BLOCK_D)
                 weight, bias = _channels(weight_ptr, d, D, 1.0, MASKED, AXIS), _channels(bias_ptr, d, D, 0.0, MASKED, AXIS)
                 x = _load(x_row, d, x_at.stride_d, here, D, MASKED, AXIS)
-                g = _load(grad_y_row, d, grad_y_at.stride_d, here, D, MASKED, AXIS)
+                g = _received(grad_y_row, d, grad_y_at.stride_d, here, D, factor, pull_row, MASKED, AXIS)
                 xhat, z = _affine(x, mean, rstd, weight, bias, d, D, MASKED, AXIS)
                 part_gz, part_gw, part_zw, part_gwx, part_zwx = _sums(xhat, z, g, weight, AXIS)
                 gz += part_gz
@@ -240,7 +273,7 @@ def normalize_backward_kernel(
                 d = start + tl.arange(0, BLOCK_D)
                 weight, bias = _channels(weight_ptr, d, D, 1.0, MASKED, AXIS), _channels(bias_ptr, d, D, 0.0, MASKED, AXIS)
                 x = _load(x_row, d, x_at.stride_d, here, D, MASKED, AXIS)
-                g = _load(grad_y_row, d, grad_y_at.stride_d, here, D, MASKED, AXIS)
+                g = _received(grad_y_row, d, grad_y_at.stride_d, here, D, factor, pull_row, MASKED, AXIS)
                 xhat, z = _affine(x, mean, rstd, weight, bias, d, D, MASKED, AXIS)
                 dz, grad_x = _gradient(xhat, z, g, rstd, inverse_norm, along, level, slope, weight, AXIS)
                 if grad_x_ptr is not None:
@@ -300,6 +333,27 @@ def _load(row, d, stride_d, here, D, MASKED: tl.constexpr, AXIS: tl.constexpr):
     """[BLOCK_N,BLOCK_D] fp32: channels d of the pixels at `row`; 0 where there are none."""
     pointers, mask = _elements(row, d, stride_d, here, D, MASKED, AXIS)
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _pulled(pull, n, here, D):
+    """[BLOCK_N] factors and pointers to the rows of pixels n; None without a `Pull`."""
+    if pull is None:
+        return None, None
+    else:
+        target = tl.load(pull.target + n, mask=here, other=-1)
+        factor = tl.load(pull.factor + n, mask=here & (target >= 0), other=0.0)
+        return factor, pull.rows + tl.maximum(target, 0) * D
+
+
+@triton.jit
+def _received(row, d, stride_d, here, D, factor, pull_row, MASKED: tl.constexpr, AXIS: tl.constexpr):
+    """[BLOCK_N,BLOCK_D] fp32: what the embedding of the pixels at `row` receives in channels d."""
+    g = _load(row, d, stride_d, here, D, MASKED, AXIS)
+    if factor is not None:
+        # a row that is not wanted is not read: it may hold what must not be multiplied by 0
+        g += tl.expand_dims(factor, AXIS) * _load(pull_row, d, 1, here & (factor != 0.0), D, MASKED, AXIS)
+    return g
 
 
 @triton.jit

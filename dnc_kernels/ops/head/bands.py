@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..similarity.class_norm import class_norm, class_norm_backward_
+from ..upsample.reference import target_rows_of
 
-#: Pixels of a band by default, about, on a CPU: embedding and scores stay in cache, and calls cost little beside the work.
-BAND_PIXELS = 2048
-#: On other devices, where a call costs more and there is more to keep busy. A step of 131072 pixels of 256 channels in bfloat16
-#: and 150 classes takes an H100 3.6 ms in one band of them, and 4.7 ms in four (docs/cuda.md).
-DEVICE_BAND_PIXELS = 131072
-#: And at most as many as take this much memory, about.
+#: Pixels of a band by default, about, on a CPU, where a thread takes a band at a time: embedding and scores stay in its cache,
+#: 16384 pixels are bands for 16 threads, and a step is as fast as with 256 or with 4096 to a few hundredths.
+BAND_PIXELS = 1024
+#: Bytes of a band by default, at most, on other devices: there bands are for memory alone, and the fewer the better.
 DEVICE_BAND_BYTES = 2**30
 
 
@@ -33,12 +33,22 @@ class Band(NamedTuple):
         """[samples,D,rows,w] of maps [B,D,h,w], a view."""
         return maps[self.begin : self.end, :, self.top : self.bottom]
 
+    @property
+    def pixels(self) -> slice:
+        """Of all pixels."""
+        return slice(self.first, self.last)
 
-def default_band(x: Tensor, classes: int) -> int:
-    """Pixels of a band where nobody chose: by what features [B,D,h,w] lie on, and what D channels and C classes take."""
+
+def pixel_bytes(channels: int, classes: int, itemsize: int, norm: bool) -> int:
+    """Bytes of a band's workspace per pixel on a GPU: embedding, winners, logits, their gradient, scores."""
+    return channels * itemsize + classes * (1 + 4 * (2 + norm))
+
+
+def default_band(x: Tensor, classes: int, norm: bool) -> int:
+    """Pixels of a band where nobody chose: by what features [B,D,h,w] lie on, and what their channels and C classes take."""
     if x.device.type == "cpu":
         return BAND_PIXELS
-    return max(1, min(DEVICE_BAND_PIXELS, DEVICE_BAND_BYTES // (8 * x.shape[1] + 32 * classes)))
+    return max(1, DEVICE_BAND_BYTES // pixel_bytes(x.shape[1], classes, x.element_size(), norm))
 
 
 def bands(x: Tensor, pixels: int) -> Iterator[Band]:
@@ -52,6 +62,90 @@ def bands(x: Tensor, pixels: int) -> Iterator[Band]:
             bottom = min(top + rows, height)
             first = (begin * height + top) * width
             yield Band(begin, end, top, bottom, first, first + (end - begin) * (bottom - top) * width)
+
+
+class LabelRows(NamedTuple):
+    """The label rows that become complete with a band: those between the last row of the band above and its own last row."""
+
+    band: Band
+    carried: bool  # the last row of the band above is needed too
+    last: bool  # nothing below adds to the last row's gradient
+    above: int
+    below: int
+    window: tuple[int, int, int, int]  # `UpsampleCall.source_row0` and so on
+
+    def of(self, labels: Tensor) -> Tensor:
+        """Of labels [B,H,W], a view."""
+        return labels[self.band.begin : self.band.end, self.above : self.below]
+
+
+def label_rows(call: Any, every: Iterable[Band]) -> Iterator[tuple[LabelRows, Band]]:
+    """Of each band of a step, with the pixels whose gradient is complete then."""
+    (_, _, height, width), (_, rows, columns) = call.x.shape, call.labels.shape
+    # at equal sizes nothing is interpolated, and bands do not touch each other
+    apart = (rows, columns) == (height, width)
+    lower = target_rows_of(height, rows, call.align_corners)
+    for band in every:
+        first, last = apart or band.top == 0, apart or band.bottom == height
+        top, bottom = band.top - (not first), band.bottom - (not last)
+        # label rows whose lower feature row is in [top, bottom - 1), or to the end
+        above, below = bisect_left(lower, top), bisect_left(lower, bottom)
+        if apart:
+            above, below = band.top, band.bottom
+        window = (0, 0, 0, 0) if apart else (height, top, rows, above)
+        begin = band.first - (band.top - top) * width
+        done = Band(band.begin, band.end, top, bottom, begin, begin + (band.end - band.begin) * (bottom - top) * width)
+        yield LabelRows(band, not first, last, above, below, window), done
+
+
+class Windows:
+    """Tensors of one band, used by all. Where bands touch, row 0 is the last row of the band above."""
+
+    def __init__(self, call: Any, keep_embedding: bool) -> None:
+        x, classes, norm = call.x, call.centroids.shape[0], call.norm_weight is not None
+        every = list(bands(x, call.band_pixels))
+        largest = every[0] if every else Band(0, 0, 0, 0, 0, 0)
+        self.above = int(any(rows.carried for rows, _ in label_rows(call, every)))
+        samples, rows, width = largest.end - largest.begin, largest.bottom - largest.top, x.shape[3]
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        layout: Any = {"memory_format": torch.channels_last} if last else {}
+
+        def empty(channels: int, rows: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((samples, channels, rows, width), dtype=dtype, device=x.device, **layout)
+
+        self.embedding = None if keep_embedding else empty(x.shape[1], rows, x.dtype)
+        self.scores, self.to_logits = (empty(classes, rows + self.above, torch.float32) for _ in range(2))
+        # without a norm logits are a multiple of the scores, and take their place
+        self.logits = empty(classes, rows + self.above, torch.float32) if norm else self.scores
+        self.winner = empty(classes, rows + self.above, torch.uint8)
+        self.pending: Tensor | None = None
+
+    def embedding_of(self, band: Band, kept: Tensor | None) -> Tensor:
+        """Where the embedding of a band goes: into all of it where that is kept."""
+        if self.embedding is None:
+            assert kept is not None
+            return band.of(kept)
+        return self.embedding[: band.end - band.begin, :, : band.bottom - band.top]
+
+    def own(self, maps: Tensor, band: Band) -> Tensor:
+        """The rows of a band in one of the maps."""
+        return self.window(maps, band, False)
+
+    def window(self, maps: Tensor, band: Band, carried: bool) -> Tensor:
+        """The rows of a band, and the row above it."""
+        return maps[: band.end - band.begin, :, self.above - carried : self.above + band.bottom - band.top]
+
+    def add_pending(self, rows: LabelRows, to_logits: Tensor) -> None:
+        """What the row above has received from the band above."""
+        if rows.carried and self.pending is not None:
+            to_logits[:, :, :1] += self.pending
+
+    def carry(self, band: Band, to_logits: Tensor | None) -> None:
+        """The band's last row becomes the row above; `to_logits` is what its logits have received so far."""
+        row = self.above - 1 + band.bottom - band.top
+        for maps in {id(t): t for t in (self.scores, self.logits, self.winner)}.values():
+            maps[:, :, 0] = maps[:, :, row]
+        self.pending = None if to_logits is None else to_logits[:, :, -1:].clone()
 
 
 # Logits of a band and their gradients. A logit is LayerNorm over the classes of the scores, or the score times the pixel's

@@ -1,209 +1,184 @@
-"""A segmentation head's loss, band by band: nothing of [N,C], [N,D] or [B,C,H,W] exists but the gradient of the features.
+"""A segmentation head's training step in five ops: nothing of [N,C], [N,D] or [B,C,H,W] exists beyond a band of pixels but the
+gradient of the features.
 
-Two passes over bands of rows. `first_pass`: embedding, class scores, contrast, and the upsampled cross-entropy with its
-gradient. Then the caller clusters, which needs the own-class similarities [N,K] of all pixels. `second_pass`: what the cluster
-of a pixel decides (its target's share of the gradient, the sums that move the sub-centroids), and the gradient of the
-embedding, in place.
+`head_labels`: labels at the features' size. `head_first_pass`, band by band: embedding, class scores, contrast, and the
+upsampled cross-entropy with its gradient. `head_cluster`: optimal transport of the pixels of a class, which needs their own
+similarities [N,K] at once, and what follows for a pixel. `head_second_pass`, band by band: the target's share of the gradient,
+the sums that move the sub-centroids, and the gradient of the embedding, in place. `head_finish`: the loss, and on a GPU the
+update.
 
 Gradients are made in the forward pass because the sub-centroids need none and the loss is a scalar. They are those of a
 multiple of the loss, chosen so that in half precision they neither vanish nor overflow, and meet its reciprocal together with
 the incoming gradient in backward (`dnc_kernels/nn/_made.py`).
+
+Reference, and what runs on a CPU: reference.py. On a GPU: triton.py.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from typing import cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backends import Backend, pick
-from .._common import compute_dtype, kernels, pixel_count, pixel_map
+from .._common import compute_dtype, kernels, pixel_count
 from .._op import Op
-from ..embedding.calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
-from ..embedding.op import normalize_embedding
-from ..momentum import cluster_sums
-from ..similarity.calls import ScoresBackwardCall, ScoresBackwardOut, ScoresCall, ScoresOut, SweepCall, SweepOut
-from ..similarity.op import class_scores, product
-from ..upsample.calls import UpsampleCall
-from ..upsample.op import cross_entropy_with_gradient
-from ..upsample.reference import target_rows_of
-from .bands import Logits, Workspace, bands
-from .calls import FirstPass, Second, SecondPass, Step
+from ..similarity.op import product
+from .calls import (
+    ClusterCall,
+    Clusters,
+    FinishCall,
+    Finished,
+    FirstPass,
+    Labels,
+    LabelsCall,
+    Second,
+    SecondPass,
+    Step,
+)
+
+
+def _by(name: str) -> Callable[..., None]:
+    """Launches the part of that name where its backend says."""
+
+    def launch(call: Any, *more: Any) -> None:
+        getattr(kernels("head", call.backend), name)(call, *more)
+
+    return launch
+
+
+def _triton() -> Any:
+    return kernels("head", "triton")
+
+
+def is_triton(op: str, x: Tensor, parts: str, **sizes: int) -> bool:
+    """Whether an op of another family runs on Triton within a step that does."""
+    return bool(_triton().part(op, x, parts, **sizes) == "triton")
+
+
+def table_size(classes: int, k: int) -> int:
+    """`LabelsCall.zeros` for a transport that begins in the first pass."""
+    return int(kernels("sinkhorn", "triton").table_size(classes, k))
+
+
+def _labels_out(call: LabelsCall) -> Labels:
+    labels = call.labels
+    rows = _triton().label_programs(labels) if call.backend == "triton" and not torch.compiler.is_compiling() else 1
+    n = labels.shape[0] * call.height * call.width
+    return Labels(
+        small=labels.new_empty(n, dtype=torch.int64),
+        counts=labels.new_empty((rows, 2 * call.classes + 1), dtype=torch.int32),
+        zeros=labels.new_empty(call.zeros, dtype=torch.int64) if call.zeros else None,
+        counters=labels.new_empty(call.counters, dtype=torch.int64) if call.counters else None,
+    )
+
+
+#: ``head_labels(call)``.
+head_labels = Op("head", "head_labels", _labels_out, launch=_by("head_labels"))
 
 
 def _first_out(
-    call: Step, sampled: Tensor, pull: Tensor, contrast: Tensor | None, gradient: bool, keep_embedding: bool
-) -> FirstPass:
+    call: Step, sampled: Tensor, counts: Tensor | None, amounts: Tensor | None, factors: Tensor | None,
+    gradient: bool, keep_embedding: bool,
+) -> FirstPass:  # fmt: skip
     x, n, (classes, k, _) = call.x, pixel_count(call.x), call.centroids.shape
     dtype, statistics = compute_dtype(x, call.centroids), compute_dtype(x)
+    exact = call.whole and call.backend == "triton"
+    losses = _triton().loss_programs(call) if exact else 1
+    gradients = _triton().gradient_programs(call) if exact and gradient else 1
     return FirstPass(
-        total=x.new_empty((), dtype=dtype),
+        factors=x.new_empty(7, dtype=dtype),
+        losses=x.new_empty((losses, 2), dtype=torch.float64),
         prediction=x.new_empty(n, dtype=torch.int64),
+        group=x.new_empty(n, dtype=torch.int64),
         own_similarity=x.new_empty((n, k), dtype=dtype),
-        lse=None if contrast is None else x.new_empty(n, dtype=dtype),
+        lse=x.new_empty(n, dtype=dtype) if call.ppc_weight else None,
         statistics=x.new_empty((3, n), dtype=statistics),
         grad=torch.empty_like(x) if gradient else None,
         grad_rstd=x.new_empty(n, dtype=statistics) if gradient and call.confidence else None,
-        grad_scale=x.new_empty((), dtype=dtype),
-        grad_norm=x.new_empty((2, classes), dtype=dtype),
+        grad_scale=x.new_empty(gradients if gradient and call.norm_weight is None else 0, dtype=dtype),
+        grad_norm=x.new_empty((gradients if gradient and call.norm_weight is not None else 0, 2, classes), dtype=dtype),
         embedding=torch.empty_like(x) if keep_embedding else None,
     )
 
 
-def _first_pass(
-    call: Step,
-    out: FirstPass,
-    sampled: Tensor,
-    pull: Tensor,
-    contrast: Tensor | None,
-    gradient: bool,
-    keep_embedding: bool,
-) -> None:
-    x, labels, centroids = call.x, call.labels, call.centroids
-    for t in (out.total, out.grad_scale, out.grad_norm, out.grad_rstd):
-        if t is not None:
-            t.zero_()
-    head = Logits(call.temperature, call.scale, call.norm_weight, call.norm_bias, call.norm_eps)
-    height, label_rows = x.shape[2], labels.shape[1]
-    # at equal sizes nothing is interpolated, and bands do not touch each other
-    apart = tuple(labels.shape[1:]) == tuple(x.shape[2:])
-    lower = target_rows_of(height, label_rows, call.align_corners)
-    sums = torch.zeros((), dtype=torch.float64, device=x.device)
-    classes, k = centroids.shape[:2]
-    work = Workspace(x, classes, out.own_similarity.dtype, keep_embedding, call.band_pixels)
-    embedding = pick("normalize_embedding", x, call.backend)
-    upsampling = pick("upsample_cross_entropy", work.logits, call.backend, N=labels.numel(), C=classes)
-    embedded = out.embedding if work.embedding is None else work.embedding  # its layout decides, which is not always that of x
-    assert embedded is not None
-    sweep, winners = (
-        pick(op, embedded, call.backend, centroids, N=pixel_count(x), C=classes, K=k)
-        for op in ("subcentroid_cross_entropy", "class_scores")
-    )
-    for band in bands(x, call.band_pixels):
-        part, pixels = band.of(x), slice(band.first, band.last)
-        e = work.embedding_of(band, out.embedding)
-        made = NormalizeOut(e, *out.statistics[:, pixels])
-        normalize_embedding.into(NormalizeCall(part, call.weight, call.bias, call.eps, embedding), made)
-        to_e = None if out.grad is None else band.of(out.grad)
-        own_scores, own_winner = (work.window(t, band, with_row_above=False) for t in (work.scores, work.winner))
-        results = (own_scores, own_winner, out.own_similarity[pixels])
-        if contrast is None or out.lse is None:
-            class_scores.into(ScoresCall(e, centroids, sampled[pixels], "dot", winners), ScoresOut(*results))
-            if to_e is not None:
-                to_e.zero_()
-        else:
-            kernels("similarity", sweep).scores_and_contrast(
-                SweepCall(e, centroids, sampled[pixels], call.contrast_temperature, contrast, sweep),
-                SweepOut(*results, out.lse[pixels], to_e),
-            )
-        if call.confidence:
-            length = pixel_map(part, out.statistics[1, pixels].reciprocal())
-            work.window(work.length, band, with_row_above=False).copy_(length)
-        finite = own_scores[:, 0].isfinite().reshape(-1)
-
-        # the cross-entropy of the label rows between the last row of the band above and the last row of this one
-        first, last = apart or band.top == 0, apart or band.bottom == height
-        top = band.top if first else band.top - 1
-        maps = (work.scores, work.winner, work.length, work.logits, work.to_logits)
-        scores, winner, length, logits, to_logits = (work.window(t, band, with_row_above=not first) for t in maps)
-        scratch, logits = logits, head.forward(scores, length if call.confidence else None, logits)
-        out.prediction[pixels] = torch.where(finite, logits[:, :, band.top - top :].argmax(1).reshape(-1), -1)
-        # label rows whose lower feature row is in [top, bottom - 1), or to the end
-        above, below = bisect_left(lower, top), bisect_left(lower, band.bottom - (not last))
-        window = (0, 0, 0, 0) if apart else (height, top, label_rows, above)
-        upsample = UpsampleCall(
-            logits, labels[band.begin : band.end, above:below], *window, call.align_corners, call.class_weight, call.ignored,
-            call.label_smoothing, None, upsampling,
-        )  # fmt: skip
-        sums += cross_entropy_with_gradient(upsample, gradient, to_logits)[0]
-        if out.grad is not None:
-            to_logits *= pull
-            if not first and work.pending_grad is not None:
-                to_logits[:, :, :1] += work.pending_grad
-            done = slice(0, to_logits.shape[2] - (not last))  # the next band adds to the last row
-            complete = band._replace(top=top, bottom=top + done.stop, first=band.first - (band.top - top) * x.shape[3])
-            lengths = length[:, :, done] if call.confidence else None
-            to_scores, to_length, to_scale, to_norm = head.backward_(
-                to_logits[:, :, done], scores[:, :, done], lengths, scratch[:, :, done]
-            )
-            target = complete.of(out.grad)
-            kernels("similarity", winners).class_scores_backward(
-                ScoresBackwardCall(target, centroids, None, "dot", winner[:, :, done], to_scores, None, True, winners),
-                ScoresBackwardOut(target, None),
-            )
-            if to_length is not None and lengths is not None and out.grad_rstd is not None:
-                # d length / d rstd = -length^2
-                per_pixel = (-to_length * lengths.square()).reshape(-1)
-                out.grad_rstd[complete.first : complete.first + len(per_pixel)] = per_pixel
-            out.grad_scale.add_(to_scale)
-            out.grad_norm.add_(to_norm)
-        if not last:
-            work.carry(band, to_logits if gradient else None)
-    out.total.copy_(sums)
-
-
 def _first_flops(
-    call: Step, sampled: Tensor, pull: Tensor, contrast: Tensor | None, gradient: bool, keep_embedding: bool
-) -> int:
+    call: Step, sampled: Tensor, counts: Tensor | None, amounts: Tensor | None, factors: Tensor | None,
+    gradient: bool, keep_embedding: bool,
+) -> int:  # fmt: skip
     scores = product(call)  # the contrast shares them
-    return scores + gradient * (product(call, k=1) + (contrast is not None) * scores)
+    return scores + gradient * (product(call, k=1) + bool(call.ppc_weight) * scores)
 
 
-#: ``first_pass(step, sampled, pull, contrast, gradient, keep_embedding)``. sampled [N]: labels of own similarities and of the
-#: contrast, -1 for none; pull and contrast []: what the gradients of both sums are multiplied by; contrast None: no contrast.
-first_pass = Op("head", "head_first_pass", _first_out, launch=_first_pass, flops=_first_flops)
+#: ``head_first_pass(step, sampled, counts, amounts, factors, gradient, keep_embedding)``. sampled [N]: labels of own
+#: similarities and of the contrast, -1 for none. counts: of `head_labels`. amounts [2] float64: the class weights of the
+#: labelled pixels and the number of sampled ones, where they are not those of the counts. factors [7]: where they are known.
+#: A weight of 0 leaves its part of the loss out.
+head_first_pass = Op(
+    "head", "head_first_pass", _first_out, launch=_by("head_first_pass"), flops=_first_flops, mutates=("zeros",)
+)
+
+
+def _cluster_out(call: ClusterCall) -> Clusters:
+    own, group, n = call.own_similarity, call.group, len(call.group)
+    rows, buckets = 1, -(-call.classes * own.shape[1] // 16)
+    if call.whole and call.backend == "triton":
+        rows = max(1, -(-n // _triton().cluster_tile(own, group, call.classes)))
+    return Clusters(
+        target=torch.empty_like(group),
+        pull=own.new_empty(n) if call.pulls else None,
+        moving=torch.empty_like(group),
+        sums=own.new_empty((rows, 2), dtype=torch.float64),
+        histogram=group.new_empty((rows, buckets), dtype=torch.int32) if call.tile else None,
+        cursor=group.new_empty(2, dtype=torch.int32) if call.tile else None,
+        counters=group.new_empty(call.classes * own.shape[1] + 3) if call.counters is None else None,
+        state=own.new_empty(2, dtype=torch.float64) if call.num_updates is not None else None,
+    )
+
+
+#: ``head_cluster(call)``.
+head_cluster = Op("head", "head_cluster", _cluster_out, launch=_by("head_cluster"), mutates=("zeros", "counters"))
 
 
 def _second_out(call: Second) -> SecondPass:
     x, dtype = call.x, compute_dtype(call.x)
     m = 0 if call.cluster is None else call.centroids.shape[0] * call.centroids.shape[1]
+    rows, exact = 1, call.whole and call.backend == "triton"
+    if exact and call.grad is not None:
+        rows = _triton().affine_programs(call)
+    affine = x.new_empty((rows if call.grad is not None else 0, 2, x.shape[1]), dtype=dtype)
+    if call.histogram is not None:
+        units = _triton().units_of(call)
+        return SecondPass(affine, units.sums, units.counts, units.bucket)
     return SecondPass(
-        grad_affine=x.new_empty((2, x.shape[1]), dtype=dtype),
-        sums=x.new_empty((m, x.shape[1]), dtype=dtype),
-        counts=x.new_empty(m, dtype=torch.int64),
+        affine, x.new_empty((m, x.shape[1]), dtype=dtype), x.new_empty(m, dtype=torch.int64), x.new_empty(1, dtype=torch.int32)
     )
 
 
-def _second_pass(call: Second, out: SecondPass) -> None:
-    x, target, pull = call.x, call.target, call.pull
-    for t in out:
-        t.zero_()
-    classes, k = call.centroids.shape[:2]
-    embedding = pick("normalize_embedding", x, call.backend)
-    winners = pick("class_scores", x, call.backend, call.centroids, C=classes, K=k)
-    keep = call.embedding is not None
-    work = Workspace(x, 0, out.sums.dtype, keep or call.cluster is None, call.band_pixels)
-    to_affine = torch.empty_like(out.grad_affine)
-    for band in bands(x, call.band_pixels):
-        part, pixels = band.of(x), slice(band.first, band.last)
-        mean, rstd, inverse_norm = statistics = call.statistics[:, pixels]
-        if call.cluster is not None:
-            e = work.embedding_of(band, call.embedding)
-            if not keep:
-                made = NormalizeOut(e, *torch.empty_like(statistics))
-                normalize_embedding.into(NormalizeCall(part, call.weight, call.bias, call.eps, embedding), made)
-            some = cluster_sums(e, call.cluster[pixels], len(out.counts), backend=cast(Backend, call.backend))
-            out.sums.add_(some.sums)
-            out.counts.add_(some.counts)
-        if call.grad is None:
-            continue
-        to_e = band.of(call.grad)
-        if target is not None and pull is not None:
-            label = torch.div(target[pixels], k, rounding_mode="floor")
-            to_own = pull.new_zeros(len(label), k).scatter_(1, (target[pixels] % k)[:, None], pull[pixels, None])
-            kernels("similarity", winners).class_scores_backward(
-                ScoresBackwardCall(to_e, call.centroids, label, "dot", None, None, to_own, True, winners),
-                ScoresBackwardOut(to_e, None),
-            )
-        to_rstd = None if call.grad_rstd is None else call.grad_rstd[pixels]
-        kernels("embedding", embedding).normalize_embedding_backward(
-            NormalizeBackwardCall(part, call.weight, call.bias, mean, rstd, inverse_norm, to_e, to_rstd, embedding),
-            NormalizeBackwardOut(to_e, *to_affine),
-        )
-        out.grad_affine.add_(to_affine)
+#: ``head_second_pass(call)``.
+head_second_pass = Op(
+    "head", "head_second_pass", _second_out, launch=_by("head_second_pass"), mutates=("grad", "histogram", "cursor")
+)
 
 
-#: ``second_pass(call)``: what the cluster of a pixel decides, and the gradient of x.
-second_pass = Op("head", "head_second_pass", _second_out, launch=_second_pass, mutates=("grad",))
+def sorting_of(embedding: Tensor, clusters: int, own_similarity: Tensor, group: Tensor, classes: int) -> tuple[int, int]:
+    """(tile, unit): how many pixels `head_cluster` and `head_second_pass` sort, and add up, at a time, on Triton."""
+    tile = _triton().cluster_tile(own_similarity, group, classes)
+    return tile, kernels("momentum", "triton").sorting_of(embedding, clusters, tile).unit
+
+
+def _finish_out(call: FinishCall, decay: float, dead: float) -> Finished:
+    dtype, channels, classes = call.factors.dtype, call.channels, call.grad_norm.shape[2]
+    loss, cross_entropy, ppc, ppd = (call.factors.new_empty(()) for _ in range(4))
+    accuracy = call.factors.new_empty((), dtype=torch.float32)
+    grads = call.factors.new_empty(2 * channels + 1 + 2 * classes, dtype=dtype)
+    return Finished(loss, cross_entropy, ppc, ppd, accuracy, grads)
+
+
+_BUFFERS = (
+    "prototypes", "previous", "num_updates", "last_counts", "idle_updates", "wins", "class_counts",
+    "nonfinite_pixels", "bad_labels",
+)  # fmt: skip
+#: ``head_finish(call, decay, dead)``: decay of the wins, and the share of a class's wins below which a sub-centroid is idle.
+head_finish = Op("head", "head_finish", _finish_out, launch=_by("head_finish"), mutates=_BUFFERS)

@@ -196,12 +196,11 @@ def _sum_finite(
 
 
 @triton.jit
-def _move(row_ptr, total, count, d, D, momentum_high, momentum_low):
+def move(row_ptr, total, count, d, D, momentum):
     """unit(momentum * row + (1 - momentum) * unit(total)) over a row with pixels, unless that is no direction.
 
     In float64: no length of float32 sums overflows or vanishes.
     """
-    momentum = tl.full([], 0.0, tl.float64) + momentum_high + momentum_low
     row = tl.load(row_ptr + d, mask=d < D, other=0.0).to(tl.float64)
     f = total.to(tl.float64)
     length = tl.sqrt(tl.sum(f * f, axis=0))
@@ -213,19 +212,20 @@ def _move(row_ptr, total, count, d, D, momentum_high, momentum_low):
 
 
 @triton.jit
-def momentum_result_kernel(
-    x_ptr, order_ptr, bucket_ptr, partial_ptr, unit_counts_ptr, target_ptr, counts_ptr, buckets, D,
-    hw, width, stride_b, stride_h, stride_w, stride_d, momentum_high, momentum_low,
-    UPDATE: tl.constexpr, MAP: tl.constexpr, UNIT: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A program per cluster: its units, added in order, give sums and counts, or move its sub-centroid (UPDATE)."""
-    m = tl.program_id(0)
+def double(high, low):
+    """A float64 from two float32."""
+    return tl.full([], 0.0, tl.float64) + high + low
+
+
+@triton.jit
+def add_units(
+    bucket_ptr, partial_ptr, unit_counts_ptr, m, buckets, d, D, UNIT: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Sum [BLOCK_D] and number of the pixels of cluster m: its units, in order."""
     b, within = m >> _SHIFT, m & _WITHIN
-    pixels = tl.load(bucket_ptr + buckets + b)
     first_unit = tl.load(bucket_ptr + 2 * buckets + b).to(tl.int64)
-    units = (pixels + UNIT - 1) // UNIT
-    u, d = tl.arange(0, BLOCK_U), tl.arange(0, BLOCK_D)
+    units = (tl.load(bucket_ptr + buckets + b) + UNIT - 1) // UNIT
+    u = tl.arange(0, BLOCK_U)
     total = tl.zeros([BLOCK_D], tl.float32)
     count = tl.full([], 0, tl.int32)
     for first in range(0, units, BLOCK_U):
@@ -234,14 +234,29 @@ def momentum_result_kernel(
         part = tl.load(partial_ptr + row[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)  # [U,D]
         total += tl.sum(part, axis=0)
         count += tl.sum(tl.load(unit_counts_ptr + row, mask=inside, other=0), axis=0)
+    return total, count
+
+
+@triton.jit
+def momentum_result_kernel(
+    x_ptr, order_ptr, bucket_ptr, partial_ptr, unit_counts_ptr, target_ptr, counts_ptr, buckets, D,
+    hw, width, stride_b, stride_h, stride_w, stride_d, momentum_high, momentum_low,
+    UPDATE: tl.constexpr, MAP: tl.constexpr, UNIT: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A program per cluster: its units, added in order, give sums and counts, or move its sub-centroid (UPDATE)."""
+    m = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)
+    total, count = add_units(bucket_ptr, partial_ptr, unit_counts_ptr, m, buckets, d, D, UNIT, BLOCK_U, BLOCK_D)
+    b, within = m >> _SHIFT, m & _WITHIN
     if tl.min((tl.abs(total) <= _LARGEST).to(tl.int32), axis=0) == 0:
         total, count = _sum_finite(
-            x_ptr, order_ptr + tl.load(bucket_ptr + b), pixels, within, D, hw, width, stride_b, stride_h, stride_w, stride_d,
-            MAP, BLOCK_P, BLOCK_D,
+            x_ptr, order_ptr + tl.load(bucket_ptr + b), tl.load(bucket_ptr + buckets + b), within, D, hw, width,
+            stride_b, stride_h, stride_w, stride_d, MAP, BLOCK_P, BLOCK_D,
         )  # fmt: skip
     at = target_ptr + m.to(tl.int64) * D
     if UPDATE:
-        _move(at, total, count, d, D, momentum_high, momentum_low)
+        move(at, total, count, d, D, double(momentum_high, momentum_low))
     else:
         tl.store(at + d, total, mask=d < D)
         tl.store(counts_ptr + m, count.to(tl.int64))
@@ -254,4 +269,4 @@ def momentum_apply_kernel(rows_ptr, sums_ptr, counts_ptr, D, momentum_high, mome
     d = tl.arange(0, BLOCK_D)
     at = m.to(tl.int64) * D
     total = tl.load(sums_ptr + at + d, mask=d < D, other=0.0)
-    _move(rows_ptr + at, total, tl.load(counts_ptr + m), d, D, momentum_high, momentum_low)
+    move(rows_ptr + at, total, tl.load(counts_ptr + m), d, D, double(momentum_high, momentum_low))

@@ -76,11 +76,18 @@ def _scores_plan(
     return packing, Plan((programs, cdiv(tiles, span)), arguments, constants)
 
 
-def class_scores(call: ScoresCall, out: ScoresOut) -> None:
-    """Scores, winners and own similarities."""
+def scores_packing(x: Tensor, centroids: Tensor, scores: Tensor) -> Packing:
+    """How `class_scores` of metric dot wants its rows."""
+    return _scores_plan(x, centroids, scores, "dot", dot_precision(x), processors(x.device))[0]
+
+
+def class_scores(call: ScoresCall, out: ScoresOut, rows: Tensor | None = None) -> None:
+    """Scores, winners and own similarities. rows: the sub-centroids, packed as `scores_packing` says."""
     (x, centroids, labels, metric, _), (scores, winner, own) = call, out
     packing, plan = _scores_plan(x, centroids, scores, metric, dot_precision(x), processors(x.device))
-    rows, bias = pack_rows(centroids, metric, x.dtype, *packing)
+    bias = None
+    if rows is None:
+        rows, bias = pack_rows(centroids, metric, x.dtype, *packing)
     # scores and winners share their addresses
     placed = winner
     if winner.stride() != scores.stride():

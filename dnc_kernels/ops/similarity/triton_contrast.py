@@ -203,22 +203,41 @@ def subcentroid_cross_entropy(call: ContrastCall, out: ContrastOut) -> None:
     _sweep(call, call.target, call.ignore_index, None, out, (None, None, None))
 
 
-def scores_and_contrast(call: SweepCall, out: SweepOut) -> None:
-    """Class scores, log-sum-exp and, where given, its gradient. A label outside [0,C) is none."""
+def sweep_packing(
+    x: Tensor, centroids: Tensor, grad_x: Tensor | None, scores: Tensor, winner: Tensor
+) -> tuple[int, int, Slots | None] | None:
+    """How `scores_and_contrast` wants its rows; None: it packs them itself."""
+    if _in_bands(x, centroids):
+        return None
+    plan = _plan(x, centroids, grad_x, scores, winner, dot_precision(x))
+    return plan.block_m, plan.block_d, plan.slots
+
+
+def _in_bands(x: Tensor, centroids: Tensor) -> bool:
+    return x.element_size() != 2 or centroids.shape[2] > FUSED_CHANNELS
+
+
+def scores_and_contrast(call: SweepCall, out: SweepOut, rows: Tensor | None = None) -> None:
+    """Class scores, log-sum-exp and, where given, its gradient. A label outside [0,C) is none.
+
+    rows: the sub-centroids, packed as `sweep_packing` says.
+    """
     scored = (out.scores, out.winner, out.own_similarity)
-    _sweep(call, call.labels, -1, call.scale, ContrastOut(out.loss, out.grad_x), scored)
+    _sweep(call, call.labels, -1, call.scale, ContrastOut(out.loss, out.grad_x), scored, rows)
 
 
 def _sweep(
-    call: ContrastCall | SweepCall, index: Tensor, ignore_index: int, scale: Tensor | None, out: ContrastOut, scored: Scored
-) -> None:
+    call: ContrastCall | SweepCall, index: Tensor, ignore_index: int, scale: Tensor | None, out: ContrastOut, scored: Scored,
+    rows: Tensor | None = None,
+) -> None:  # fmt: skip
     """index: targets where there are no scores, labels beside them."""
     x, centroids, temperature, (loss, grad_x), (scores, winner, own) = call.x, call.centroids, call.temperature, out, scored
-    if x.element_size() != 2 or centroids.shape[2] > FUSED_CHANNELS:
+    if _in_bands(x, centroids):
         bands.sweep(call, index, ignore_index, scale, out, scored)
         return
     plan = _plan(x, centroids, grad_x, scores, winner, dot_precision(x))
-    rows, _ = pack_rows(centroids, "dot", x.dtype, plan.block_m, plan.block_d, plan.slots)
+    if rows is None:
+        rows, _ = pack_rows(centroids, "dot", x.dtype, plan.block_m, plan.block_d, plan.slots)
     launch(
         _subcentroid_cross_entropy_kernel, plan.launch.grid, x, rows, index, scale, loss, grad_x, scores, winner, own,
         *plan.launch.arguments, ignore_index, 1 / temperature, math.log2(math.e) / temperature, 0, **plan.launch.options,

@@ -22,7 +22,8 @@ from torch import Tensor
 from .. import _triton
 from .._triton import cdiv, rounded, tile_of, wide_unless
 
-_ROWS = 16
+#: Rows of a program.
+ROWS = 16
 
 
 class Slots(NamedTuple):
@@ -55,11 +56,11 @@ def slots_of(classes: int, k: int, tile: int) -> Slots:
 
 
 @triton.jit
-def _pack_kernel(
-    centroids_ptr, rows_ptr, bias_ptr, strides, slots, C, K, D, padded_d,
+def pack_slots(
+    slot, centroids_ptr, rows_ptr, bias_ptr, strides, slots, C, K, D, padded_d,
     METRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Pack the rows `slot` [ROWS]."""
     if slots is None:
         # what is left of the last tile repeats the last row: it may tie with that row, and never beats it
         m = tl.minimum(slot, C * K - 1)
@@ -95,6 +96,22 @@ def _pack_kernel(
         tl.store(bias_ptr + slot, -squares)
 
 
+@triton.jit
+def _pack_kernel(
+    centroids_ptr, rows_ptr, bias_ptr, strides, slots, C, K, D, padded_d,
+    METRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pack_slots(slot, centroids_ptr, rows_ptr, bias_ptr, strides, slots, C, K, D, padded_d, METRIC, ROWS, BLOCK_D)
+
+
+def slot_count(centroids: Tensor, block_m: int, block_d: int, slots: Slots | None) -> tuple[int, int]:
+    """Rows, and channels of a row, of `pack_rows`."""
+    classes, k, channels = centroids.shape
+    count = cdiv(classes * k, block_m) * block_m if slots is None else slots.tiles * block_m
+    return count, cdiv(channels, block_d) * block_d
+
+
 def pack_rows(
     centroids: Tensor, metric: str, dtype: torch.dtype, block_m: int, block_d: int, slots: Slots | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -109,13 +126,12 @@ def pack_rows(
         slots: order of the rows; slots without a centroid are zero. None: c*K + k, and the last row is repeated.
     """
     classes, k, channels = centroids.shape
-    count = cdiv(classes * k, block_m) * block_m if slots is None else slots.tiles * block_m
-    padded = cdiv(channels, block_d) * block_d
+    count, padded = slot_count(centroids, block_m, block_d, slots)
     rows = torch.empty((count, padded), dtype=dtype, device=centroids.device)
     bias = torch.empty(count, dtype=torch.float32, device=centroids.device) if metric == "sqeuclidean" else None
     _triton.launch(
-        _pack_kernel, (count // _ROWS,), centroids, rows, bias, centroids.stride(), slots, classes, k, channels, padded,
-        METRIC=metric, ROWS=_ROWS, BLOCK_D=tile_of(padded, 128, 1), num_warps=4,
+        _pack_kernel, (count // ROWS,), centroids, rows, bias, centroids.stride(), slots, classes, k, channels, padded,
+        METRIC=metric, ROWS=ROWS, BLOCK_D=tile_of(padded, 128, 1), num_warps=4,
     )  # fmt: skip
     return rows, bias
 

@@ -294,6 +294,29 @@ def sinkhorn_sums_kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def transported(
+    s, label, used, t, count_ptr, base_ptr, sums_ptr, last_ptr, G, K: tl.constexpr, inverse, unit, tolerance,
+    HAS_TOLERANCE: tl.constexpr, ITERATED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of rows s [BLOCK_N,BLOCK_K] after step t: the logarithm of the plan up to a constant, and what is largest at the
+    assigned column.
+    """
+    k = tl.arange(0, BLOCK_K)
+    score = scaled(s, row_maximum(s, K, BLOCK_K), inverse)
+    nearest = tl.where((k < K)[None, :], s, -float("inf"))
+    if ITERATED:
+        _, centred, count, _, _ = _potential(
+            label, used, t, base_ptr, sums_ptr, count_ptr, last_ptr, G, K, unit, tolerance, HAS_TOLERANCE, BLOCK_K
+        )
+        score += centred
+        # one pixel has a uniform plan, and takes its nearest
+        nearest = tl.where((count == 1)[:, None], nearest, score)
+    else:
+        score = tl.where((k < K)[None, :], score, -float("inf"))
+    return score, nearest
+
+
 @triton.jit(do_not_specialize=["t", "N", "G"])
 def sinkhorn_result_kernel(
     similarity_ptr, group_ptr, count_ptr, base_ptr, sums_ptr, last_ptr, assignment_ptr, plan_ptr, history_ptr, steps_ptr,
@@ -307,17 +330,10 @@ def sinkhorn_result_kernel(
     n = start + tl.arange(0, BLOCK_N)
     s, label, inside = read_rows(similarity_ptr, group_ptr, n, N, G, K, stride_sn, stride_sk, HAS_GROUP, BLOCK_K)
     used = label >= 0
-    score = scaled(s, row_maximum(s, K, BLOCK_K), inverse)
-    nearest = tl.where((k < K)[None, :], s, -float("inf"))
-    if ITERATED:
-        _, centred, count, _, _ = _potential(
-            label, used, t, base_ptr, sums_ptr, count_ptr, last_ptr, G, K, unit, tolerance, HAS_TOLERANCE, BLOCK_K
-        )
-        score += centred
-        # one pixel has a uniform plan, and takes its nearest
-        nearest = tl.where((count == 1)[:, None], nearest, score)
-    else:
-        score = tl.where((k < K)[None, :], score, -float("inf"))
+    score, nearest = transported(
+        s, label, used, t, count_ptr, base_ptr, sums_ptr, last_ptr, G, K, inverse, unit, tolerance, HAS_TOLERANCE, ITERATED,
+        BLOCK_K,
+    )  # fmt: skip
     if HAS_ASSIGNMENT:
         best = tl.argmax(nearest, axis=1, tie_break_left=True)
         tl.store(assignment_ptr + n, tl.where(used, best, -1).to(tl.int64), mask=n < N)

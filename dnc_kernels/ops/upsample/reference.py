@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,13 +99,14 @@ def cross_entropy_with_gradient(call: UpsampleCall, grad: bool, out: Tensor | No
     return loss, to_scores if out is None else out.copy_(to_scores)
 
 
-def target_rows_of(source_rows: int, target_rows: int, align_corners: bool) -> list[int]:
+@lru_cache(maxsize=64)
+def target_rows_of(source_rows: int, target_rows: int, align_corners: bool) -> tuple[int, ...]:
     """For every target row its lower source row, exactly as the kernels find it.
 
     Target rows whose lower source row is in [r0,r1) need the source rows r0 to min(r1, source_rows - 1), and no others.
     """
     low, _, _ = _neighbours(torch.arange(target_rows), source_rows, target_rows, align_corners)
-    return low.tolist()
+    return tuple(low.tolist())
 
 
 def _neighbours(at: Tensor, source: int, target: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:

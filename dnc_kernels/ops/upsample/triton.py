@@ -25,14 +25,17 @@ from .triton_loss import add_sums_kernel, log_sum_exp_kernel, loss_kernel
 _PIXELS = 256
 
 
-def upsample_cross_entropy(call: UpsampleCall, out: UpsampleOut) -> None:
-    """Results and the gradient, those given. A label outside [0,C) is ignored: a check would wait for the device."""
+def upsample_cross_entropy(call: UpsampleCall, out: UpsampleOut, partial: Tensor | None = None) -> None:
+    """Results and the gradient, those given. A label outside [0,C) is ignored: a check would wait for the device.
+
+    partial: instead of sums, [`loss_programs`,2] float64 that add up to them.
+    """
     scores, labels = call.scores, call.labels
     sums, loss, grad_scores = out
     if grad_scores is not None and scores.shape[1] == 1:  # one class has probability 1, whatever rounding says
         grad_scores.zero_()
         grad_scores = None
-    wanted = sums is not None or loss is not None
+    wanted = sums is not None or loss is not None or partial is not None
     if grad_scores is None and not wanted:
         return
     axes = axes_of(call)
@@ -40,7 +43,7 @@ def upsample_cross_entropy(call: UpsampleCall, out: UpsampleOut) -> None:
     spread = torch.empty_like(lse) if wanted and call.label_smoothing > 0 else None
     log_sum_exp(call, axes, shift, lse, spread)
     if wanted:
-        _losses(call, axes, shift, lse, spread, sums, loss)
+        _losses(call, axes, shift, lse, spread, sums, loss, partial)
     if grad_scores is not None:
         gradient(call, axes, shift, lse, grad_scores)
 
@@ -60,12 +63,13 @@ def log_sum_exp(call: UpsampleCall, axes: tuple[Axis, Axis], shift: Tensor, lse:
 
 def _losses(
     call: UpsampleCall, axes: tuple[Axis, Axis], shift: Tensor, lse: Tensor, spread: Tensor | None, sums: Tensor | None,
-    loss: Tensor | None,
+    loss: Tensor | None, partial: Tensor | None,
 ) -> None:  # fmt: skip
     """Losses of pixels and their sums, those given."""
     scores, labels, (rows, columns) = call.scores, call.labels, axes
-    programs = min(triton.cdiv(lse.numel(), _PIXELS), 8 * processors(lse.device))
-    partial = None if sums is None else sums.new_empty((programs, 2))
+    programs = loss_programs(labels)
+    if sums is not None:
+        partial = sums.new_empty((programs, 2))
     launch(
         loss_kernel, (programs,),
         scores, labels, call.class_weight, shift, lse, spread, loss, partial, scores.stride(), labels.stride(),
@@ -74,6 +78,11 @@ def _losses(
     )  # fmt: skip
     if sums is not None:
         launch(add_sums_kernel, (1,), partial, sums, programs, BLOCK=1024, num_warps=4)
+
+
+def loss_programs(labels: Tensor) -> int:
+    """Programs that a loss of labels [B,H,W] takes, each of which has its partial sums."""
+    return min(triton.cdiv(labels.numel(), _PIXELS), 8 * processors(labels.device))
 
 
 def gradient(call: UpsampleCall, axes: tuple[Axis, Axis], shift: Tensor, lse: Tensor, grad_scores: Tensor) -> None:
