@@ -67,7 +67,7 @@ class GraphedLoss:
         """`DNCHead.loss` of features and labels like the examples.
 
         Raises:
-            ValueError: other shapes, dtypes, devices or strides.
+            ValueError: other shapes, dtypes or devices.
         """
         op = f"{type(self._head).__name__}.graphed"
         x = self._head._projected(features)
@@ -111,18 +111,23 @@ class _Replayed(torch.autograd.Function):
 
 
 def _check(op: str, head: DNCHead, features: Tensor) -> None:
-    def check(good: bool, argument: str, expected: str, got: str, fix: str) -> None:
-        check_value(good, op, argument, expected, got, fix)
-
-    check(features.device.type == "cuda" or _stand_in, "features", "on a CUDA device", str(features.device), "use loss")
+    check_value(
+        features.device.type == "cuda" or _stand_in, op, "features", "on a CUDA device", str(features.device), "use loss"
+    )
     plain = head.checkpoint != "none"
-    check(plain, "checkpoint", "all or scores", "none", "its parts are ops of autograd; use torch.cuda.make_graphed_callables")
-    check(not head._start_pending, "init", "without a start to come", "data", "run the steps up to the start with loss")
-    check(not head._observers, "Monitor", "none", "one that observes the head", "use loss for the steps that it sees")
-    check(head.accumulation_steps == 1, "accumulation_steps", "1", str(head.accumulation_steps), "use loss")
-    check(head.generator is None, "generator", "None", "a generator", "draws of a graph come from torch's own")
+    check_value(
+        plain, op, "checkpoint", "all or scores", "none", "its parts are ops of autograd; use torch.cuda.make_graphed_callables"
+    )
+    check_value(
+        not head._start_pending, op, "init", "without a start to come", "data", "run the steps up to the start with loss"
+    )
+    check_value(not head._observers, op, "Monitor", "none", "one that observes the head", "use loss for the steps that it sees")
+    check_value(head.accumulation_steps == 1, op, "accumulation_steps", "1", str(head.accumulation_steps), "use loss")
+    check_value(head.generator is None, op, "generator", "None", "a generator", "draws of a graph come from torch's own")
     alone = _sync.ranks(head.peers) == 1
-    check(alone, "sync", "one rank, or none", "several ranks", "use loss: what ranks exchange is no part of the graph")
+    check_value(
+        alone, op, "sync", "one rank, or none", "several ranks", "use loss: what ranks exchange is no part of the graph"
+    )
 
 
 #: Set by tests, in place of a GPU.

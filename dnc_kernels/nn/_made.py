@@ -13,7 +13,54 @@ from torch import Tensor
 
 from ..ops._common import scale_saved
 from ..ops._op import NAMESPACE
-from ..ops.head import COUNT, SCALE, UNIT, WEIGHT, Second, Step, head_first_pass, head_second_pass, pull_of, to_target
+from ..ops.head import (
+    COUNT,
+    SCALE,
+    UNIT,
+    WEIGHT,
+    Clusters,
+    FirstPass,
+    Second,
+    Step,
+    head_first_pass,
+    head_second_pass,
+    pull_of,
+    to_target,
+)
+
+
+def second_call(
+    step: Step,
+    first: FirstPass,
+    target: Tensor | None,
+    pull: Tensor | None,
+    *,
+    embedding: Tensor | None = None,
+    clusters: Clusters | None = None,
+    tile: int = 0,
+) -> Second:
+    """The second pass after the first. clusters: whose sums move sub-centroids; None: nothing moves."""
+    return Second(
+        x=step.x,
+        weight=step.weight,
+        bias=step.bias,
+        eps=step.eps,
+        centroids=step.centroids,
+        statistics=first.statistics,
+        grad=first.grad,
+        grad_rstd=first.grad_rstd,
+        embedding=embedding,
+        target=target,
+        pull=pull,
+        cluster=None if clusters is None else clusters.moving,
+        histogram=None if clusters is None else clusters.histogram,
+        cursor=None if clusters is None else clusters.cursor,
+        tile=tile,
+        band_pixels=step.band_pixels,
+        whole=step.whole,
+        parts=step.parts,
+        backend=step.backend,
+    )
 
 
 class Again:
@@ -60,29 +107,7 @@ class Again:
         if ppc is not None or ppd is not None:
             towards = to_target(first.own_similarity, self.target)
             pull = pull_of(factors, self.target, towards, step.contrast_temperature)
-        second = head_second_pass(
-            Second(
-                x=step.x,
-                weight=step.weight,
-                bias=step.bias,
-                eps=step.eps,
-                centroids=step.centroids,
-                statistics=first.statistics,
-                grad=first.grad,
-                grad_rstd=first.grad_rstd,
-                embedding=None,
-                target=self.target,
-                pull=pull,
-                cluster=None,
-                histogram=None,
-                cursor=None,
-                tile=0,
-                band_pixels=step.band_pixels,
-                whole=False,
-                parts=step.parts,
-                backend=step.backend,
-            )
-        )
+        second = head_second_pass(second_call(step, first, self.target, pull))
         small = [t.sum(0).flatten() for t in (second.grad_affine, first.grad_scale, first.grad_norm)]
         grads = torch.cat(small)
         factor = size / unit

@@ -12,13 +12,11 @@ from ..ops._common import compute_dtype, pixel_count
 from ..ops.head import (
     UNIT,
     ClusterCall,
-    Clusters,
     FinishCall,
     Finished,
     FirstPass,
     Labels,
     LabelsCall,
-    Second,
     Step,
     amounts_of,
     default_band,
@@ -33,7 +31,7 @@ from ..ops.head import (
 )
 from . import _sync
 from ._base import DNCLoss
-from ._made import Again, Made, MadeInParts
+from ._made import Again, Made, MadeInParts, second_call
 from ._usage import dead_below
 from .subcentroids import WINS_DECAY
 
@@ -211,7 +209,7 @@ def _step(
 def _run(head: DNCHead, plan: _Plan, step: Step, early: Labels, parts: bool) -> tuple[Finished, FirstPass, Again | None]:
     """The step, and its update; what its parts' gradients are made of, where they may be asked for."""
     sampled, amounts = head._sampled(early.small), None
-    joint = plan.update and head.sync != "average" and _sync.ranks(head.peers) > 1
+    joint = head._over_ranks(plan.update)
     if sampled is not early.small or joint:
         amounts = torch.stack([amounts_of(early.counts, step.class_weight, step.at_features)[0], (sampled >= 0).sum()])
         if joint:
@@ -230,7 +228,11 @@ def _run(head: DNCHead, plan: _Plan, step: Step, early: Labels, parts: bool) -> 
         found = head_cluster(_cluster_call(head, plan, step, first, early, tile))
     counters = _counters(first, early) if found is None else early.counters if found.counters is None else found.counters
     assert counters is not None
-    second = head_second_pass(second_call(step, first, found, update=plan.update, tile=tile))
+    target, pull = (None, None) if found is None or found.pull is None else (found.target, found.pull)
+    # elsewhere it is made again, whoever else needs it: the bits of a step do not depend on that
+    embedding = first.embedding if plan.fused or head.checkpoint == "scores" else None
+    moving = found if plan.update else None
+    second = head_second_pass(second_call(step, first, target, pull, embedding=embedding, clusters=moving, tile=tile))
     keep_old = parts and plan.gradient and not plan.compiling and bool(head.ppc_weight or head.ppd_weight)
     moved: dict[str, Any] = dict.fromkeys(_UPDATE)
     if plan.moves:
@@ -310,28 +312,3 @@ def _counters(first: FirstPass, early: Labels) -> Tensor:
     labelled = finite & (early.small >= 0)
     correct = labelled & (first.prediction == early.small)
     return torch.stack([correct.sum(), labelled.sum(), (~finite).sum()])
-
-
-def second_call(step: Step, first: FirstPass, found: Clusters | None, *, update: bool, tile: int = 0) -> Second:
-    """The second pass after the first, and after the clusters if there are any."""
-    return Second(
-        x=step.x,
-        weight=step.weight,
-        bias=step.bias,
-        eps=step.eps,
-        centroids=step.centroids,
-        statistics=first.statistics,
-        grad=first.grad,
-        grad_rstd=first.grad_rstd,
-        embedding=first.embedding,
-        target=None if found is None or found.pull is None else found.target,
-        pull=None if found is None else found.pull,
-        cluster=found.moving if found is not None and update else None,
-        histogram=None if found is None else found.histogram,
-        cursor=None if found is None else found.cursor,
-        tile=tile,
-        band_pixels=step.band_pixels,
-        whole=step.whole,
-        parts=step.parts,
-        backend=step.backend,
-    )

@@ -217,13 +217,16 @@ class SubCentroids(SubCentroidState):
 
     def _transports(self, joint: bool) -> bool:
         """Whether clusters are the assignment of `ops.sinkhorn_assign`."""
-        joint = joint and self.sync != "average" and _sync.ranks(self.peers) > 1
-        return self.assignment == "argmax" and not joint
+        return self.assignment == "argmax" and not self._over_ranks(joint)
+
+    def _over_ranks(self, joint: bool) -> bool:
+        """Whether, with `joint`, pixels cluster together with those of other ranks."""
+        return joint and self.sync != "average" and _sync.ranks(self.peers) > 1
 
     def _assign(self, own: Tensor, group: Tensor, *, joint: bool) -> Tensor:
         """[N]: k of each pixel, of finite similarities [N,K] and classes [N]; without meaning where the class is -1."""
         classes = self.num_classes
-        if joint and self.sync != "average" and _sync.ranks(self.peers) > 1:
+        if self._over_ranks(joint):
             logits = _sync.sinkhorn_over_ranks(self.peers, own, group, classes, self.epsilon, self.iterations)
             return logits.argmax(1) if self.assignment == "argmax" else self._draw(logits.softmax(1))
         if self.assignment == "argmax":

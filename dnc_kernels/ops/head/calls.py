@@ -16,8 +16,6 @@ from .._op import record
 #: distance: what the gradients of the sums of cross-entropy, PPC and PPD are multiplied by; scale: exp(log_scale); weight and
 #: count: what the sums are divided by.
 UNIT, PULL, CONTRAST, DISTANCE, SCALE, WEIGHT, COUNT = range(7)
-#: Counters behind the M wins of each sub-centroid: pixels that are classified correctly, have a label, are not finite.
-CORRECT, LABELLED, NONFINITE = range(3)
 
 
 @record
@@ -178,7 +176,7 @@ class Clusters(NamedTuple):
     sums: Tensor  # [P,2] float64 of PPC and PPD
     histogram: Tensor | None  # [tiles,buckets] int32
     cursor: Tensor | None  # [2] int32
-    counters: Tensor | None  # [M+3] int64: wins of each sub-centroid, and three counts
+    counters: Tensor | None  # [M+3] int64: wins of each sub-centroid; pixels that are correct, have a label, are not finite
     state: Tensor | None  # [2] float64: momentum of this update, 1 where it moves and 0 in the warm-up
 
 

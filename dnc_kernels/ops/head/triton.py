@@ -392,8 +392,7 @@ def _add_up(call: Second, out: SecondPass, e: Tensor, pixels: slice, sums: list[
 @planned
 def _pull_plan(grad: Tensor) -> tuple[Pixels, dict[str, int]]:
     at = pixels_of(grad)
-    blocks = {"BLOCK_N": 16, "BLOCK_D": 128} if at.stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 16}
-    return at, {"GRAD_MAP": map_kind(grad, at), **blocks}
+    return at, {"GRAD_MAP": map_kind(grad, at), **similarity.strip(at)}
 
 
 def _add_pull(grad: Tensor, pull: embedding.Pull) -> None:

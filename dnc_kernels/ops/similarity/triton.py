@@ -149,7 +149,7 @@ def class_scores_backward(call: ScoresBackwardCall, out: ScoresBackwardOut) -> N
         grad_centroids.copy_(_centroid_chain(centroids, *_centroid_sums(x, centroids, sent, factor, 0, pixel_count(x)), metric))
 
 
-def _strip(at: Pixels) -> dict[str, int]:
+def strip(at: Pixels) -> dict[str, int]:
     """Blocks of a kernel that is no product: what lies side by side in memory is its long side."""
     return {"BLOCK_N": 16, "BLOCK_D": 128} if at.stride_d == 1 else {"BLOCK_N": 128, "BLOCK_D": 16}
 
@@ -157,7 +157,7 @@ def _strip(at: Pixels) -> dict[str, int]:
 @planned
 def _own_gradient_plan(grad_x: Tensor, centroids: Tensor, accumulate: bool) -> Plan:
     n, (classes, k, channels), at = pixel_count(grad_x), centroids.shape, pixels_of(grad_x)
-    blocks = _strip(at)
+    blocks = strip(at)
     return Plan(
         (cdiv(n, blocks["BLOCK_N"]), cdiv(channels, blocks["BLOCK_D"])), (at, n, classes, k, channels),
         {"ACCUMULATE": accumulate, "GRAD_MAP": map_kind(grad_x, at), **blocks, "num_warps": 4},
@@ -180,7 +180,7 @@ def _add_own_gradient(
 @planned
 def _metric_plan(x: Tensor, grad_x: Tensor, metric: str) -> Plan:
     n, at, grad_at = pixel_count(x), pixels_of(x), pixels_of(grad_x)
-    blocks = _strip(at)
+    blocks = strip(at)
     return Plan(
         (cdiv(n, blocks["BLOCK_N"]),), (at, grad_at, n, x.shape[1]),
         {"METRIC": metric, "X_MAP": map_kind(x, at), "GRAD_MAP": map_kind(grad_x, grad_at), **blocks, "num_warps": 4},
