@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .aot_triton import Launch, compiling, product_precision, row_of
-from .families import FAMILIES
+from .families import CUDA_FAMILIES, FAMILIES
 from .machine_code import ARCHS, SHARED_LIMIT, Row, faults
 
 
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "triton" in backends:
             sources.append(_triton_rows(jobs(families, archs, options.every), options.jobs))
         if "cuda" in backends:
-            sources.append(_cuda_rows(families, archs, options.jobs))
+            sources.append(_cuda_rows([f for f in families if f in CUDA_FAMILIES], archs, options.jobs))
     compiled = failed = 0
     for row in chain.from_iterable(sources):
         wrong = faults_of(row)

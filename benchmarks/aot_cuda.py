@@ -18,7 +18,7 @@ from pathlib import Path
 from dnc_kernels import backends
 
 from . import ROOT
-from .families import FAMILIES, cuda_files, source
+from .families import CUDA_FAMILIES, cuda_files, source
 from .machine_code import ARCHS, Row, cuobjdump, run, usage
 
 #: Names of `machine_code.FEATURES`, and how an instruction of machine code begins that does it.
@@ -44,7 +44,7 @@ def missing() -> str:
     return ""
 
 
-def is_current(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS) -> bool:
+def is_current(families: Sequence[str] = CUDA_FAMILIES, archs: Sequence[int] = ARCHS) -> bool:
     """Whether the extension holds machine code of this source for all these architectures."""
     native = backends._native
     built = {int(re.sub(r"\D.*", "", arch)) for arch in (getattr(native, "cuda_archs", None) or "").split()}
@@ -52,7 +52,7 @@ def is_current(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS)
     return built >= set(archs) and all(sources.get(family) == source(family) for family in families)
 
 
-def rows(families: Sequence[str] = FAMILIES, archs: Sequence[int] = ARCHS, jobs: int = 2) -> list[Row]:
+def rows(families: Sequence[str] = CUDA_FAMILIES, archs: Sequence[int] = ARCHS, jobs: int = 2) -> list[Row]:
     """A row for every kernel of these families on these architectures."""
     with _binaries(families, archs, jobs) as files:
         return [row for file, arch in files for row in _rows_of(file, arch) if row.op.partition(".")[0] in families]
@@ -165,7 +165,7 @@ def _functions(text: str, pattern: str) -> Iterator[tuple[str, str, str]]:
     """Family, mangled name and text of every kernel of this library in cuobjdump's output for one architecture."""
     for part in text.split("Fatbin elf code:")[1:]:
         path = re.search(r"^identifier = (\S+)$", part, re.MULTILINE)
-        family = next((f for f in FAMILIES if path and Path(path[1]).name.startswith(f)), None)
+        family = next((f for f in CUDA_FAMILIES if path and Path(path[1]).name.startswith(f)), None)
         if family:
             pieces = re.split(pattern, part, flags=re.MULTILINE)
             yield from ((family, name, body) for name, body in zip(pieces[1::2], pieces[2::2], strict=True))

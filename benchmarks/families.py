@@ -10,7 +10,9 @@ from pathlib import Path
 from . import ROOT
 
 #: Those of `dnc_kernels.backends.FAMILY`; a test compares them.
-FAMILIES = ("embedding", "momentum", "similarity", "sinkhorn", "upsample")
+FAMILIES = ("embedding", "head", "momentum", "similarity", "sinkhorn", "upsample")
+#: Those with CUDA C++ kernels. A head's step launches those of the others, and Triton's.
+CUDA_FAMILIES = tuple(family for family in FAMILIES if family != "head")
 #: What the names of a family's tests begin with, after test_; else the family itself.
 _STEMS = {"similarity": ("similarity", "nearest", "contrast")}
 

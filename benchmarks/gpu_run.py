@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT, gpu_steps, processes, pytest_record
-from .families import FAMILIES, cuda_tests
+from .families import CUDA_FAMILIES, cuda_tests
 from .gpu_take import BAD, RESULTS, events, rows_of, source, summary, take
 from .processes import Ended, Step
 from .record import Line, append, commit, read
@@ -162,7 +162,7 @@ def _tests(run: Run) -> None:
     from . import prove
 
     sources, workers = run.environment.get("sources") or {}, max(1, (os.cpu_count() or 1) - 7)
-    chosen = [family for family in run.families or FAMILIES if family != "none"]
+    chosen = [family for family in run.families or CUDA_FAMILIES if family != "none"]
     select = "cuda and sanitize" if run.dry else "cuda and not large"
     steps = [prove.step(family, run.record, 170, select=select) for family in chosen]
     others = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if not path.name.endswith("_cuda.py")]
@@ -246,7 +246,7 @@ def _memcheck_of_small_tests(run: Run) -> None:
                     f"memcheck {family}", cuda_tests(family), run.record, seconds=60, workers=0, each=30,
                     select="cuda and sanitize and not large", env=sanitize.ENVIRONMENT, under=under,
                 )
-                for family in FAMILIES
+                for family in CUDA_FAMILIES
             )
         )  # fmt: skip
 
@@ -408,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results (gpu-out)")
         one.add_argument("--dry", action="store_true", help="without a GPU: interpreter, host, tiny shapes")
         one.add_argument("--parts", nargs="+", choices=PARTS, default=(), help="these in place of the phase's, in this order")
-        one.add_argument("--families", nargs="+", choices=[*FAMILIES, "none"], help="whose CUDA C++ tests run: all")
+        one.add_argument("--families", nargs="+", choices=[*CUDA_FAMILIES, "none"], help="whose CUDA C++ tests run: all")
         one.add_argument("--tests", nargs="+", default=(), help="in place of Triton's: files, or file::test")
         one.add_argument("--plant", action="store_true", help="more tests, with faults that must be found")
     taking = commands.add_parser("take", help="put the results of a run into this tree, and say what they are")

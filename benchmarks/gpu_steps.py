@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .built import other
-from .families import FAMILIES, source
+from .families import CUDA_FAMILIES, source
 from .record import Line, append
 
 #: op and case of a benchmark, * for all of its cases.
@@ -94,7 +94,7 @@ def _build(capability: tuple[int, int] | None) -> str:
         return backends.NATIVE_ERROR
     if backends._native.cuda_archs is None:
         return "the extension has no CUDA kernels"
-    if old := [family for family in FAMILIES if backends.native().cuda.sources.get(family) != source(family)]:
+    if old := [family for family in CUDA_FAMILIES if backends.native().cuda.sources.get(family) != source(family)]:
         return f"the extension was built from other source ({', '.join(old)})"
     if why := other():
         return why

@@ -21,7 +21,7 @@ from dnc_kernels import _evidence, backends
 from dnc_kernels._evidence import Proof
 
 from . import ROOT, processes, pytest_record
-from .families import FAMILIES, cuda_tests, source
+from .families import CUDA_FAMILIES, cuda_tests, source
 from .processes import Ended, Step
 from .record import Line, commit, read
 
@@ -70,7 +70,7 @@ def add(rows: Sequence[Proof], path: Path = _evidence.PROOFS) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prove the families that have CUDA C++ kernels, side by side; 1 where one is not proven."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prove", description=__doc__)
-    parser.add_argument("--family", action="append", choices=FAMILIES, help="all with CUDA C++ kernels; may be repeated")
+    parser.add_argument("--family", action="append", choices=CUDA_FAMILIES, help="all with CUDA C++ kernels; may be repeated")
     options = parser.parse_args(arguments)
     if backends.UNUSABLE["cuda"]:
         print(f"benchmarks.prove: {backends.UNUSABLE['cuda']}; only a GPU can prove a kernel", file=sys.stderr)

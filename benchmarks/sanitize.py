@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import ROOT
-from .families import FAMILIES, cuda_tests
+from .families import CUDA_FAMILIES, cuda_tests
 
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 #: Tools that look at every kernel. initcheck must: what torch's kernels wrote would count as never written.
@@ -62,7 +62,7 @@ def under(sanitizer: str, tool: str, *, ours: bool = True) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every tool on every family that it applies to; 1 where one complains."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
-    parser.add_argument("--family", action="append", choices=FAMILIES, help="all; may be repeated")
+    parser.add_argument("--family", action="append", choices=CUDA_FAMILIES, help="all; may be repeated")
     parser.add_argument("--tool", action="append", choices=TOOLS, help="all; may be repeated")
     parser.add_argument("-k", help="pytest's selection of tests")
     options = parser.parse_args(arguments)
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.sanitize: compute-sanitizer was not found on {where}", file=sys.stderr)
         return 1
     failed = []
-    for family in options.family or FAMILIES:
+    for family in options.family or CUDA_FAMILIES:
         for tool in options.tool or TOOLS:
             if not applies(tool, family):
                 continue

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 from benchmarks import aot, aot_cuda
-from benchmarks.families import FAMILIES, source
+from benchmarks.families import CUDA_FAMILIES, source
 from benchmarks.machine_code import ARCHS, Row, cuobjdump, faults, run
 from dnc_kernels import backends
 
@@ -36,7 +36,7 @@ def test_no_kernel_touches_local_memory(rows):
 def test_every_kernel_is_there_on_every_architecture(rows):
     written = {}
     for path in (ROOT / "csrc" / "cuda").glob("*.*"):
-        family = next((f for f in FAMILIES if path.name.startswith(f)), None)
+        family = next((f for f in CUDA_FAMILIES if path.name.startswith(f)), None)
         if family:
             names = re.findall(r"__global__(?:.|\n)*?\b(\w+_kernel)\(", path.read_text())
             written.setdefault(family, set()).update(names)
@@ -69,7 +69,7 @@ def test_one_family_and_architecture_can_be_compiled_alone(monkeypatch):
 
 
 def test_a_build_of_other_source_is_not_read(monkeypatch):
-    sources = {f: source(f) for f in FAMILIES}
+    sources = {f: source(f) for f in CUDA_FAMILIES}
     build = SimpleNamespace(cuda_archs="80-real 90a-real 100", cuda=SimpleNamespace(sources=sources))
     monkeypatch.setattr(backends, "_native", build)
     assert aot_cuda.is_current()

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from benchmarks import __main__ as benches
 from benchmarks import aot_cuda, carry, dispatch, harness, prove
 from benchmarks.case import Settings, dtype_of
-from benchmarks.families import FAMILIES, cuda_tests, source
+from benchmarks.families import CUDA_FAMILIES, cuda_tests, source
 from dnc_kernels import _evidence, backends, ops
 from dnc_kernels._evidence import Measured, Proof
 from dnc_kernels.backends import Kernel, resolve
@@ -186,11 +186,11 @@ def copy_of_sources(folder):
 
 def test_the_hash_of_a_family_follows_its_own_and_the_shared_files(tmp_path):
     root = copy_of_sources(tmp_path)
-    before = {f: source(f, root) for f in FAMILIES}
-    assert before == {f: source(f) for f in FAMILIES} and len(set(before.values())) == 5
+    before = {f: source(f, root) for f in CUDA_FAMILIES}
+    assert before == {f: source(f) for f in CUDA_FAMILIES} and len(set(before.values())) == 5
 
     def changed():
-        return {f for f in FAMILIES if source(f, root) != before[f]}
+        return {f for f in CUDA_FAMILIES if source(f, root) != before[f]}
 
     path = root / "csrc" / "cuda" / "momentum.cu"
     text = path.read_bytes()
@@ -202,7 +202,7 @@ def test_the_hash_of_a_family_follows_its_own_and_the_shared_files(tmp_path):
     (root / "csrc" / "cuda" / "similarity_wgmma.cu").write_text("new")
     assert changed() == {"similarity"}
     (root / "csrc" / "cuda" / "ptx.h").write_text("new")
-    assert changed() == set(FAMILIES)
+    assert changed() == set(CUDA_FAMILIES)
 
 
 @pytest.mark.skipif(backends.native().cuda_archs is None, reason="a build without CUDA kernels has no sources")
@@ -210,16 +210,16 @@ def test_the_build_states_the_same_hashes():
     built = Path(backends.native().__file__).stat().st_mtime
     if any(p.stat().st_mtime > built for name in ("cuda", "include/dnc") for p in (ROOT / "csrc" / name).iterdir()):
         pytest.skip("sources are newer than the build")
-    assert backends.native().cuda.sources == {f: source(f) for f in FAMILIES}
+    assert backends.native().cuda.sources == {f: source(f) for f in CUDA_FAMILIES}
 
 
 def test_every_op_has_a_family_and_every_kernel_its_tests():
-    families = {op: f for f in FAMILIES for op in __import__(f"dnc_kernels.ops.{f}", fromlist=["x"]).__all__}
+    families = {op: f for f in CUDA_FAMILIES for op in __import__(f"dnc_kernels.ops.{f}", fromlist=["x"]).__all__}
     families["head_step"] = "head"
     assert {op: families[op] for op in backends.KERNELS} == backends.FAMILY
     for op, kernels in backends.KERNELS.items():
         assert "cuda" not in kernels or cuda_tests(backends.FAMILY[op]), op
-    found = {path for f in FAMILIES for path in cuda_tests(f)}
+    found = {path for f in CUDA_FAMILIES for path in cuda_tests(f)}
     assert found == {path for name in ("cuda", "gpu") for path in (ROOT / "tests").glob(f"test_*_{name}.py")}
 
 
@@ -232,7 +232,7 @@ def test_tests_of_both_backends_ask_for_each():
 
 def test_stored_proofs_and_choices_are_whole():
     for proof in _evidence.read_proofs():
-        assert proof.family in FAMILIES and len(proof.source) == 64 and proof.tests > 0 and proof.device
+        assert proof.family in CUDA_FAMILIES and len(proof.source) == 64 and proof.tests > 0 and proof.device
     for (op, _), entries in _evidence.read_dispatch().items():
         assert op in backends.KERNELS
         for entry in entries:
@@ -538,7 +538,7 @@ def test_calls_take_what_was_measured_faster(monkeypatch, tmp_path, measured_cas
 def test_a_proof_is_carried_to_source_that_makes_the_same_program():
     other = replace(PROOF, family="momentum")
     stale = replace(PROOF, family="upsample", source="7" * 64)
-    before, now = dict.fromkeys(FAMILIES, "0" * 64), dict.fromkeys(FAMILIES, "1" * 64)
+    before, now = dict.fromkeys(CUDA_FAMILIES, "0" * 64), dict.fromkeys(CUDA_FAMILIES, "1" * 64)
     asked = []
 
     def same(family, capability):

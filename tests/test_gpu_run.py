@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import gpu_run, gpu_steps, gpu_take, processes, prove, pytest_record, sanitize, suite
 from benchmarks.case import Settings
-from benchmarks.families import FAMILIES, source
+from benchmarks.families import CUDA_FAMILIES, source
 from benchmarks.harness import COLUMNS
 from benchmarks.processes import Ended, Step
 from benchmarks.record import append, read
@@ -164,7 +164,7 @@ def test_a_dry_run_ends_in_time_and_tells_every_fault(tmp_path):
     lines = list(read(tmp_path / gpu_take.RESULTS))
     assert [line["dry"] for line in gpu_take.events(lines, "run")] == [True] and gpu_take.events(lines, "end")
     told = {line["step"] for kind in ("step", "dropped") for line in gpu_take.events(lines, kind)}
-    assert told >= {"environment", "primitives", "triton", "planted", *(f"cuda {f}" for f in FAMILIES)}
+    assert told >= {"environment", "primitives", "triton", "planted", *(f"cuda {f}" for f in CUDA_FAMILIES)}
     assert not any(line["proven"] for line in gpu_take.events(lines, "proof")), "a rehearsal proves nothing"
     assert "dry: nothing here comes from a GPU" in printed and "ended after" in printed
     assert len(list(tmp_path.iterdir())) <= 6 and all(file.stat().st_size < 16e6 for file in tmp_path.iterdir())

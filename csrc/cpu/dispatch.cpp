@@ -10,7 +10,6 @@
 #include "dnc/common.h"
 #include "dnc/embedding.h"
 #include "dnc/head.h"
-#include "dnc/isa.h"
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
 #include "dnc/sinkhorn.h"
@@ -43,7 +42,7 @@ Isa find_best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(DNC_WITH_AMX)
-  if (avx512 && may_use_amx()) return isa_amx;
+  if (avx512 && may_use_amx()) return Isa::amx;
 #endif
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
 #else
@@ -75,13 +74,11 @@ bool set_isa(Isa wanted) {
   namespace avx2 { Status function(const Args&); }     \
   namespace avx512 { Status function(const Args&); }   \
   }
-#define DNC_CHOOSE(isa, function, a)                   \
-  switch (isa) {                                       \
-    case isa_amx:                                      \
-    case Isa::avx512: return cpu::avx512::function(a); \
-    case Isa::avx2: return cpu::avx2::function(a);     \
-    default: return cpu::portable::function(a);        \
-  }
+#define DNC_CHOOSE(isa, function, a)                          \
+  const Isa chosen = isa;                                     \
+  if (chosen >= Isa::avx512) return cpu::avx512::function(a); \
+  if (chosen == Isa::avx2) return cpu::avx2::function(a);     \
+  return cpu::portable::function(a);
 #else
 #define DNC_DECLARE(function, Args) \
   namespace cpu::portable { Status function(const Args&); }
@@ -100,13 +97,13 @@ bool takes_tiles(const View& x, const View& centroids) {
   return x.dtype == DType::bfloat16 && centroids.dtype != DType::float64 && x.size[1] >= 16;
 }
 }  // namespace
-#define DNC_FORWARD_PRODUCT(function, Args, problem)                                                   \
-  DNC_DECLARE(function, Args)                                                                          \
-  namespace cpu::amx { Status function(const Args&); }                                                 \
-  Status function(const Args& a) {                                                                     \
-    const Isa isa = current_isa();                                                                     \
-    if (isa == isa_amx && takes_tiles((problem).x, (problem).centroids)) return cpu::amx::function(a); \
-    DNC_CHOOSE(isa, function, a)                                                                       \
+#define DNC_FORWARD_PRODUCT(function, Args, problem)                                                    \
+  DNC_DECLARE(function, Args)                                                                           \
+  namespace cpu::amx { Status function(const Args&); }                                                  \
+  Status function(const Args& a) {                                                                      \
+    const Isa isa = current_isa();                                                                      \
+    if (isa == Isa::amx && takes_tiles((problem).x, (problem).centroids)) return cpu::amx::function(a); \
+    DNC_CHOOSE(isa, function, a)                                                                        \
   }
 #else
 #define DNC_FORWARD_PRODUCT(function, Args, problem) DNC_FORWARD(function, Args)

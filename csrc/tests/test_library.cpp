@@ -13,7 +13,6 @@
 
 #include "dnc/common.h"
 #include "dnc/embedding.h"
-#include "dnc/isa.h"
 #include "dnc/momentum.h"
 #include "dnc/similarity.h"
 #include "dnc/sinkhorn.h"
@@ -321,7 +320,7 @@ std::vector<std::vector<float>> results(std::vector<float>& x, std::vector<float
 void test_threads(std::vector<float>& x, std::vector<float>& p, std::vector<int64_t>& labels, std::vector<int64_t>& cluster) {
   std::vector<dnc::Isa> isas;
   std::vector<std::vector<std::vector<float>>> expected;
-  for (dnc::Isa isa : {dnc::Isa::portable, dnc::Isa::avx2, dnc::Isa::avx512, dnc::isa_amx}) {
+  for (dnc::Isa isa : {dnc::Isa::portable, dnc::Isa::avx2, dnc::Isa::avx512, dnc::Isa::amx}) {
     if (!dnc::set_isa(isa)) continue;
     isas.push_back(isa);
     expected.push_back(results(x, p, labels, cluster));
@@ -354,7 +353,7 @@ int main() {
   std::vector<int64_t> labels(N), cluster(N);
   for (int64_t n = 0; n < N; n++) labels[n] = n * 5 % C, cluster[n] = n * 11 % (M - 1);  // the last sub-centroid stays empty
   int tested = 0;
-  for (dnc::Isa isa : {dnc::Isa::portable, dnc::Isa::avx2, dnc::Isa::avx512, dnc::isa_amx}) {
+  for (dnc::Isa isa : {dnc::Isa::portable, dnc::Isa::avx2, dnc::Isa::avx512, dnc::Isa::amx}) {
     if (!dnc::set_isa(isa)) continue;
     const int before = failures;
     test_similarity(x, p);

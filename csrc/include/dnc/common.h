@@ -77,8 +77,9 @@ inline Status bad_argument(const char* what) { return {Code::bad_argument, 0, 0,
 // Similarity of a pixel x and a sub-centroid p: <x,p>; <x,p>/(|x||p|); -|x-p|^2.
 enum class Metric : int32_t { dot, cosine, sqeuclidean };
 
-// The instruction sets this processor can run, best last.
-enum class Isa : int32_t { portable, avx2, avx512 };
+// The instruction sets this processor can run, best last. amx: bfloat16 pixels are multiplied on tile registers, which the
+// operating system must let the process use; all else is avx512.
+enum class Isa : int32_t { portable, avx2, avx512, amx };
 Isa best_isa();         // what the processor supports
 Isa current_isa();      // what kernels run with
 bool set_isa(Isa isa);  // for calls that begin later, on any thread; false: not supported here, nothing changed
