@@ -143,24 +143,24 @@ def loss_programs(call: Step) -> int:
 
 
 class _Partial:
-    """Rows of partial sums: those of a result, or of each band new ones, whose sums the result then has."""
+    """Rows of partial sums: those of a result, or of each band new ones, which the result receives before the next band's."""
 
     def __init__(self, out: Tensor, whole: bool) -> None:
-        self.out, self.whole = out, whole
-        self.rows: list[Tensor] = []
+        self.out, self.whole = out if whole else out.zero_(), whole
+        self.rows: Tensor | None = None
 
     def of(self, count: int) -> Tensor:
         """[count,...] for a band."""
         if self.whole or not len(self.out):
             return self.out
-        self.rows.append(self.out.new_empty((count, *self.out.shape[1:])))
-        return self.rows[-1]
+        self.finish()
+        self.rows = self.out.new_empty((count, *self.out.shape[1:]))
+        return self.rows
 
     def finish(self) -> None:
-        if self.rows:
-            torch.sum(torch.cat(self.rows), 0, keepdim=True, out=self.out)
-        elif not self.whole:
-            self.out.zero_()
+        if self.rows is not None:
+            self.out += self.rows.sum(0, keepdim=True)
+        self.rows = None
 
 
 def head_first_pass(
