@@ -13,7 +13,6 @@ from .. import ops
 from ..backends import transformed
 from ..errors import FLOATS, check_dtype, check_flag, check_value, map_size, whole_number
 from ..ops._common import flat_pixels, without_ignored
-from ..ops.head import BAND_PIXELS
 from . import _graph
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._choices import (
@@ -33,6 +32,7 @@ from ._graphed import GraphedLoss
 from ._labels import labels_of_step, pixels_at, sample_of_each_class, sort_out_labels
 from ._momentum import Momentum
 from ._step import loss_in_bands
+from ._step_bytes import Sizes, bytes_on_cpu, bytes_on_gpu
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -317,25 +317,44 @@ class DNCHead(CentroidModel):
         check_labels(op, labels, features)
         return GraphedLoss(self, features, labels, self._moves(op, update))
 
-    def step_bytes(self, features: Sequence[int], labels: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
-        """Memory that `loss` and its backward need on a CPU beside features, labels and the head itself, at most: a formula.
+    def step_bytes(
+        self,
+        features: Sequence[int],
+        labels: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> int:
+        """Memory that `loss` and its backward need beside features, labels and the head itself, at most: a formula.
 
-        With N feature pixels of D channels and b bytes, L label pixels, M = C*K and bands of P pixels (`band_pixels`, or two
-        rows if those are longer; as many times for every two threads of torch)::
+        N feature pixels of D channels and b bytes, L label pixels, M = C*K and bands of P pixels. On a CPU P is `band_pixels`,
+        or two rows if those are longer; as many times for every two threads of torch::
 
             all     N (D b + 4 K + 60) + 8 L + max(12 L + P (8 D + 32 C), 4 N K) + 48 M D + 8 MB
             scores  the same, and N D b for the embedding
             none    N (5 D b + 26 C + 4 K + 60) + 8 L + max(12 L, 4 N K) + 48 M D + 8 MB
 
-        The bands and the clustering, which takes 4 N K (8 N K with ``assignment="gumbel"``), follow each other. The gradient of
-        the features is the N D b of ``all``, which keeps the embedding too where `revive_after` is given. A backward pass from
-        the parts of the loss takes a second gradient there (`DNCLoss`). A projection's own output and gradient come on top, and
-        so does what a start from data and an exchange between ranks take.
+        On a GPU, with Triton's kernels, P is `band_pixels` and a row, and N where one band holds all of them::
+
+            all     N (D b + 4 K + 80) + max(P (D b + 10 C + 16 + 12 L / N) + S, N (D / 8 + 40)) + 16 M D + 5 KB (C + D) + 1 MB
+            scores  the same, with N D b for the embedding in place of P D b, as `all` has in one band
+            none    N (3 D b + 30 C + 4 K + 80) + max(20 L + S, N (D / 8 + 40)) + 48 M D + 5 KB (C + D) + 1 MB
+
+        The bands and the clustering follow each other. ``assignment="gumbel"`` doubles the 4 N K of the clustering on a CPU,
+        and adds 8 N K to it on a GPU. The gradient of the features is the N D b of ``all``, which keeps the embedding too where
+        `revive_after` is given. On a GPU ``scores="norm"`` makes 14 C of 10 C and 18 C of 30 C; without PPC 3 D b is 2 D b;
+        S, for the contrast of float32 or more than 256 channels, is 52 MB, or P (b + 1) (1.25 M + 128) if that is less; an
+        update beside the last kernel (`revive_after`, `accumulation_steps`) takes 48 M D.
+
+        A backward pass from the parts of the loss takes a second gradient (`DNCLoss`). A projection's own output and gradient
+        come on top, and so does what a start from data and an exchange between ranks take; on a GPU also a copy of labels that
+        are not int64, int32 or uint8, what CUDA C++ kernels work in, and the small ops of what no kernel takes (float64, more
+        than 1024 classes or 64 sub-centroids).
 
         Args:
             features: shape [B,D,h,w] of the features, after the projection if there is one.
             labels: shape [B,H,W].
             dtype: of the features.
+            device: that the step runs on; None: the head's.
         """
         op = f"{type(self).__name__}.step_bytes"
         for name, sizes, axes in (("features", features, "B,D,h,w"), ("labels", labels, "B,H,W")):
@@ -344,16 +363,9 @@ class DNCHead(CentroidModel):
             check_value(ok, op, name, f"a shape [{axes}]", list(sizes))
         check_dtype(dtype in FLOATS, op, "dtype", "a float dtype such as torch.float16", dtype)
         batch, channels, height, width = features
-        n, row, m = batch * height * width, channels * dtype.itemsize, self.num_classes * self.num_subcentroids
-        similarities, pixels = 4 * n * self.num_subcentroids, math.prod(labels)
-        clustering = similarities * (2 if self.assignment == "gumbel" else 1)
-        rest = similarities + 60 * n + 8 * pixels + 48 * m * channels + 8_000_000
-        if self.checkpoint == "none":
-            return n * (5 * row + 26 * self.num_classes) + max(12 * pixels, clustering) + rest
-        pairs = (torch.get_num_threads() + 1) // 2
-        band = min(n, max(self.band_pixels or BAND_PIXELS, 2 * width) * pairs) * (8 * channels + 32 * self.num_classes)
-        embedding = self.checkpoint == "scores" or self.revive_after is not None
-        return n * row * (1 + embedding) + max(12 * pixels + band, clustering) + rest
+        step = Sizes(batch * height * width, width, channels, dtype.itemsize, math.prod(labels))
+        device = self.prototypes.device if device is None else torch.device(device)
+        return bytes_on_cpu(self, step) if device.type == "cpu" else bytes_on_gpu(self, step)
 
     @torch.no_grad()
     def predict(self, features: Tensor, size: int | Sequence[int] | None = None) -> Tensor:
