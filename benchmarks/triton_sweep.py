@@ -389,8 +389,8 @@ REPORTED: tuple[tuple[str, Point], ...] = (
     ("subcentroid_cross_entropy", _point(100, 256, 171, 4, "float16", "large", target=True, grad=True)),
     ("nearest_centroid", _point(90, 256, 150, 10, "bfloat16", "crop", metric="cosine")),
     ("nearest_centroid", _point(100, 256, 171, 4, "float16", "large", metric="sqeuclidean")),
-    ("head_step", _step_point(90, 64, 19, 10, "planes", assignment="gumbel")),
-    ("head_step", _step_point(90, 768, 19, 1, "planes", dtype="tf32", schedule="ramp")),
+    ("head_step", _step_point(86, 64, 19, 10, "planes", assignment="gumbel")),
+    ("head_step", _step_point(100, 768, 19, 1, "planes", dtype="tf32", schedule="ramp")),
     ("head_step", _step_point(90, 512, 150, 1, "rows", dtype="tf32", scores="norm", distance=False)),
     ("head_step", _step_point(80, 2048, 171, 1, "large", scores="norm", bands=True)),
 )
