@@ -53,13 +53,19 @@ class _Driver:
 
 
 @contextmanager
-def compiling(arch: int, found: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Compile what is launched inside the block for `arch` instead; `found` gets each kernel and what it compiled to."""
+def compiling(arch: int, found: Callable[[Any, Any], None], family: str | None = None) -> Iterator[None]:
+    """Compile what is launched inside the block for `arch` instead; `found` gets each kernel and what it compiled to.
+
+    family: alone, with what all families share; kernels of the others are left out.
+    """
     from triton.runtime import driver
 
     from dnc_kernels.ops import _triton
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        *_, package, _ = kernel.fn.__module__.split(".")
+        if family is not None and package not in (family, "ops"):
+            return
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         columns = getattr(compiled.metadata, "tmem_size", None) or 0
         if columns > TENSOR_MEMORY:  # Triton would not load it

@@ -18,7 +18,7 @@ FEATURES = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async", "mbarrier", "redux",
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 #: Triton kernels of products: they must use the tensor cores.
 PRODUCTS = re.compile(
-    r"^_?(class_scores|scores_gradient|centroid_(gradient|loss|distance)|nearest_centroid|subcentroid_\w+)_kernel$"
+    r"^_?(class_scores|scores_gradient|centroid_(gradient|loss|distance)|head_gradient|nearest_centroid|subcentroid_\w+)_kernel$"
 )
 
 

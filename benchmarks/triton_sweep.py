@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -227,6 +228,39 @@ def _embedding(point: Point) -> None:
     )
 
 
+def _head(point: Point) -> None:
+    """A training step, and the backward pass through the parts of its loss."""
+    from dnc_kernels import backends, nn
+    from dnc_kernels.nn import _step
+    from dnc_kernels.ops import _op
+
+    x = pixels({**point, "layout": "planes"} if point["layout"] == "rows" else point, point["D"])
+    if point["layout"] == "rows":
+        x = x.contiguous(memory_format=torch.channels_last)
+    batch, _, height, width = x.shape
+    labels = numbers(batch, 2 * height, 2 * width, dtype=getattr(torch, point["labels"]))
+    momentum: Any = {"constant": 0.99, "ramp": (0.9, 0.99, 10), "recent": nn.Recent()}[point["schedule"]]
+    head = nn.DNCHead(
+        point["D"], point["C"], point["K"], momentum=momentum, assignment=point["assignment"], ignore_index=-100,
+        ppc_weight=0.01 * point["contrast"], ppd_weight=0.01 * point["distance"], scores=point["scores"],
+        confidence=point["confidence"], label_mode=point["mode"], update_from=point["update_from"],
+        class_weight=[1.0] * point["C"] if point["weighted"] else None, loss_size=point["loss_size"],
+        band_pixels=max(count(x) // 4, 4096) if point["bands"] else count(x),
+        pixels_per_class=100 if point["balanced"] else None, device=META,
+    )  # fmt: skip
+    # as on a GPU, where its kernels can run
+    with (
+        patch.object(backends, "resolve", lambda *_, **__: backends.Resolution("triton", "")),
+        patch.object(_op, "plain", lambda call: True),
+        patch.object(torch.compiler, "is_compiling", lambda: point["compiled"]),
+        backends.use_backend("triton"),
+    ):
+        inputs: Any = [t if t is None else t.detach().requires_grad_(point["grad"]) for t in _step.inputs_of(head, x)]
+        made = _step.make_step(head, tuple(inputs), labels, head.ignore_index, point["update"])
+        if made.again is not None:
+            made.again.gradients(numbers(), numbers() if point["contrast"] else None, numbers() if point["distance"] else None)
+
+
 def _upsample(point: Point) -> None:
     from dnc_kernels.ops.upsample import triton
 
@@ -290,6 +324,16 @@ CALLS: dict[str, dict[str, Call]] = {
             _embedding, {"D": CHANNELS, "dtype": _HALVES, "layout": LAYOUTS, "affine": BOOL, "to_rstd": BOOL}
         ),
     },
+    "head": {
+        "head_step": Call(
+            _head,
+            {"D": CHANNELS, "C": CLASSES, "K": SUBCENTROIDS, "dtype": DTYPES, "layout": LAYOUTS,
+             "scores": ("norm", "scale", "temperature"), "confidence": ("length", "none"), "contrast": BOOL, "distance": BOOL,
+             "schedule": ("constant", "ramp", "recent"), "assignment": ("argmax", "gumbel"), "update_from": ("correct", "all"),
+             "mode": ("nearest", "nearest-exact"), "labels": ("int64", "int32", "uint8"), "loss_size": ("labels", "features"),
+             "weighted": BOOL, "balanced": BOOL, "bands": BOOL, "grad": BOOL, "update": BOOL, "compiled": BOOL},
+        ),
+    },
     "upsample": {
         "upsample_cross_entropy": Call(
             _upsample,
@@ -305,7 +349,17 @@ def _point(arch: int, d: int, c: int, k: int, dtype: str, layout: str = "rows", 
     return {**plain, "arch": arch, "D": d, "C": c, "K": k, "dtype": dtype, "layout": layout, **asked}
 
 
-#: Calls that once asked for too much shared memory or spilled.
+def _step_point(arch: int, d: int, c: int, k: int, layout: str, **asked: Any) -> Point:
+    plain = {
+        "dtype": "bfloat16", "scores": "scale", "confidence": "length", "contrast": True, "distance": True,
+        "schedule": "constant", "assignment": "argmax", "update_from": "correct", "mode": "nearest", "labels": "int64",
+        "loss_size": "labels", "weighted": False, "balanced": False, "bands": False, "grad": True, "update": True,
+        "compiled": False,
+    }  # fmt: skip
+    return {**plain, "arch": arch, "D": d, "C": c, "K": k, "layout": layout, **asked}
+
+
+#: Calls that once asked for too much shared memory, spilled or did not compile.
 REPORTED: tuple[tuple[str, Point], ...] = (
     ("class_scores", _point(90, 320, 150, 10, "bfloat16")),
     ("class_scores", _point(100, 384, 19, 10, "float16")),
@@ -335,6 +389,10 @@ REPORTED: tuple[tuple[str, Point], ...] = (
     ("subcentroid_cross_entropy", _point(100, 256, 171, 4, "float16", "large", target=True, grad=True)),
     ("nearest_centroid", _point(90, 256, 150, 10, "bfloat16", "crop", metric="cosine")),
     ("nearest_centroid", _point(100, 256, 171, 4, "float16", "large", metric="sqeuclidean")),
+    ("head_step", _step_point(86, 64, 19, 10, "planes", assignment="gumbel")),
+    ("head_step", _step_point(100, 768, 19, 1, "planes", dtype="tf32", schedule="ramp")),
+    ("head_step", _step_point(90, 512, 150, 1, "rows", dtype="tf32", scores="norm", distance=False)),
+    ("head_step", _step_point(80, 2048, 171, 1, "large", scores="norm", bands=True)),
 )
 
 
@@ -393,7 +451,7 @@ def choices(made: dict[str, dict[str, Any]]) -> Iterator[None]:
 
 
 def rows(families: Sequence[str], archs: Sequence[int], every: int = 1) -> Iterator[Row]:
-    """Resources of every kernel that the calls launch, each compiled once."""
+    """Resources of every kernel of the families that the calls launch, each compiled once."""
     seen: set[tuple[int, str]] = set()
     for family in families:
         for name, point in points(family, archs, every):
@@ -412,7 +470,7 @@ def rows(families: Sequence[str], archs: Sequence[int], every: int = 1) -> Itera
 
             # bits 19: tf32
             precision = product_precision({"bits": 19 if point.get("dtype") == "tf32" else 32})
-            with precision, choices(used), compiling(point["arch"], found):
+            with precision, choices(used), compiling(point["arch"], found, family):
                 CALLS[family][name].launch(point)
             yield from made
 

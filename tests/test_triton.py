@@ -479,6 +479,37 @@ def test_shapes_between_the_shape_classes_fit_and_do_not_spill(every):
     assert done.returncode == 0, done.stderr
     assert {r["arch"] for r in rows} == {f"sm_{arch}" for arch in machine_code.SHARED_LIMIT}
     assert {r["op"].partition(".")[0] for r in rows} == set(FAMILIES)
+    parts = ("labels", "prepare", "logits", "gradient", "pull", "cluster", "finish")
+    assert {r["kernel"] for r in rows if r["op"] == "head.head_step"} == {f"head_{part}_kernel" for part in parts}
+
+
+@pytest.mark.parametrize("width", [128, 129])
+def test_partial_sums_have_a_row_for_each_program_of_the_gradient(width, monkeypatch):
+    """Also where the pixels of x, here a crop, are further apart than those of its gradient."""
+    from benchmarks import triton_head
+    from dnc_kernels.ops.head import head_first_pass
+    from dnc_kernels.ops.head import triton as head
+
+    choose = _triton._chosen.__wrapped__
+
+    def fewer_pixels_where_uneven(family, kernel, kinds, shape, *need):
+        use = choose(family, kernel, kinds, shape, *need)
+        return {**use, "BLOCK_N": 64 if dict(shape)["even"] else 32} if kernel == "head_gradient" else use
+
+    grids = []
+    monkeypatch.setattr(_triton, "_chosen", fewer_pixels_where_uneven)
+    monkeypatch.setattr(_triton, "_kind", "sm_90")
+    monkeypatch.setattr(_triton, "_recorder", lambda kernel, grid, *_: grids.append((kernel.fn.__name__, grid)))
+    monkeypatch.setattr(head, "part", lambda *_, **__: "triton")
+    call, _, sampled = triton_head.first_pass(torch.device("meta"), {"C": 19, "K": 10, "D": 256})
+    x = torch.empty(2, 256, 128, width, dtype=torch.bfloat16, device="meta")[..., :128]
+    call, sampled = call._replace(x=x, band_pixels=2**15, whole=True), sampled[: 2**15]
+    call = call._replace(labels=sampled.view(2, 128, 128))
+    arguments = (call, sampled, None, torch.empty(2, device="meta"), None, True, False)
+    out = head_first_pass.allocate(*arguments)
+    head.head_first_pass(call, out, *arguments[1:])
+    ((programs, _),) = (grid for name, grid in grids if name == "head_gradient_kernel")
+    assert len(out.grad_norm) == programs
 
 
 def test_a_covering_set_covers():

@@ -86,7 +86,8 @@ def _first_out(
     dtype, statistics = compute_dtype(x, call.centroids), compute_dtype(x)
     exact = call.whole and call.backend == "triton"
     losses = _triton().loss_programs(call) if exact else 1
-    gradients = _triton().gradient_programs(call) if exact and gradient else 1
+    grad = torch.empty_like(x) if gradient else None
+    gradients = _triton().gradient_programs(grad, call.centroids) if exact and gradient else 1
     return FirstPass(
         factors=x.new_empty(7, dtype=dtype),
         losses=x.new_empty((losses, 2), dtype=torch.float64),
@@ -95,7 +96,7 @@ def _first_out(
         own_similarity=x.new_empty((n, k), dtype=dtype),
         lse=x.new_empty(n, dtype=dtype) if call.ppc_weight else None,
         statistics=x.new_empty((3, n), dtype=statistics),
-        grad=torch.empty_like(x) if gradient else None,
+        grad=grad,
         grad_rstd=x.new_empty(n, dtype=statistics) if gradient and call.confidence else None,
         grad_scale=x.new_empty(gradients if gradient and call.norm_weight is None else 0, dtype=dtype),
         grad_norm=x.new_empty((gradients if gradient and call.norm_weight is not None else 0, 2, classes), dtype=dtype),

@@ -15,7 +15,19 @@ from torch import Tensor
 
 from ...backends import pick
 from .._common import kernels, pixel_count
-from .._triton import Pixels, cdiv, dot_precision, launch, map_kind, pixels_of, planned, processors, tile_of
+from .._triton import (
+    Pixels,
+    Plan,
+    cdiv,
+    configuration,
+    dot_precision,
+    launch,
+    map_kind,
+    pixels_of,
+    planned,
+    processors,
+    tile_of,
+)
 from ..embedding import triton as embedding
 from ..embedding.calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
 from ..momentum import triton as momentum
@@ -124,16 +136,14 @@ def _prepare(
 
 @planned
 def _gradient_plan(grad: Tensor, centroids: Tensor) -> tuple[Packing, dict[str, int], dict[str, int], int]:
-    blocks, options = blocks_of("scores_gradient", grad, centroids)
-    # what it computes beside the product takes registers
-    blocks["BLOCK_N"] = max(16, blocks["BLOCK_N"] // 2)
+    blocks, options = blocks_of("head_gradient", grad, centroids, "head")
     packing, depth = packing_of(blocks, centroids)
     return packing, blocks, options, depth
 
 
-def gradient_programs(call: Step) -> int:
-    """Rows of the partial sums of the first pass in one band."""
-    return cdiv(pixel_count(call.x), _gradient_plan(call.x, call.centroids)[1]["BLOCK_N"])
+def gradient_programs(grad: Tensor, centroids: Tensor) -> int:
+    """Rows of the partial sums of a band whose gradient is `grad`."""
+    return cdiv(pixel_count(grad), _gradient_plan(grad, centroids)[1]["BLOCK_N"])
 
 
 def loss_programs(call: Step) -> int:
@@ -211,7 +221,7 @@ def head_first_pass(
             similarity.class_scores(ScoresCall(e, centroids, labelled, "dot", scoring), ScoresOut(*results), ready)
         else:
             kernels("similarity", scoring).class_scores(ScoresCall(e, centroids, labelled, "dot", scoring), ScoresOut(*results))
-        _logits(call, out, work, band, labelled, moments, tables)
+        band_logits(call, out, scores, work.own(work.logits, band), pixels, labelled, moments, tables)
         maps = work.window(work.logits, band, rows.carried)
         window = UpsampleCall(
             maps, rows.of(labels), *rows.window, call.align_corners, call.class_weight, call.ignored, call.label_smoothing,
@@ -228,37 +238,48 @@ def head_first_pass(
             given = work.scores if call.norm_weight is not None else work.logits
             windows = [work.window(t, band, rows.carried) for t in (work.to_logits, given, work.winner)]
             windows = [t[:, :, : done.bottom - done.top] for t in windows]  # the next band adds to the last row
-            _gradient(call, out, done, windows, moments, gradient_rows, to_scales, to_norms)
+            partial_rows = (t.of(gradient_programs(done.of(out.grad), centroids)) for t in (to_scales, to_norms))
+            band_gradient(call, out, done, windows, moments, gradient_rows, *partial_rows)
         if not rows.last:
             work.carry(band, to_logits)
     for partial_sums in partials:
         partial_sums.finish()
 
 
-def _logits(
-    call: Step, out: FirstPass, work: Windows, band: Band, sampled: Tensor, moments: Any, tables: sinkhorn.Tables | None
-) -> None:
-    scores, logits, pixels = work.own(work.scores, band), work.own(work.logits, band), band.pixels
-    n, (classes, k, _), at, to = len(sampled), call.centroids.shape, pixels_of(scores), pixels_of(logits)
+@planned
+def _logits_plan(scores: Tensor, logits: Tensor, k: int, norm: bool) -> Plan:
+    n, classes, at, to = pixel_count(scores), scores.shape[1], pixels_of(scores), pixels_of(logits)
+    use = configuration("head", "head_logits", scores.device, C=classes, K=k, norm=norm)
     block_c, block_k = tile_of(classes), max(tile_of(k, None, 1), 2)
-    numbers = 16384 if call.norm_weight is None else 8192
-    block_n = max(16, min(64, numbers // block_c, 4096 // block_k))
+    # all classes of a pixel are in one tile, which has as many cells as its warps have registers for
+    block_n = max(16, min(use.pop("BLOCK_N"), use.pop("CELLS") // max(block_c, block_k)))
+    constants = {"K": k, "SCORES_MAP": map_kind(scores, at), "LOGITS_MAP": map_kind(logits, to)}
+    blocks = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_K": block_k}
+    return Plan((cdiv(n, block_n),), (at, to, n, classes), {**constants, **blocks, **use})
+
+
+def band_logits(
+    call: Step, out: FirstPass, scores: Tensor, logits: Tensor, pixels: slice, sampled: Tensor, moments: Any,
+    tables: sinkhorn.Tables | None,
+) -> None:  # fmt: skip
+    """Logits of the scores of some pixels, which may be in their place, and what follows for a pixel."""
+    plan = _logits_plan(scores, logits, call.centroids.shape[1], call.norm_weight is not None)
     mean, deviation = (None if m is None else m[pixels] for m in moments)
     launch(
-        head_logits_kernel, (cdiv(n, block_n),), scores, logits, out.statistics[1, pixels] if call.confidence else None,
+        head_logits_kernel, plan.grid, scores, logits, out.statistics[1, pixels] if call.confidence else None,
         out.factors, call.norm_weight, call.norm_bias, mean, deviation, sampled, out.prediction[pixels], out.group[pixels],
         out.own_similarity[pixels], None if tables is None else tables.largest, None if tables is None else tables.members,
-        at, to, n, classes, 1 / call.temperature, call.norm_eps,
-        K=k, SCORES_MAP=map_kind(scores, at), LOGITS_MAP=map_kind(logits, to), BLOCK_N=block_n, BLOCK_C=block_c,
-        BLOCK_K=block_k, num_warps=8,
+        *plan.arguments, 1 / call.temperature, call.norm_eps, **plan.options,
     )  # fmt: skip
 
 
-def _gradient(
-    call: Step, out: FirstPass, done: Band, maps: list[Tensor], moments: Any, packed: Rows, to_scales: _Partial,
-    to_norms: _Partial,
-) -> None:  # fmt: skip
-    """maps: gradient of the logits, logits (or scores) and winners of the pixels `done`."""
+def band_gradient(
+    call: Step, out: FirstPass, done: Band, maps: list[Tensor], moments: Any, packed: Rows, to_scale: Tensor, to_norm: Tensor
+) -> None:
+    """Gradient of the embedding of the pixels `done`. maps: gradient of their logits, logits (or scores) and winners.
+
+    to_scale, to_norm: partial sums, `gradient_programs` rows, where they are wanted.
+    """
     assert out.grad is not None
     grad, centroids, (classes, k, channels) = done.of(out.grad), call.centroids, call.centroids.shape
     packing, blocks, options, depth = _gradient_plan(grad, centroids)
@@ -270,12 +291,10 @@ def _gradient(
     places = tuple(map(pixels_of, tensors))
     names = dict(zip(("G_MAP", "LOGITS_MAP", "WINNER_MAP", "GRAD_MAP"), map(map_kind, tensors, places), strict=True))
     mean, deviation = (None if m is None else m[pixels] for m in moments)
-    programs = cdiv(n, blocks["BLOCK_N"])
     launch(
-        head_gradient_kernel, (programs, cdiv(channels, blocks["BLOCK_D"])), *maps, rows, grad,
+        head_gradient_kernel, (gradient_programs(grad, centroids), cdiv(channels, blocks["BLOCK_D"])), *maps, rows, grad,
         out.statistics[1, pixels] if call.confidence else None, out.factors, call.norm_weight, mean, deviation,
-        None if out.grad_rstd is None else out.grad_rstd[pixels], to_scales.of(programs),
-        to_norms.of(programs), *places, n, classes, k, channels,
+        None if out.grad_rstd is None else out.grad_rstd[pixels], to_scale, to_norm, *places, n, classes, k, channels,
         packing.slots.k_tiles * blocks["BLOCK_K"], depth, packing.slots.class_tiles, 1 / call.temperature,
         ACCUMULATE=out.lse is not None, **names, PRECISION=dot_precision(call.x), BLOCK_N=blocks["BLOCK_N"],
         BLOCK_C=blocks["BLOCK_C"], BLOCK_D=blocks["BLOCK_D"], **options,

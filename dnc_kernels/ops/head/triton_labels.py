@@ -66,10 +66,12 @@ def head_labels_kernel(
     tl.store(row + C + c, few, mask=c < C)
     tl.store(row + 2 * C, tl.sum(wrong, 0))
     none = tl.zeros([BLOCK], tl.int64)
-    for start in range(program * BLOCK, zeros, programs * BLOCK):
-        tl.store(zeros_ptr + start + lane, none, mask=start + lane < zeros)
-    for start in range(program * BLOCK, counters, programs * BLOCK):
-        tl.store(counters_ptr + start + lane, none, mask=start + lane < counters)
+    if zeros_ptr is not None:
+        for start in range(program * BLOCK, zeros, programs * BLOCK):
+            tl.store(zeros_ptr + start + lane, none, mask=start + lane < zeros)
+    if counters_ptr is not None:
+        for start in range(program * BLOCK, counters, programs * BLOCK):
+            tl.store(counters_ptr + start + lane, none, mask=start + lane < counters)
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def head_prepare_kernel(
 ):  # fmt: skip
     """packs: of each packing its rows, their order and channels, and how many programs make it.
 
-    amounts [2]: weight and count where they are known; None: of the counts.
+    factors None: not wanted. amounts [2]: weight and count where they are known; None: of the counts.
     """
     program = tl.program_id(0)
     done = 0
@@ -101,35 +103,36 @@ def head_prepare_kernel(
             slot = (program - done) * ROWS + tl.arange(0, ROWS)
             pack_slots(slot, centroids_ptr, pack[0], None, strides, pack[1], C, K, D, pack[2], "dot", ROWS, 128)
         done += pack[3]
-    if program == done:
-        if amounts_ptr is None:
-            c = tl.arange(0, BLOCK_C)
-            few = count_rows(counts_ptr, C + c, c < C, P, 2 * C + 1, BLOCK_P).to(tl.float64)
-            large = few
-            if not AT_FEATURES:
-                large = count_rows(counts_ptr, c, c < C, P, 2 * C + 1, BLOCK_P).to(tl.float64)
-            if class_weight_ptr is not None:
-                # a class without a pixel counts nothing, whatever its weight
-                weights = tl.load(class_weight_ptr + c, mask=c < C, other=0.0).to(tl.float64)
-                large = tl.where(large > 0, large * weights, 0.0)
-            weight = tl.sum(large, 0)
-            count = tl.sum(few, 0)
-        else:
-            weight = tl.load(amounts_ptr).to(tl.float64)
-            count = tl.load(amounts_ptr + 1).to(tl.float64)
-        weight = tl.where(weight > 0, weight, 1.0).to(tl.float32)
-        count = tl.where(count > 0, count, 1.0).to(tl.float32)
-        scale = tl.full([], 1.0, tl.float32)
-        if log_scale_ptr is not None:
-            scale = tl.exp(tl.load(log_scale_ptr).to(tl.float32))
-        # in half precision gradients get the size of probabilities and unit vectors
-        unit = tl.full([], 1.0, tl.float32)
-        if HALF:
-            unit = count * temperature / scale
-        tl.store(factors_ptr, unit)
-        tl.store(factors_ptr + 1, unit / weight)
-        tl.store(factors_ptr + 2, ppc_weight * unit / count)
-        tl.store(factors_ptr + 3, ppd_weight * unit / count)
-        tl.store(factors_ptr + 4, scale)
-        tl.store(factors_ptr + 5, weight)
-        tl.store(factors_ptr + 6, count)
+    if factors_ptr is not None:
+        if program == done:
+            if amounts_ptr is None:
+                c = tl.arange(0, BLOCK_C)
+                few = count_rows(counts_ptr, C + c, c < C, P, 2 * C + 1, BLOCK_P).to(tl.float64)
+                large = few
+                if not AT_FEATURES:
+                    large = count_rows(counts_ptr, c, c < C, P, 2 * C + 1, BLOCK_P).to(tl.float64)
+                if class_weight_ptr is not None:
+                    # a class without a pixel counts nothing, whatever its weight
+                    weights = tl.load(class_weight_ptr + c, mask=c < C, other=0.0).to(tl.float64)
+                    large = tl.where(large > 0, large * weights, 0.0)
+                weight = tl.sum(large, 0)
+                count = tl.sum(few, 0)
+            else:
+                weight = tl.load(amounts_ptr).to(tl.float64)
+                count = tl.load(amounts_ptr + 1).to(tl.float64)
+            weight = tl.where(weight > 0, weight, 1.0).to(tl.float32)
+            count = tl.where(count > 0, count, 1.0).to(tl.float32)
+            scale = tl.full([], 1.0, tl.float32)
+            if log_scale_ptr is not None:
+                scale = tl.exp(tl.load(log_scale_ptr).to(tl.float32))
+            # in half precision gradients get the size of probabilities and unit vectors
+            unit = tl.full([], 1.0, tl.float32)
+            if HALF:
+                unit = count * temperature / scale
+            tl.store(factors_ptr, unit)
+            tl.store(factors_ptr + 1, unit / weight)
+            tl.store(factors_ptr + 2, ppc_weight * unit / count)
+            tl.store(factors_ptr + 3, ppd_weight * unit / count)
+            tl.store(factors_ptr + 4, scale)
+            tl.store(factors_ptr + 5, weight)
+            tl.store(factors_ptr + 6, count)

@@ -64,6 +64,13 @@ def _scores_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> 
     return max(use["num_stages"] * blocks["BLOCK_C"] * size, blocks["BLOCK_N"] * 4) * blocks["BLOCK_D"] + SCRATCH
 
 
+def _head_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
+    """Shared memory of scores_gradient; with one k a step is a class tile, whose gradients, logits and winners come ahead."""
+    blocks = _blocks(use, shape)
+    ahead = steps_held(use, shape) * blocks["BLOCK_N"] * blocks["BLOCK_C"] * 9 if shape["K"] == 1 else 0
+    return _scores_gradient_bytes(use, shape) + ahead
+
+
 def _centroid_gradient_bytes(use: Mapping[str, Any], shape: Mapping[str, int]) -> int:
     """Shared memory: dS and the pixels of a step (float16 as float32), or the sums on their way out."""
     blocks = _blocks(use, shape)
@@ -79,14 +86,17 @@ _NEED = {
     "centroid_loss": _shared_bytes,
     "scores_gradient": _scores_gradient_bytes,
     "centroid_gradient": _centroid_gradient_bytes,
+    "head_gradient": _head_gradient_bytes,
 }
 
 
-def blocks_of(kernel: str, x: Tensor, centroids: Tensor, **state: int) -> tuple[dict[str, int], dict[str, int]]:
+def blocks_of(
+    kernel: str, x: Tensor, centroids: Tensor, family: str = "similarity", **state: int
+) -> tuple[dict[str, int], dict[str, int]]:
     """Block sizes and launch options. `x`: pixels that a kernel reads, or writes where it reads none. `state`: for its need."""
     classes, k, channels = centroids.shape
     shape = {"C": classes, "K": k, "D": channels, "bits": bits_of(x)}
-    use = configuration("similarity", kernel, x.device, _NEED[kernel], **shape, **state, even=vectors(x, pixels_of(x)))
+    use = configuration(family, kernel, x.device, _NEED[kernel], **shape, **state, even=vectors(x, pixels_of(x)))
     blocks = _blocks(use, shape)
     return blocks, {key: value for key, value in use.items() if key != "KEEP_D" and key not in blocks}
 
