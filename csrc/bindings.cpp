@@ -74,4 +74,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind(m, "head_first_pass", head_first_pass);
   bind(m, "head_second_pass", head_second_pass);
   bind(m, "label_figures", label_figures);
+  bind(m, "head_targets", head_targets);
 }

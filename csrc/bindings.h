@@ -120,8 +120,16 @@ void fields(HeadSecondPass& a, F f) {
 }
 template <class F>
 void fields(LabelFigures& a, F f) {
-  f("labels", a.labels), f("ignored", a.ignored), f("classes", a.classes), f("weighted", a.weighted);
-  f("counts", a.counts), f("range", a.range), f("threads", a.threads);
+  f("labels", a.labels), f("ignored", a.ignored), f("classes", a.classes), f("weighted", a.weighted), f("middle", a.middle);
+  f("counts", a.counts), f("range", a.range), f("small", a.small), f("small_counts", a.small_counts), f("threads", a.threads);
+}
+template <class F>
+void fields(HeadTargets& a, F f) {
+  f("own_similarity", a.own_similarity), f("group", a.group), f("prediction", a.prediction), f("small", a.small);
+  f("assignment", a.assignment), f("lse", a.lse), f("factors", a.factors), f("classes", a.classes);
+  f("contrast_temperature", a.contrast_temperature), f("correct_only", a.correct_only);
+  f("target", a.target), f("pull", a.pull), f("moving", a.moving), f("sums", a.sums), f("counters", a.counters);
+  f("threads", a.threads);
 }
 
 namespace python {

@@ -11,12 +11,13 @@ import torch
 
 from dnc_kernels import backends, use_isa
 from dnc_kernels.nn import DNCHead
-from dnc_kernels.ops._cpu import run
 from dnc_kernels.ops.head import cpu, reference
-from dnc_kernels.ops.head.calls import Figures, FiguresCall
+from dnc_kernels.ops.head.calls import ClusterCall, Clusters, Labels, LabelsCall
 
 CHANNELS, CLASSES, K = 20, 21, 3  # classes and channels past a vector, and not a multiple of one
 THREADS = (1, 2, 3, 5)
+#: The parts of a step that C++ does.
+PARTS = ("head_labels", "head_first_pass", "head_cluster", "head_second_pass")
 pytestmark = pytest.mark.skipif(bool(backends.unusable("cpu")), reason=backends.unusable("cpu"))
 
 
@@ -59,9 +60,9 @@ def step(head, x, labels, part="loss", **options):
 
 
 def in_python(monkeypatch, *arguments, **options):
-    """The same by the bands in Python."""
+    """The same in plain torch and the ops of other families."""
     with monkeypatch.context() as patch:
-        for name in ("head_first_pass", "head_second_pass"):
+        for name in PARTS:
             patch.setattr(cpu, name, getattr(reference, name))
         return step(*arguments, **options)
 
@@ -222,7 +223,7 @@ def test_without_gradient(update, monkeypatch):
     head, (x, labels) = make_head(), problem()
     with torch.no_grad():
         actual = copy.deepcopy(head).loss(x, labels, update=update)
-        for name in ("head_first_pass", "head_second_pass"):
+        for name in PARTS:
             monkeypatch.setattr(cpu, name, getattr(reference, name))
         expected = copy.deepcopy(head).loss(x, labels, update=update)
     for a, b in zip(actual, expected, strict=True):
@@ -241,22 +242,87 @@ def test_a_bad_label_raises_and_says_where(monkeypatch):
         first_pass(call._replace(labels=wrong), *rest)
 
 
+def labels_out(call):
+    n = len(call.labels) * call.height * call.width
+    small, counts = torch.full((n,), -7), torch.full((1, 2 * call.classes + 1), -7, dtype=torch.int32)
+    return Labels(small, counts, torch.full((3,), -7), torch.full((2,), -7))
+
+
 @pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.uint8), ids=str)
 @pytest.mark.parametrize("weighted", (False, True))
-@pytest.mark.parametrize("size", ((2, 300, 401), (2, 800, 801), (3, 5, 7), (1, 0, 4)), ids=str)
-def test_labels_are_counted(dtype, weighted, size):
-    labels = torch.randint(0, CLASSES, size).masked_fill_(torch.rand(size) < 0.2, 255).to(dtype)
-    expected = torch.bincount(labels.flatten().long(), minlength=256)[:CLASSES].int()
-    if not weighted:
-        expected = torch.nn.functional.pad(expected.sum()[None], (0, CLASSES - 1)).int()
-    for given in (labels, labels.flip(0).transpose(1, 2)):
+@pytest.mark.parametrize(
+    ("size", "features"),
+    (((2, 300, 401), (75, 101)), ((2, 800, 801), (2, 801)), ((3, 5, 7), (82, 7)), ((1, 2, 3), (82, 29)), ((0, 4, 4), (1, 1))),
+    ids=str,
+)
+def test_labels_are_counted(dtype, weighted, size, features):
+    """Labels 21 to 23 are no classes, 255 is ignored, 20 and negative ones are left out too."""
+    labels = torch.randint(0, CLASSES + 3, size).masked_fill_(torch.rand(size) < 0.2, 255).to(dtype)
+    labels = labels if dtype == torch.uint8 else labels.masked_fill(torch.rand(size) < 0.1, -5)
+    for given, ignored, middle in ((labels, 255, True), (labels, 20, False), (labels.flip(0).transpose(1, 2), 255, False)):
+        call = LabelsCall(given, CLASSES, ignored, *features, middle, weighted, 3, 2, "cpu")
+        expected = labels_out(call)
+        reference.head_labels(call, expected)
         for threads in THREADS:
             torch.set_num_threads(threads)
-            counts = torch.empty(CLASSES, dtype=torch.int32)
-            run("label_figures", FiguresCall(given, 255, CLASSES, weighted), Figures(counts=counts))
-            assert torch.equal(counts, expected)
+            actual = labels_out(call)
+            cpu.head_labels(call, actual)
+            assert all(map(torch.equal, actual, expected))
         if given.numel():
-            assert cpu.label_range(given) == (int(given.min()), int(given.max()))
+            wrong = int(((given >= CLASSES) & (given != ignored)).sum())
+            assert cpu.label_range(given, CLASSES, ignored) == (int(given.min()), wrong)
+            assert cpu.label_range(given.to(torch.int16), CLASSES, ignored) == (int(given.min()), wrong)
+
+
+def cluster_call(n, k, dtype, contrast, correct_only):
+    generator = torch.Generator().manual_seed(7)
+
+    def ids(bound, share):
+        return torch.randint(bound, (n,), generator=generator).masked_fill(torch.rand(n, generator=generator) < share, -1)
+
+    own, lse = (torch.randn(*size, generator=generator, dtype=dtype) for size in ((n, k), (n,)))
+    own[1 % max(n, 1) :: 5] = own[1 % max(n, 1) :: 5, :1]  # similarities that are equal: the first wins
+    small, prediction = ids(CLASSES, 0.1), ids(CLASSES, 0.05)
+    prediction = torch.where(torch.rand(n, generator=generator) < 0.5, small, prediction)
+    factors = torch.rand(7, generator=generator, dtype=dtype)
+    return ClusterCall(
+        own, torch.where(prediction < 0, -1, small), prediction, small, lse if contrast else None, ids(k, 0.02), None, None,
+        factors, CLASSES, 0.05, 3, 0.3, True, correct_only, 0, None, 0, "constant", 0.9, 0, 0, False, "cpu", "cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("correct_only", (False, True))
+@pytest.mark.parametrize(
+    ("n", "k", "contrast"), ((0, 3, True), (1, 1, False), (9000, 1, True), (30011, 7, False), (30011, 20, True))
+)
+def test_targets(dtype, correct_only, n, k, contrast):
+    call, found = cluster_call(n, k, dtype, contrast, correct_only), []
+    for head_cluster in (reference.head_cluster, *[cpu.head_cluster] * len(THREADS)):
+        torch.set_num_threads(THREADS[len(found) - 1])
+        target, moving = (torch.full((n,), -7) for _ in range(2))
+        sums, counters = torch.full((1, 2), 7.0, dtype=torch.float64), torch.full((CLASSES * k + 3,), -7)
+        out = Clusters(target, torch.full((n,), 7.0, dtype=dtype), moving, sums, None, None, counters, None)
+        head_cluster(call, out)
+        found.append(out)
+    expected, one, *others = found
+    for name in ("target", "moving", "counters"):
+        assert torch.equal(getattr(one, name), getattr(expected, name)), name
+    for name in ("pull", "sums"):
+        torch.testing.assert_close(getattr(one, name).to(dtype), getattr(expected, name).to(dtype))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize(("field", "value"), (("group", CLASSES), ("assignment", 4)))
+def test_a_target_beyond_the_subcentroids_raises(field, value):
+    call = cluster_call(100, 4, torch.float32, True, False)
+    call = call._replace(group=call.group.clamp(max=3), assignment=call.assignment.clamp(max=3))
+    getattr(call, field)[41:60] = value
+    out = [torch.empty(100, dtype=torch.int64), torch.empty(100), torch.empty(100, dtype=torch.int64)]
+    counters = torch.empty(CLASSES * 4 + 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"groups must be in \[0,C\).*got {value} at pixel 41"):
+        cpu.head_cluster(call, Clusters(*out, torch.empty(1, 2, dtype=torch.float64), None, None, counters, None))
 
 
 # parallel regions

@@ -41,6 +41,7 @@ RECORDS = {
     "head_first_pass": [("head", "FirstArguments", "FirstPass")],
     "head_second_pass": [("head", "SecondArguments")],
     "label_figures": [("head", "FiguresCall", "Figures")],
+    "head_targets": [("head", "TargetsCall", "Targets")],
 }
 
 

@@ -125,5 +125,6 @@ DNC_FORWARD(upsample_argmax, UpsampleArgmax)
 DNC_FORWARD_PRODUCT(head_first_pass, HeadFirstPass, a)
 DNC_FORWARD(head_second_pass, HeadSecondPass)
 DNC_FORWARD(label_figures, LabelFigures)
+DNC_FORWARD(head_targets, HeadTargets)
 
 }  // namespace dnc

@@ -51,14 +51,13 @@ def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int
     none_wrong = torch.zeros((), dtype=torch.int64, device=labels.device)
     if labels.numel() == 0:
         return labels, ignore_index, none_wrong
-    least, most = label_range(labels)
-    if most >= num_classes:
+    least, wrong = label_range(labels, num_classes, ignore_index)
+    if wrong:
         bad = (labels >= num_classes) & (labels != ignore_index)
-        if bad.any():
-            check_value(
-                False, op, "labels", f"in [0,{num_classes}); ignore_index {ignore_index} or any negative id leaves a pixel out",
-                first_of(labels, bad), "set ignore_index, or num_classes",
-            )  # fmt: skip
+        check_value(
+            False, op, "labels", f"in [0,{num_classes}); ignore_index {ignore_index} or any negative id leaves a pixel out",
+            first_of(labels, bad), "set ignore_index, or num_classes",
+        )  # fmt: skip
     if least >= 0 or least == ignore_index == -1:
         return labels, ignore_index, none_wrong
     # several ids mean "leave out", and the kernels know one

@@ -62,15 +62,37 @@ struct HeadSecondPass {
 };
 Status head_second_pass(const HeadSecondPass&);
 
-// How many labels count: are in [0,C) and not `ignored`. And the least and the largest label.
+// How many labels count: are in [0,C) and not `ignored`. What labels there are, and which the features have: the label in the
+// middle of a feature's cell, or the first of the cell.
 struct LabelFigures {
   View labels;  // [B,H,W] int64, int32 or uint8, any strides
   int64_t ignored = -1, classes = 0;
   bool weighted = false;  // classes are counted apart; else all of them as class 0
-  View counts;            // out, optional [C] int32
-  View range;             // out, optional [2] int64: least and largest; 0 of none
+  bool middle = false;
+  View counts;        // out, optional [C] int32
+  View range;         // out, optional [3] int64: least, largest (0 of none), number of those that are no class and not ignored
+  View small;         // out, optional [B,h,w] int64, contiguous: -1 for what does not count
+  View small_counts;  // out [C] int32, of `small`; with it
   int threads = 1;
 };
 Status label_figures(const LabelFigures&);
+
+// What follows for a pixel from its sub-centroid `assignment` in its class `group`, once the transport has found it.
+struct HeadTargets {
+  View own_similarity;                        // [N,K] of the compute type, contiguous
+  View group, prediction, small, assignment;  // [N] int64; negative: none
+  View lse;                                   // optional [N]
+  View factors;                               // [7], as of HeadFirstPass
+  int64_t classes = 0;
+  double contrast_temperature = 1.0;
+  bool correct_only = false;  // only pixels whose prediction is `small` move sub-centroids
+  View target;                // out [N] int64: c*K + k, or -1
+  View pull;                  // out, optional [N]: gradient of the similarity to the target, 0 where there is none
+  View moving;                // out [N] int64: the target where it moves, else -1
+  View sums;                  // out [2] float64: of lse - <e,p>/temperature (0 without lse), and of (1 - <e,p>)^2
+  View counters;              // out [M+3] int64: wins of each sub-centroid; pixels that are correct, labelled, not finite
+  int threads = 1;
+};
+Status head_targets(const HeadTargets&);
 
 }  // namespace dnc

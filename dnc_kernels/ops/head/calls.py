@@ -107,6 +107,7 @@ class FiguresCall(NamedTuple):
     ignored: int
     classes: int
     weighted: bool
+    middle: bool  # as of `LabelsCall`
 
 
 @record
@@ -114,7 +115,9 @@ class Figures(NamedTuple):
     """Results of C++'s `label_figures`, those wanted."""
 
     counts: Tensor | None = None  # [C] int32 labels that count, of each class, or of all as the first one
-    range: Tensor | None = None  # [2] int64: least and largest
+    range: Tensor | None = None  # [3] int64: least, largest, number of those that are no class and not ignored
+    small: Tensor | None = None  # [B,h,w] int64: those of the features, -1 for none
+    small_counts: Tensor | None = None  # [C] int32 of `small`
 
 
 @record
@@ -178,6 +181,33 @@ class Clusters(NamedTuple):
     cursor: Tensor | None  # [2] int32
     counters: Tensor | None  # [M+3] int64: wins of each sub-centroid; pixels that are correct, have a label, are not finite
     state: Tensor | None  # [2] float64: momentum of this update, 1 where it moves and 0 in the warm-up
+
+
+@record
+class TargetsCall(NamedTuple):
+    """Arguments of C++'s `head_targets`: those of a `ClusterCall` once the assignment is known."""
+
+    own_similarity: Tensor
+    group: Tensor
+    prediction: Tensor
+    small: Tensor
+    assignment: Tensor
+    lse: Tensor | None
+    factors: Tensor
+    classes: int
+    contrast_temperature: float
+    correct_only: bool
+
+
+@record
+class Targets(NamedTuple):
+    """Results of C++'s `head_targets`, as of `Clusters`."""
+
+    target: Tensor
+    pull: Tensor | None
+    moving: Tensor
+    sums: Tensor  # [2]
+    counters: Tensor
 
 
 @record

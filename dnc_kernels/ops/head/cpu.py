@@ -1,4 +1,4 @@
-"""The parts of a step on a CPU: C++ for the two passes and the labels (csrc/cpu/head*.cpp), the rest as reference.py has it."""
+"""The parts of a step on a CPU: C++ (csrc/cpu/head*.cpp), but for the few numbers of the end, which reference.py has."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .._cpu import run
 from ..upsample.calls import LABEL_DTYPES
 from . import reference
 from .calls import (
+    ClusterCall,
+    Clusters,
     Figures,
     FiguresCall,
     FirstArguments,
@@ -24,8 +26,10 @@ from .calls import (
     SecondArguments,
     SecondPass,
     Step,
+    Targets,
+    TargetsCall,
 )
-from .reference import head_cluster, head_finish
+from .reference import head_finish
 
 _of_step: Any = attrgetter(*FirstArguments._fields[:-1])
 _of_second: Any = attrgetter(*SecondArguments._fields[:-3])
@@ -33,12 +37,15 @@ _of_second: Any = attrgetter(*SecondArguments._fields[:-3])
 
 def head_labels(call: LabelsCall, out: Labels) -> None:
     """Labels at feature size, counts and zeros."""
-    figures = Figures(counts=out.counts[0, : call.classes], range=torch.empty(2, dtype=torch.int64))
-    run("label_figures", FiguresCall(call.labels, call.ignore_index, call.classes, call.weighted), figures)
-    reference.small_labels(call, out)
+    classes, counts = call.classes, out.counts[0]
+    small = out.small.view(len(call.labels), call.height, call.width)
+    figures = Figures(counts[:classes], torch.empty(3, dtype=torch.int64), small, counts[classes:-1])
+    run("label_figures", FiguresCall(call.labels, call.ignore_index, classes, call.weighted, call.middle), figures)
     assert figures.range is not None
-    if int(figures.range[1]) >= call.classes:  # in a graph; else they have been checked, and it is the ignored one
-        out.counts[0, -1] = ((call.labels >= call.classes) & (call.labels != call.ignore_index)).sum()
+    counts[-1] = figures.range[2]
+    for t in (out.zeros, out.counters):
+        if t is not None:
+            t.zero_()
 
 
 def head_first_pass(
@@ -60,6 +67,18 @@ def head_first_pass(
     run("head_first_pass", FirstArguments._make(arguments), out)
 
 
+def head_cluster(call: ClusterCall, out: Clusters) -> None:
+    """The transport and what follows from it, which is one parallel region."""
+    assignment = reference.assignment_of(call)
+    counters = call.counters if out.counters is None else out.counters
+    assert counters is not None
+    arguments = TargetsCall(
+        call.own_similarity, call.group, call.prediction, call.small, assignment.to(torch.int64).contiguous(), call.lse,
+        call.factors, call.classes, call.contrast_temperature, call.correct_only,
+    )  # fmt: skip
+    run("head_targets", arguments, Targets(out.target, out.pull, out.moving, out.sums[0], counters))
+
+
 def head_second_pass(call: Second, out: SecondPass) -> None:
     """Gradients and sums, those that the call is about, in one parallel region."""
     statistics = call.statistics.dtype
@@ -76,16 +95,17 @@ def head_second_pass(call: Second, out: SecondPass) -> None:
     run("head_second_pass", SecondArguments._make((*_of_second(call), grad_affine, out.sums, out.counts)))
 
 
-def label_range(labels: Tensor) -> tuple[int, int]:
-    """The least and the largest of labels, of which there are some."""
+def label_range(labels: Tensor, classes: int, ignore_index: int) -> tuple[int, int]:
+    """Of labels, of which there are some: the least, and how many are no class and not `ignore_index`."""
     ours = readable(labels) and labels.ndim == 3 and labels.dtype in LABEL_DTYPES and not backends.unusable("cpu")
     if not ours:
         least, most = labels.aminmax()
-        return int(least), int(most)
-    found = torch.empty(2, dtype=torch.int64)
-    run("label_figures", FiguresCall(labels.detach(), -1, 0, False), Figures(range=found))
-    least, most = found.tolist()
-    return least, most
+        wrong = int(((labels >= classes) & (labels != ignore_index)).sum()) if int(most) >= classes else 0
+        return int(least), wrong
+    found = torch.empty(3, dtype=torch.int64)
+    run("label_figures", FiguresCall(labels.detach(), ignore_index, classes, False, False), Figures(range=found))
+    least, _, wrong = found.tolist()
+    return least, wrong
 
 
 __all__ = ["head_cluster", "head_finish", "head_first_pass", "head_labels", "head_second_pass", "label_range"]

@@ -65,13 +65,8 @@ def head_labels(call: LabelsCall, out: Labels) -> None:
         out.counts[0, :classes] = _per_class(torch.where(inside, labels, -1).to(torch.int64).reshape(-1), classes)
     else:
         out.counts[0, 0] = inside.sum()
-    small_labels(call, out)
     out.counts[0, -1] = named.sum() - inside.sum()
-
-
-def small_labels(call: LabelsCall, out: Labels) -> None:
-    """What `head_labels` has of labels at feature size, and zeros; no label is wrong."""
-    small, (_, height, width), classes = call.labels, call.labels.shape, call.classes
+    small, (_, height, width) = call.labels, call.labels.shape
     if (height, width) != (call.height, call.width):
         rows = label_places(height, call.height, call.middle, small.device)
         columns = label_places(width, call.width, call.middle, small.device)
@@ -80,7 +75,6 @@ def small_labels(call: LabelsCall, out: Labels) -> None:
     kept = (small >= 0) & (small < classes) & (small != call.ignore_index)
     out.small.copy_(torch.where(kept, small, -1))
     out.counts[0, classes:-1] = _per_class(out.small, classes)
-    out.counts[0, -1] = 0
     for t in (out.zeros, out.counters):
         if t is not None:
             t.zero_()
@@ -210,11 +204,7 @@ def head_first_pass(
 def head_cluster(call: ClusterCall, out: Clusters) -> None:
     """The transport and what follows from it."""
     own, group, k, classes = call.own_similarity, call.group, call.own_similarity.shape[1], call.classes
-    sub = call.assignment
-    if sub is None:  # -1 where a similarity is not finite
-        sub = sinkhorn_assign(
-            own, group, classes, epsilon=call.epsilon, iterations=call.iterations, backend=cast(Backend, call.parts)
-        )
+    sub = assignment_of(call)
     inside = (group >= 0) & (sub >= 0)
     target = torch.where(inside, group * k + sub, -1)
     towards = to_target(own, target)
@@ -235,6 +225,14 @@ def head_cluster(call: ClusterCall, out: Clusters) -> None:
     won = torch.where(inside, group * k + own.argmax(1), classes * k)
     counters[: classes * k + 1].index_add_(0, won, torch.ones_like(won))
     counters[classes * k :] = torch.stack([correct.sum(), labelled.sum(), (~finite).sum()])
+
+
+def assignment_of(call: ClusterCall) -> Tensor:
+    """[N] int64: the sub-centroid of each pixel in its class, -1 where a similarity is not finite."""
+    if call.assignment is not None:
+        return call.assignment
+    own, group, backend = call.own_similarity, call.group, cast(Backend, call.parts)
+    return sinkhorn_assign(own, group, call.classes, epsilon=call.epsilon, iterations=call.iterations, backend=backend)
 
 
 def to_target(own: Tensor, target: Tensor) -> Tensor:
