@@ -60,10 +60,11 @@ demo: $(if $(wildcard $(STAMP)),install,install-demo) ## train a DNC head on sce
 	@echo "==> two trainings on the CPU; 800 steps each take some 3 minutes on 2 cores, 16 with ARGS=--quick some 20 seconds"
 	OMP_WAIT_POLICY=passive $(BIN)/python -m dnc_kernels demo $(ARGS)
 
-# The workers' OpenMP threads share the cores: a thread that waits must sleep, not spin.
+# The workers' OpenMP threads share the cores: a thread that waits must sleep, not spin. And tests start many processes, which
+# import torch in a third of the time once its bytecode has been written, even where the environment says not to.
 WORKERS ?= 2
 test: install ## run the whole test suite (marked gpu: skipped without a GPU)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	env -u PYTHONDONTWRITEBYTECODE OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The first Python of a version that runs (a shim of pyenv need not), on PATH or of pyenv.
 find_python = $(shell for p in python$(1) $$(pyenv root 2>/dev/null)/versions/$(1)*/bin/python$(1); do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)

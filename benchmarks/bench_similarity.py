@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnc_kernels import ops
+from dnc_kernels._tensors import flat_pixels
 from dnc_kernels.backends import Backend
-from dnc_kernels.ops._common import flat_pixels
 
 from .case import Case, Settings, Variant, choice_ratio, compiled, dtype_of, error_ratio, kernels
 from .clock import Call

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnc_kernels.ops._common import pixel_count
+from dnc_kernels._tensors import pixel_count
 from dnc_kernels.ops.head import FirstPass, Step, head_first_pass, table_size
 from dnc_kernels.ops.head import triton as kernels
 from dnc_kernels.ops.head.bands import bands

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnc_kernels.ops._common import pixel_count
+from dnc_kernels._tensors import pixel_count
 from dnc_kernels.ops.similarity.calls import (
     LossCall,
     LossOut,

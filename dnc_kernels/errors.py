@@ -46,6 +46,11 @@ def check_value(ok: bool, op: str, argument: str, expected: str | Callable[[], s
         raise ValueError(message(op, argument, expected if isinstance(expected, str) else expected(), got, fix))
 
 
+def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check a string option."""
+    check_value(value in choices, op, argument, "one of " + ", ".join(choices), repr(value))
+
+
 def check_dtype(ok: bool, op: str, argument: str, expected: str, got: Any, fix: str = "") -> None:
     """Raise TypeError unless `ok`."""
     if not ok:

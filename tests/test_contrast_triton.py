@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerances import assert_close
 
 triton_contrast = pytest.importorskip("dnc_kernels.ops.similarity.triton_contrast")
-from dnc_kernels.ops._common import flat_pixels  # noqa: E402
+from dnc_kernels._tensors import flat_pixels  # noqa: E402
 from dnc_kernels.ops.similarity import triton_contrast_bands  # noqa: E402
 from dnc_kernels.ops.similarity.calls import ContrastCall, ContrastOut, SweepCall, SweepOut  # noqa: E402
 

@@ -9,8 +9,8 @@ from similarity_check import METRICS
 from tolerances import assert_close
 
 from dnc_kernels import ops
+from dnc_kernels._tensors import as_int64
 from dnc_kernels.nn import DNCHead
-from dnc_kernels.ops._common import as_int64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ import torch
 from cuda_on_cpu import DEVICE
 
 from dnc_kernels import backends, ops
-from dnc_kernels.ops._common import pixel_map
+from dnc_kernels._tensors import pixel_map
 
 B, D, H, W, C, K = 2, 16, 2, 8, 4, 3
 N, M = B * H * W, C * K

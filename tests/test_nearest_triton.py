@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from tolerances import assert_close, bound
 
 triton_nearest = pytest.importorskip("dnc_kernels.ops.similarity.triton_nearest")
+from dnc_kernels._tensors import flat_pixels  # noqa: E402
 from dnc_kernels.ops import _triton  # noqa: E402
-from dnc_kernels.ops._common import flat_pixels  # noqa: E402
 from dnc_kernels.ops.similarity import reference, triton_pack  # noqa: E402
 from dnc_kernels.ops.similarity.calls import DistanceCall, NearestCall, NearestOut  # noqa: E402
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._tensors import without_ignored
 from ..errors import SWAPPED, check_dtype, check_integer, check_value, describe, label_fix, swapped
 from ..nn import DNCClassifier, DNCHead
 from ..nn._batches import evaluated
 from ..nn._labels import sort_out_labels
-from ..ops._common import without_ignored
 
 Prepare = Callable[[Tensor], Tensor]
 Data = Iterable[Sequence[Any]]

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .._tensors import check_ignore_index, flat_pixels, full_precision
 from ..backends import transformed
 from ..errors import check_dtype, check_flag, check_float, check_number, check_value, feature_fix, holds_a_loss
-from ..ops._common import check_ignore_index, flat_pixels, full_precision
 from . import _sync
 from ._choices import Recipe, Sync, check_word
 from ._labels import check_labels

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._tensors import check_pixels, flat_pixels, without_ignored
 from ..errors import check_device, check_dtype, check_integer, check_value, describe
-from ..ops._common import check_pixels, flat_pixels, without_ignored
 from ._labels import check_labels, left_out_below_zero, pixels_at, sort_out_labels
 
 if TYPE_CHECKING:

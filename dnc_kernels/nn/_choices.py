@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from ..ops._common import check_choice
+from ..errors import check_choice
 
 Recipe = Literal["default", "classification", "segmentation", "slow", "released"]
 Scores = Literal["norm", "temperature", "scale"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import message
-from ..ops._op import NAMESPACE
+from ..ops import NAMESPACE
 from . import _starts
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check_value, describe
-from ..ops._common import scale_saved
+from ..ops.head import scale_saved
 from . import _sync
 from ._base import DNCLoss
 from ._labels import labels_of_step

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._tensors import as_int64, first_of
 from ..errors import SWAPPED, check_device, check_integer, check_value, label_fix, map_size, swapped
-from ..ops._common import as_int64, first_of
 from ..ops.head import LABEL_DTYPES, label_places, label_range
 from ._choices import LabelMode, check_word
 
@@ -51,8 +51,8 @@ def sort_out_labels(op: str, labels: Tensor, num_classes: int, ignore_index: int
     none_wrong = torch.zeros((), dtype=torch.int64, device=labels.device)
     if labels.numel() == 0:
         return labels, ignore_index, none_wrong
-    least, wrong = label_range(labels, num_classes, ignore_index)
-    if wrong:
+    least, outside = label_range(labels, num_classes, ignore_index)
+    if outside:
         bad = (labels >= num_classes) & (labels != ignore_index)
         check_value(
             False, op, "labels", f"in [0,{num_classes}); ignore_index {ignore_index} or any negative id leaves a pixel out",

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._common import scale_saved
-from ..ops._op import NAMESPACE
+from ..ops import NAMESPACE
 from ..ops.head import (
     COUNT,
     SCALE,
@@ -25,6 +24,7 @@ from ..ops.head import (
     head_first_pass,
     head_second_pass,
     pull_of,
+    scale_saved,
     to_target,
 )
 

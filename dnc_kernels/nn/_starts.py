@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .. import ops
-from ..ops._common import flat_pixels, full_precision
+from .._tensors import flat_pixels, full_precision
 
 
 def uniform(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._tensors import compute_dtype, pixel_count
 from ..backends import chosen, pick
-from ..ops._common import compute_dtype, pixel_count
 from ..ops.head import (
     UNIT,
     ClusterCall,

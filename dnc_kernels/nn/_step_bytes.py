@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..ops.head import BAND_PIXELS
-from ..ops.head.bands import DEVICE_BAND_BYTES, pixel_bytes
+from ..ops.head import BAND_PIXELS, DEVICE_BAND_BYTES, pixel_bytes
 
 if TYPE_CHECKING:
     from .head import DNCHead

@@ -8,8 +8,8 @@ import torch
 from torch import Generator, Tensor
 
 from .. import ops
+from .._tensors import without_ignored
 from ..errors import check_value, renamed, whole_number
-from ..ops._common import without_ignored
 from . import _sync
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._choices import Assignment, Confidence, Init, Recipe, Scores, Sync, UpdateFrom

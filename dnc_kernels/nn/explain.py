@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._tensors import check_pixels, flat_pixels, without_ignored
 from ..errors import check_device, check_instance, check_integer, check_value, label_fix, swapped, whole_number
-from ..ops._common import check_pixels, flat_pixels, without_ignored
 from ._labels import left_out_below_zero, pixels_at, sort_out_labels
 from .subcentroids import SubCentroids
 

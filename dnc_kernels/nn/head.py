@@ -10,9 +10,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import ops
+from .._tensors import flat_pixels, without_ignored
 from ..backends import transformed
 from ..errors import FLOATS, check_dtype, check_flag, check_value, map_size, whole_number
-from ..ops._common import flat_pixels, without_ignored
 from . import _graph
 from ._base import CentroidModel, DNCLoss, check_features, check_labels
 from ._choices import (

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._tensors import full_precision
 from ..errors import FLOATS, check_device, check_dtype, check_float, check_integer, check_value, label_fix, whole_number
-from ..ops._common import full_precision
 from ._labels import left_out_below_zero
 
 

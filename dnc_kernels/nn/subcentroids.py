@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from .. import ops
+from .._tensors import check_pixels, flat_pixels, pixel_count
 from ..errors import (
     check_device,
     check_dtype,
@@ -23,7 +24,6 @@ from ..errors import (
     tensor_fix,
     whole_number,
 )
-from ..ops._common import check_pixels, flat_pixels, pixel_count
 from . import _graph, _starts, _sync
 from ._batches import Data, Prepare, embedded
 from ._choices import Assignment, Init, Sync, UpdateFrom, check_word

@@ -4,6 +4,7 @@ A folder per family: public functions and their checks in ``__init__``, the reco
 ``op``, and what runs in ``reference``, ``cpu``, ``triton`` and ``cuda``: functions ``f(call, out)`` of the same names.
 """
 
+from ._op import NAMESPACE as NAMESPACE
 from .embedding import normalize_embedding
 from .momentum import ClusterSums, apply_momentum_, cluster_sums, momentum_update_
 from .similarity import (

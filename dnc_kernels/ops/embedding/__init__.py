@@ -7,9 +7,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from ..._tensors import check_pixels, compute_dtype, like_pixels
 from ...backends import Backend, pick
 from ...errors import check_device, check_float, check_number, check_value
-from .._common import check_pixels, compute_dtype, contiguous_in, like_pixels, remembered
+from .._common import contiguous_in, remembered
 from . import op as ops
 from .calls import NormalizeCall
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._common import compute_dtype
+from ..._tensors import compute_dtype
 from .calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
 
 SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's bound

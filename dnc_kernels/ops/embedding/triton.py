@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import pixel_count
+from ..._tensors import pixel_count
 from .._triton import Pixels, configuration, launch, map_rank, pixel_offset, pixels_of, processors
 from .calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
 

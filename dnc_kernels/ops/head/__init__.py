@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .._common import scale_saved
 from ..upsample.calls import LABEL_DTYPES
-from .bands import BAND_PIXELS, default_band
+from .bands import BAND_PIXELS, DEVICE_BAND_BYTES, default_band, pixel_bytes
 from .calls import (
     COUNT,
     SCALE,
@@ -36,6 +37,7 @@ from .reference import amounts_of, label_places, pull_of, to_target
 __all__ = [
     "BAND_PIXELS",
     "COUNT",
+    "DEVICE_BAND_BYTES",
     "LABEL_DTYPES",
     "SCALE",
     "UNIT",
@@ -60,7 +62,9 @@ __all__ = [
     "is_triton",
     "label_places",
     "label_range",
+    "pixel_bytes",
     "pull_of",
+    "scale_saved",
     "sorting_of",
     "table_size",
     "to_target",

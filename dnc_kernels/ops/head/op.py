@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import compute_dtype, kernels, pixel_count
+from ..._tensors import compute_dtype, pixel_count
+from .._common import kernels
 from .._op import Op
 from ..similarity.op import product
 from .calls import (

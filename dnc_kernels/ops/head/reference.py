@@ -12,8 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..._tensors import pixel_count, pixel_map
 from ...backends import Backend, pick
-from .._common import kernels, pixel_count, pixel_map
+from .._common import kernels
 from ..embedding.calls import NormalizeBackwardCall, NormalizeBackwardOut, NormalizeCall, NormalizeOut
 from ..embedding.op import normalize_embedding
 from ..momentum import cluster_sums

@@ -13,8 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..._tensors import pixel_count
 from ...backends import pick
-from .._common import kernels, pixel_count
+from .._common import kernels
 from .._triton import (
     Pixels,
     Plan,

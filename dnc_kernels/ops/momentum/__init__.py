@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._tensors import check_ignore_index, check_pixels, compute_dtype, flat_labels, without_ignored
 from ...backends import Backend, pick
 from ...errors import (
     MOST,
@@ -20,16 +21,7 @@ from ...errors import (
     renamed,
     whole_number,
 )
-from .._common import (
-    check_ignore_index,
-    check_labels,
-    check_pixels,
-    compute_dtype,
-    flat_labels,
-    readable,
-    remembered,
-    without_ignored,
-)
+from .._common import check_labels, readable, remembered
 from . import op as ops
 from . import reference
 from .calls import ApplyCall, SumsCall, UpdateCall

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._common import compute_dtype
+from ..._tensors import compute_dtype
 from .._cpu import run
 from .calls import ApplyCall, SumsCall, SumsOut, UpdateCall, rows
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._common import check_label_range, compute_dtype, flat_pixels
+from ..._tensors import compute_dtype, flat_pixels
+from .._common import check_label_range
 from .calls import ApplyCall, SumsCall, SumsOut, UpdateCall
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._common import pixel_count
+from ..._tensors import pixel_count
 from .._triton import Pixels, configuration, launch, map_rank, pixels_of
 from .calls import ApplyCall, SumsCall, SumsOut, UpdateCall, rows
 from .triton_sums import (

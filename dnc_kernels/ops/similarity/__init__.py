@@ -7,26 +7,19 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from ..._tensors import check_ignore_index, check_pixels, compute_dtype, flat_labels, like_pixels, pixel_map, without_ignored
 from ...backends import Backend, pick
-from ...errors import check_device, check_float, check_number, check_value, holds_a_loss, renamed
+from ...errors import check_choice, check_device, check_float, check_number, check_value, holds_a_loss, renamed
 from .._common import (
     METRICS,
     REDUCTIONS,
     Metric,
     Reduction,
     check_centroids,
-    check_choice,
-    check_ignore_index,
     check_labels,
     check_no_gradient,
-    check_pixels,
-    compute_dtype,
     contiguous_in,
-    flat_labels,
-    like_pixels,
-    pixel_map,
     remembered,
-    without_ignored,
 )
 from . import op as ops
 from . import op_loss

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import compute_dtype, flat_pixels, pixel_count
+from ..._tensors import compute_dtype, flat_pixels, pixel_count
 from .._op import Op, needed, save_call, saved_call
 from . import reference
 from .calls import DistanceCall, NearestCall, NearestOut, ScoresBackwardCall, ScoresBackwardOut, ScoresCall, ScoresOut

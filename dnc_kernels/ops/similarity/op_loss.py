@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import batched, compute_dtype, flat_pixels, pixel_count, readable, scale_saved, weight_of_counted
+from ..._tensors import compute_dtype, flat_pixels, pixel_count
+from .._common import batched, readable, scale_saved, weight_of_counted
 from .._op import Op, needed, save_call, saved_call
 from . import reference
 from .calls import LEARNT, ContrastCall, ContrastOut, LossCall, LossOut

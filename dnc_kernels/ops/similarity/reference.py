@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._common import check_label_range, compute_dtype, flat_pixels, full_precision, like_pixels, pixel_map
+from ..._tensors import compute_dtype, flat_pixels, full_precision, like_pixels, pixel_map
+from .._common import check_label_range
 from .calls import (
     ContrastCall,
     DistanceCall,

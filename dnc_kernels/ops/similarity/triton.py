@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import pixel_count, weight_of_counted
+from ..._tensors import pixel_count
+from .._common import weight_of_counted
 from .._triton import (
     Pixels,
     Plan,

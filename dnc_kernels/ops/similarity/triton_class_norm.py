@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import pixel_count
+from ..._tensors import pixel_count
 from .._triton import launch, map_kind, offset_of, pixels_of, processors, tile_of, wide_unless
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import pixel_count
+from ..._tensors import pixel_count
 from .._triton import (
     SCRATCH,
     Pixels,

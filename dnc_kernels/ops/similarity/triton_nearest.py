@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._tensors import pixel_count
 from .. import _triton
-from .._common import pixel_count
 from .._triton import (
     SCRATCH,
     Plan,

@@ -6,18 +6,10 @@ import math
 
 from torch import Tensor
 
+from ..._tensors import check_ignore_index, flat_labels, flat_pixels, like_pixels, pixel_map, without_ignored
 from ...backends import Backend, pick
 from ...errors import MOST, check_float, check_number, check_value, renamed, whole_number
-from .._common import (
-    check_ignore_index,
-    check_labels,
-    flat_labels,
-    flat_pixels,
-    like_pixels,
-    pixel_map,
-    remembered,
-    without_ignored,
-)
+from .._common import check_labels, remembered
 from . import op as ops
 from .calls import SinkhornCall
 

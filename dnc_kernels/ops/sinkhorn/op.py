@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import compute_dtype, kernels
+from ..._tensors import compute_dtype
+from .._common import kernels
 from .._op import Op, save_call, saved_call
 from . import reference
 from .calls import PlanOut, SinkhornBackwardCall, SinkhornBackwardOut, SinkhornCall, SinkhornOut

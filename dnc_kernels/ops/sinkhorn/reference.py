@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .._common import check_label_range, compute_dtype
+from ..._tensors import compute_dtype
+from .._common import check_label_range
 from .calls import PlanOut, SinkhornCall, SinkhornOut
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..._tensors import as_int64, check_ignore_index, compute_dtype
 from ...backends import Backend, pick
 from ...errors import (
+    check_choice,
     check_device,
     check_flag,
     check_float,
@@ -18,17 +20,7 @@ from ...errors import (
     map_size,
     renamed,
 )
-from .._common import (
-    REDUCTIONS,
-    Reduction,
-    as_int64,
-    check_choice,
-    check_ignore_index,
-    check_no_gradient,
-    compute_dtype,
-    contiguous_in,
-    remembered,
-)
+from .._common import REDUCTIONS, Reduction, check_no_gradient, contiguous_in, remembered
 from . import op as ops
 from .calls import LABEL_DTYPES, ArgmaxCall, UpsampleCall
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import batched, compute_dtype, contiguous_in, kernels, readable, scale_saved
+from ..._tensors import compute_dtype
+from .._common import batched, contiguous_in, kernels, readable, scale_saved
 from .._op import Op, save_call, saved_call
 from . import reference
 from .calls import ArgmaxCall, UpsampleCall, UpsampleOut

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._common import check_label_range, compute_dtype
+from ..._tensors import compute_dtype
+from .._common import check_label_range
 from .calls import ArgmaxCall, UpsampleCall
 
 #: The four row numbers of `UpsampleCall`.
