@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cuda_on_cpu import DEVICE, SANITIZE, build
 
-from benchmarks.families import FAMILIES, cuda_tests
+from benchmarks.families import CUDA_FAMILIES, cuda_tests
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,11 +52,11 @@ def run(*arguments):
 
 
 def test_kernels_are_clean():
-    files = [str(path) for family in FAMILIES for path in cuda_tests(family)]
+    files = [str(path) for family in CUDA_FAMILIES for path in cuda_tests(family)]
     done = run("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "cuda and sanitize", *files)
     assert done.returncode == 0, done.stdout[-6000:]
     # a family without a marked test would not be looked at
-    for family in FAMILIES:
+    for family in CUDA_FAMILIES:
         assert any("pytest.mark.sanitize" in path.read_text() for path in cuda_tests(family)), family
 
 
