@@ -19,7 +19,7 @@ from . import ROOT, recipe_rows, record
 
 Row = dict[str, Any]
 BLOCK = re.compile(r"<!-- rows: (?P<name>.*?) -->(?P<body>.*?)<!-- end rows -->", re.DOTALL)
-_CPU, _H100 = "cpu-amd-epyc-2-threads", "nvidia-h100-80gb-hbm3"
+_CPU, _XEON, _H100 = "cpu-amd-epyc-2-threads", "cpu-intel-xeon-amx-2-threads", "nvidia-h100-80gb-hbm3"
 _BASELINES = {
     "interpolate_ce": "`interpolate` + `cross_entropy`", "interpolate_argmax": "`interpolate` + `argmax`",
     "mm": "`mm` + `cross_entropy`", "mm_max": "`mm` + `max`", "mm_amax": "`mm` + `amax`", "mm_argmax": "`mm` + `argmax`",
@@ -233,9 +233,22 @@ TABLES: dict[str, Table] = {
             *(Line("{C}, {K}, {D}", "segmentation_step", case) for case in _SHAPES),
             *(Line("{C}, {K}, {D}, bfloat16", "segmentation_step", c, dtype="bfloat16") for c in ("c19_d256", "c150_d256")),
         ],
+        _XEON,
     ),
     # "when not to use it"
-    "hard": Table("op and shape", {"ours": cost(), "best baseline": best, "ratio": ratio()}, _HARD),
+    "hard": Table("op and shape", {"ours": cost(), "best baseline": best, "ratio": ratio()}, _HARD, _XEON),
+    "bfloat16": Table(
+        "op and shape", {"ours": cost(), "best baseline": best, "ratio": ratio()},
+        [
+            Line(f"`{op}`, {_PIXELS}, {dtype}", op, case, dtype=dtype)
+            for op, case in (
+                ("centroid_cross_entropy", "ade20k"), ("centroid_cross_entropy", "cityscapes"), ("nearest_centroid", "ade20k"),
+                ("subcentroid_cross_entropy", "ade20k"), ("subcentroid_cross_entropy", "cityscapes"),
+            )
+            for dtype in ("float32", "bfloat16")
+        ],
+        _XEON,
+    ),
     "head": Table(
         "labels, classes",
         {
@@ -243,6 +256,7 @@ TABLES: dict[str, Table] = {
             "ratio to the best": ratio("dnc_* checkpoint=all"),
         },
         [Line("{H}x{W}, {C}", "head_step", f"{size} C={c}") for c in (19, 150) for size in ("512x1024", "1024x1024")],
+        _XEON,
     ),
     "gpu": Table(
         "op and shape", {

@@ -153,7 +153,7 @@ def test_every_table_can_be_made_of_what_a_run_measures(tmp_path):
     """No entry names a case or a variant that does not exist, though its rows may not be there yet."""
     like = json.loads(next((quote.ROOT / "benchmarks" / "results" / quote._CPU).glob("*.jsonl")).read_text().splitlines()[0])
     for name, settings in (
-        (quote._CPU, Settings(dtypes=("float32", "bfloat16"))),
+        *((folder, Settings(dtypes=("float32", "bfloat16"))) for folder in (quote._CPU, quote._XEON)),
         (quote._H100, Settings(device="cuda", dtypes=("bfloat16",))),
     ):
         (tmp_path / name).mkdir()
