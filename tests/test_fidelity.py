@@ -99,9 +99,7 @@ def test_fifty_steps_in_float32_are_those_of_the_plain_step(recipe, checkpoint):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "backend,recipe",
-    [  # the interpreter takes seconds for each step
-        pytest.param("triton", "default", marks=[pytest.mark.triton, pytest.mark.large]), on("cuda", "released"),
-    ],
+    [on("triton", "default"), on("cuda", "released")],  # the interpreter takes two seconds for a step
     indirect=["backend"],
 )  # fmt: skip
 def test_fifty_steps_on_the_kernels_of_a_gpu_are_those_of_the_plain_step(backend, recipe):
