@@ -403,6 +403,20 @@ DNC_INLINE void write_n<float, BFloat16>(BFloat16* out, const float* in, int64_t
     _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + i + 16), _mm512_loadu_ps(in + i)));
   for (; i < n; i++) out[i] = to_bfloat16(in[i]);
 }
+#elif defined(DNC_ISA_AVX512)  // compilers do not vectorise what `to_bfloat16` does with a NaN
+DNC_INLINE __m256i to_bfloat16(__m512 v) {
+  const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+template <>
+DNC_INLINE void write_n<float, BFloat16>(BFloat16* out, const float* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i*)(out + i), to_bfloat16(_mm512_loadu_ps(in + i)));
+  for (; i < n; i++) out[i] = to_bfloat16(in[i]);
+}
 #endif
 #if !defined(DNC_ISA_PORTABLE)  // compilers do not vectorise the scalar F16C intrinsics
 template <>

@@ -68,6 +68,11 @@ template <>
 struct Store<float, BFloat16> {
   static DNC_INLINE void at(Vec<float> v, BFloat16* p) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v.v)); }
 };
+#elif defined(DNC_ISA_AVX512)
+template <>
+struct Store<float, BFloat16> {
+  static DNC_INLINE void at(Vec<float> v, BFloat16* p) { _mm256_storeu_si256((__m256i*)p, to_bfloat16(v.v)); }
+};
 #endif
 
 // r[channel] holds pixels -> r[pixel] holds channels.
