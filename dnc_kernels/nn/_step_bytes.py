@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..ops.head import BAND_PIXELS, DEVICE_BAND_BYTES, pixel_bytes
+from ..ops.head import BAND_PIXELS, device_band
 
 if TYPE_CHECKING:
     from .head import DNCHead
@@ -48,7 +48,7 @@ def bytes_on_gpu(head: DNCHead, sizes: Sizes) -> int:
     if head.checkpoint == "none":
         clustering = max(20 * labels + _contrast(head, sizes, n), clustering)
         return n * ((2 + bool(head.ppc_weight)) * row + (18 if norm else 30) * classes) + clustering + 48 * m * channels + rest
-    pixels = head.band_pixels or max(1, DEVICE_BAND_BYTES // pixel_bytes(channels, classes, itemsize, norm))
+    pixels = head.band_pixels or device_band(channels, classes, itemsize, norm)
     whole = pixels >= n
     pixels = min(n, max(pixels, width) + width)
     kept = whole or head.checkpoint == "scores" or head.revive_after is not None

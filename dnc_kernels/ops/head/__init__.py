@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .._common import scale_saved
 from ..upsample.calls import LABEL_DTYPES
-from .bands import BAND_PIXELS, DEVICE_BAND_BYTES, default_band, pixel_bytes
+from .bands import BAND_PIXELS, default_band, device_band
 from .calls import (
     COUNT,
     SCALE,
@@ -37,7 +37,6 @@ from .reference import amounts_of, label_places, pull_of, to_target
 __all__ = [
     "BAND_PIXELS",
     "COUNT",
-    "DEVICE_BAND_BYTES",
     "LABEL_DTYPES",
     "SCALE",
     "UNIT",
@@ -54,6 +53,7 @@ __all__ = [
     "Step",
     "amounts_of",
     "default_band",
+    "device_band",
     "head_cluster",
     "head_finish",
     "head_first_pass",
@@ -62,7 +62,6 @@ __all__ = [
     "is_triton",
     "label_places",
     "label_range",
-    "pixel_bytes",
     "pull_of",
     "scale_saved",
     "sorting_of",

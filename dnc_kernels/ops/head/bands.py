@@ -44,11 +44,14 @@ def pixel_bytes(channels: int, classes: int, itemsize: int, norm: bool) -> int:
     return channels * itemsize + classes * (1 + 4 * (2 + norm))
 
 
+def device_band(channels: int, classes: int, itemsize: int, norm: bool) -> int:
+    """Pixels of a band that `DEVICE_BAND_BYTES` have room for."""
+    return max(1, DEVICE_BAND_BYTES // pixel_bytes(channels, classes, itemsize, norm))
+
+
 def default_band(x: Tensor, classes: int, norm: bool) -> int:
     """Pixels of a band where nobody chose: by what features [B,D,h,w] lie on, and what their channels and C classes take."""
-    if x.device.type == "cpu":
-        return BAND_PIXELS
-    return max(1, DEVICE_BAND_BYTES // pixel_bytes(x.shape[1], classes, x.element_size(), norm))
+    return BAND_PIXELS if x.device.type == "cpu" else device_band(x.shape[1], classes, x.element_size(), norm)
 
 
 def bands(x: Tensor, pixels: int) -> Iterator[Band]:
@@ -98,27 +101,29 @@ def label_rows(call: Any, every: Iterable[Band]) -> Iterator[tuple[LabelRows, Ba
         yield LabelRows(band, not first, last, above, below, window), done
 
 
-class Windows:
-    """Tensors of one band, used by all. Where bands touch, row 0 is the last row of the band above."""
+class BandMaps:
+    """Tensors of one band, used by all: memory that is given back and taken again costs a page fault each time.
 
-    def __init__(self, call: Any, keep_embedding: bool) -> None:
-        x, classes, norm = call.x, call.centroids.shape[0], call.norm_weight is not None
-        every = list(bands(x, call.band_pixels))
-        largest = every[0] if every else Band(0, 0, 0, 0, 0, 0)
-        self.above = int(any(rows.carried for rows, _ in label_rows(call, every)))
-        samples, rows, width = largest.end - largest.begin, largest.bottom - largest.top, x.shape[3]
+    Maps have `above` rows more than the band: where bands touch, row 0 is the last row of the band above, whose logits are
+    upsampled together with it.
+    """
+
+    carried: tuple[Tensor, ...]  # maps whose last row becomes the row above
+
+    def __init__(self, x: Tensor, band_pixels: int, above: int, keep_embedding: bool) -> None:
+        largest = next(bands(x, band_pixels), Band(0, 0, 0, 0, 0, 0))
+        self.above, self._device = above, x.device
+        self._sizes = largest.end - largest.begin, largest.bottom - largest.top, x.shape[3]
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        layout: Any = {"memory_format": torch.channels_last} if last else {}
-
-        def empty(channels: int, rows: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty((samples, channels, rows, width), dtype=dtype, device=x.device, **layout)
-
-        self.embedding = None if keep_embedding else empty(x.shape[1], rows, x.dtype)
-        self.scores, self.to_logits = (empty(classes, rows + self.above, torch.float32) for _ in range(2))
-        # without a norm logits are a multiple of the scores, and take their place
-        self.logits = empty(classes, rows + self.above, torch.float32) if norm else self.scores
-        self.winner = empty(classes, rows + self.above, torch.uint8)
+        self._layout: Any = {"memory_format": torch.channels_last} if last else {}
+        self.embedding = None if keep_embedding else self.empty(x.shape[1], x.dtype, 0)
         self.pending: Tensor | None = None
+
+    def empty(self, channels: int, dtype: torch.dtype, above: int | None = None) -> Tensor:
+        """A map of the largest band and `above` rows more."""
+        samples, rows, width = self._sizes
+        size = samples, channels, rows + (self.above if above is None else above), width
+        return torch.empty(size, dtype=dtype, device=self._device, **self._layout)
 
     def embedding_of(self, band: Band, kept: Tensor | None) -> Tensor:
         """Where the embedding of a band goes: into all of it where that is kept."""
@@ -132,7 +137,7 @@ class Windows:
         return self.window(maps, band, False)
 
     def window(self, maps: Tensor, band: Band, carried: bool) -> Tensor:
-        """The rows of a band, and the row above it."""
+        """The rows of a band, and where it is carried the row above it."""
         return maps[: band.end - band.begin, :, self.above - carried : self.above + band.bottom - band.top]
 
     def add_pending(self, rows: LabelRows, to_logits: Tensor) -> None:
@@ -143,9 +148,22 @@ class Windows:
     def carry(self, band: Band, to_logits: Tensor | None) -> None:
         """The band's last row becomes the row above; `to_logits` is what its logits have received so far."""
         row = self.above - 1 + band.bottom - band.top
-        for maps in {id(t): t for t in (self.scores, self.logits, self.winner)}.values():
+        for maps in self.carried:
             maps[:, :, 0] = maps[:, :, row]
         self.pending = None if to_logits is None else to_logits[:, :, -1:].clone()
+
+
+class Windows(BandMaps):
+    """Those of the Triton kernels, whose logits take the place of the scores where there is no norm: a multiple of them."""
+
+    def __init__(self, call: Any, keep_embedding: bool) -> None:
+        x, classes, norm = call.x, call.centroids.shape[0], call.norm_weight is not None
+        touch = any(rows.carried for rows, _ in label_rows(call, bands(x, call.band_pixels)))
+        super().__init__(x, call.band_pixels, int(touch), keep_embedding)
+        self.scores, self.to_logits = (self.empty(classes, torch.float32) for _ in range(2))
+        self.logits = self.empty(classes, torch.float32) if norm else self.scores
+        self.winner = self.empty(classes, torch.uint8)
+        self.carried = (self.scores, self.winner, *([self.logits] if norm else []))
 
 
 # Logits of a band and their gradients. A logit is LayerNorm over the classes of the scores, or the score times the pixel's
@@ -193,40 +211,11 @@ class Logits(NamedTuple):
         return to_scores, None, to_scale, to_norm
 
 
-class Workspace:
-    """Tensors of one band, used by all: memory that is given back and taken again costs a page fault each time.
-
-    Maps have one row more than the band: row 0 is the last row of the band above, whose logits are upsampled together with it.
-    """
+class Workspace(BandMaps):
+    """Those of plain torch, in `dtype`."""
 
     def __init__(self, x: Tensor, classes: int, dtype: torch.dtype, keep_embedding: bool, band_pixels: int) -> None:
-        largest = next(bands(x, band_pixels), Band(0, 0, 0, 0, 0, 0))
-        samples, rows, width = largest.end - largest.begin, largest.bottom - largest.top, x.shape[3]
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        layout: Any = {"memory_format": torch.channels_last} if last else {}
-
-        def empty(channels: int, rows: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty((samples, channels, rows, width), dtype=dtype, device=x.device, **layout)
-
-        self.embedding = None if keep_embedding else empty(x.shape[1], rows, x.dtype)
-        self.scores, self.logits, self.to_logits = (empty(classes, rows + 1, dtype) for _ in range(3))
-        self.winner, self.length = empty(classes, rows + 1, torch.uint8), empty(1, rows + 1, dtype)
-        self.pending_grad: Tensor | None = None
-
-    def embedding_of(self, band: Band, kept: Tensor | None) -> Tensor:
-        """Where the embedding of a band goes: into all of it where that is kept."""
-        if self.embedding is None:
-            assert kept is not None
-            return band.of(kept)
-        return self.embedding[: band.end - band.begin, :, : band.bottom - band.top]
-
-    def window(self, maps: Tensor, band: Band, *, with_row_above: bool) -> Tensor:
-        """The rows of a band in one of the maps."""
-        return maps[: band.end - band.begin, :, 1 - with_row_above : 1 + band.bottom - band.top]
-
-    def carry(self, band: Band, grad: Tensor | None) -> None:
-        """The band's last row becomes the row above; `grad` is what its logits have received so far."""
-        row = band.bottom - band.top
-        for maps in (self.scores, self.winner, self.length):
-            maps[:, :, 0] = maps[:, :, row]
-        self.pending_grad = None if grad is None else grad[:, :, -1:].clone()
+        super().__init__(x, band_pixels, 1, keep_embedding)
+        self.scores, self.logits, self.to_logits = (self.empty(classes, dtype) for _ in range(3))
+        self.winner, self.length = self.empty(classes, torch.uint8), self.empty(1, dtype)
+        self.carried = self.scores, self.winner, self.length

@@ -149,7 +149,7 @@ def head_first_pass(
         made = NormalizeOut(e, *out.statistics[:, pixels])
         normalize_embedding.into(NormalizeCall(part, call.weight, call.bias, call.eps, embedding), made)
         to_e = None if out.grad is None else band.of(out.grad)
-        own_scores, own_winner = (work.window(t, band, with_row_above=False) for t in (work.scores, work.winner))
+        own_scores, own_winner = (work.own(t, band) for t in (work.scores, work.winner))
         results = (own_scores, own_winner, out.own_similarity[pixels])
         if out.lse is None:
             class_scores.into(ScoresCall(e, centroids, sampled[pixels], "dot", winners), ScoresOut(*results))
@@ -162,12 +162,12 @@ def head_first_pass(
             )
         if call.confidence:
             length = pixel_map(part, out.statistics[1, pixels].reciprocal())
-            work.window(work.length, band, with_row_above=False).copy_(length)
+            work.own(work.length, band).copy_(length)
         finite = own_scores[:, 0].isfinite().reshape(-1)
 
         # the cross-entropy of the label rows between the last row of the band above and the last row of this one
         maps = (work.scores, work.winner, work.length, work.logits, work.to_logits)
-        scores, winner, length, logits, to_logits = (work.window(t, band, with_row_above=rows.carried) for t in maps)
+        scores, winner, length, logits, to_logits = (work.window(t, band, rows.carried) for t in maps)
         scratch, logits = logits, head.forward(scores, length if call.confidence else None, logits)
         out.prediction[pixels] = torch.where(finite, logits[:, :, int(rows.carried) :].argmax(1).reshape(-1), -1)
         out.group[pixels] = torch.where(finite, sampled[pixels], -1)
@@ -178,8 +178,7 @@ def head_first_pass(
         sums += cross_entropy_with_gradient(upsample, gradient, to_logits)[0]
         if out.grad is not None:
             to_logits *= pull
-            if rows.carried and work.pending_grad is not None:
-                to_logits[:, :, :1] += work.pending_grad
+            work.add_pending(rows, to_logits)
             part_of = slice(0, done.bottom - done.top)  # the next band adds to the last row
             lengths = length[:, :, part_of] if call.confidence else None
             to_scores, to_length, to_scale, to_norm = head.backward_(
